@@ -1,0 +1,89 @@
+# Needs Python 3.11 or newer, git and make, and nothing else. `make help` lists the targets, README.md explains them.
+
+VENV      ?= .venv
+PYTHON    ?= python3.13 python3.12 python3.11 python3.14 python3
+TORCH     ?=
+MODE      ?= quick
+NOTEBOOKS ?=
+ARGS      ?=
+
+venv  := $(patsubst %/,%,$(VENV))
+py    := $(venv)/bin/python
+stamp := $(venv)/.fa-installed
+half  := $(venv).installing
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help env test test-all reproduce lab clean always
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  MODE=$(MODE)              quick, record or paper: what reproduce does"
+	@echo "  NOTEBOOKS='32_… 33_…'   the notebooks reproduce runs; empty: all"
+	@echo "  ARGS='-k pfa'           more arguments for pytest, JupyterLab or fa reproduce"
+	@echo "  VENV=$(VENV)              the environment that is made and used"
+	@echo "  PYTHON=python3.12       the Python it is made with; else the first of several that is new enough"
+	@echo "  TORCH=own               keep the torch and torchvision that VENV holds already, and fetch no CUDA wheel"
+
+env: $(stamp)  ## make the environment, as requirements.lock pins it
+	@$(py) -c "$$check"
+
+test: $(stamp)  ## units, properties and notebooks
+	$(py) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(stamp)  ## the slow tests too, then every notebook in quick mode
+	$(py) -m pytest $(ARGS)
+	$(py) -m fa reproduce --mode quick
+
+reproduce: $(stamp)  ## train and draw the notebooks (MODE, NOTEBOOKS); says where figures and report are
+	$(py) -m fa reproduce --mode $(MODE) $(NOTEBOOKS) $(ARGS)
+
+lab: $(stamp)  ## JupyterLab in the environment
+	$(py) -m jupyterlab notebooks $(ARGS)
+
+clean:  ## remove build/, and nothing else
+	rm -rf build
+
+# The stamp is written last and says whose environment it is: `made` here; `found`, then only the pinned packages are put
+# into it; `own`, then it keeps its torch as well. Until then that word stands in $(half), so that an installation which
+# was cut short is known, and one of ours is started afresh: pip takes a package that is half there for a whole one.
+$(stamp): requirements.lock pyproject.toml
+	@set -e; fail() { echo "fa: $$1" >&2; exit 1; }; \
+	state='$(TORCH)'; without='^$$'; \
+	[ "$$state" ] || state=`cat '$(half)' '$(stamp)' 2>/dev/null | head -n 1`; \
+	if [ "$$state" = own ]; then \
+	    '$(py)' -c 'import torch, torchvision' 2>/dev/null || \
+	        fail "TORCH=own keeps the torch and torchvision of $(venv), but they cannot be imported there."; \
+	    without='^(torch|torchvision|triton|(nvidia|cuda)-[a-z0-9-]+)=='; \
+	elif [ '$(TORCH)' ]; then fail "TORCH=$(TORCH) is not known; TORCH=own keeps the torch that $(venv) holds already."; \
+	elif '$(py)' -m pip --version >/dev/null 2>&1 && ! { [ "$$state" = made ] && [ -e '$(half)' ]; }; then \
+	    state=$${state:-found}; \
+	else \
+	    [ ! -e '$(venv)' ] || [ -e '$(venv)/pyvenv.cfg' ] || rmdir '$(venv)' 2>/dev/null || \
+	        fail "$(venv) is there and is not a Python environment; remove it or set VENV=."; \
+	    for p in $(PYTHON) ''; do \
+	        [ "$$p" ] || fail "no Python 3.11 or newer with venv and pip among: $(PYTHON). Install one, or set PYTHON=."; \
+	        "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && break; \
+	    done; \
+	    echo "fa: making $(venv) with `"$$p" --version`; torch and CUDA are a large download the first time"; \
+	    state=made; echo $$state > '$(half)'; "$$p" -m venv --clear '$(venv)'; \
+	fi; \
+	echo $$state > '$(half)'; \
+	grep -Ev "$$without" requirements.lock | '$(py)' -m pip install -r /dev/stdin; \
+	'$(py)' -m pip install --no-deps --no-build-isolation --quiet -e .; \
+	'$(py)' -c "$$check" >/dev/null || fail "torch and torchvision do not import together in $(venv); see the error above."; \
+	mv '$(half)' '$(stamp)'
+
+ifneq ($(TORCH),)
+ifneq ($(TORCH),$(shell cat '$(stamp)' 2>/dev/null))
+$(stamp): always
+endif
+endif
+
+define check
+import sys, torch, torchvision
+torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+print(f"fa: {sys.prefix}: Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}")
+endef
+export check

@@ -1,0 +1,150 @@
+"""One environment, written down four times: pyproject.toml, requirements.lock, environment.yml and the one that runs.
+
+Each is held against the others, and the Makefile's refusals are run for real.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+import yaml
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+NEEDED = [Requirement(r) for r in PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]]
+LOCK_LINES = (ROOT / "requirements.lock").read_text().splitlines()
+PIN = re.compile(r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)==(?P<version>[0-9][0-9a-z.]*)(?: ; (?P<marker>.+))?")
+TORCH = re.compile(r"torch|torchvision|triton|(?:nvidia|cuda)-.+")  # what TORCH=own leaves to the user
+PLATFORMS = [{"sys_platform": platform, "python_version": python, "python_full_version": f"{python}.0"}
+             for platform in ("linux", "darwin") for python in ("3.11", "3.12", "3.13", "3.14")]
+
+
+def lock() -> dict[str, tuple[Version, Marker | None]]:
+    """requirements.lock as name -> (version, marker); every line must be a pin, and every name stand there once."""
+    pins = {}
+    for line in LOCK_LINES:
+        pin = PIN.fullmatch(line)
+        assert pin, f"requirements.lock holds more than pins: {line!r}"
+        assert pin["name"] not in pins, f"requirements.lock pins {pin['name']} twice"
+        pins[pin["name"]] = Version(pin["version"]), Marker(pin["marker"]) if pin["marker"] else None
+    return pins
+
+
+def on(marker: Marker | None, **platform: str) -> bool:
+    """Whether a pin with this marker is installed on that platform; without a platform, on this one."""
+    return marker is None or marker.evaluate(platform or None)
+
+
+def test_lock_is_pins_only() -> None:
+    """No index, no find-links, no host, no path, no local build: the lock means the same on every machine."""
+    pins = lock()
+    assert list(pins) == sorted(pins)
+    assert not any(version.local for version, _ in pins.values())
+
+
+@pytest.mark.parametrize("requirement", NEEDED, ids=lambda r: r.name)
+def test_lock_satisfies_pyproject(requirement: Requirement) -> None:
+    version, marker = lock()[canonicalize_name(requirement.name)]
+    assert version in requirement.specifier
+    assert all(on(marker, **platform) for platform in PLATFORMS)
+
+
+def test_torch_pair() -> None:
+    """torchvision is built for exactly one torch; a lock that let either move gives a pair that cannot be imported."""
+    pins = lock()
+    assert [f"{name}=={pins[name][0]}" for name in ("torch", "torchvision")] == PROJECT["tool"]["uv"]["constraint-dependencies"]
+    built_for = next(r for r in map(Requirement, metadata.requires("torchvision")) if r.name == "torch")
+    assert Version(torch.__version__) in built_for.specifier
+    if Version(torchvision.__version__).public == str(pins["torchvision"][0]):
+        assert built_for.specifier == Requirement(f"torch=={pins['torch'][0]}").specifier
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.9], [5.0, 5.0, 6.0, 6.0]])
+    assert torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist() == [0, 2]  # its compiled half works
+
+
+def test_cuda_wheels_are_for_linux() -> None:
+    cuda = {name: marker for name, (_, marker) in lock().items() if name == "triton" or name.startswith(("nvidia-", "cuda-"))}
+    assert len(cuda) > 10
+    for name, marker in cuda.items():
+        for platform in PLATFORMS:
+            assert on(marker, **platform) == (platform["sys_platform"] == "linux"), name
+
+
+def test_build_backend_is_locked() -> None:
+    """The environment installs fa without build isolation, so the backend must come with the lock."""
+    for requirement in map(Requirement, PROJECT["build-system"]["requires"]):
+        assert lock()[canonicalize_name(requirement.name)][0] in requirement.specifier
+
+
+def test_conda_takes_python_and_pip_only() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert set(environment["channels"]) <= {"conda-forge", "nodefaults"}
+    *conda, last = environment["dependencies"]
+    assert conda == ["python" + PROJECT["project"]["requires-python"], "pip"]
+    assert last == {"pip": ["-e .[dev]"]}
+
+
+def test_environment_is_the_lock() -> None:
+    """What is installed is what is pinned; an environment that `make env` did not make owes us nothing."""
+    stamp = Path(sys.prefix) / ".fa-installed"
+    if not stamp.exists():
+        pytest.skip("not an environment of `make env`")
+    own_torch = stamp.read_text().strip() == "own"
+    pins = {name: version for name, (version, marker) in lock().items()
+            if on(marker) and not (own_torch and TORCH.fullmatch(name))}
+    installed = {canonicalize_name(d.name): Version(d.version) for d in metadata.distributions()}
+    wrong = {name: (str(version), str(installed.get(name))) for name, version in pins.items() if installed.get(name) != version}
+    assert not wrong, f"(pinned, installed): {wrong}; `make env` mends it"
+    assert str(installed["fa"]) == PROJECT["project"]["version"]
+
+
+def test_citation() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert str(citation["version"]) == PROJECT["project"]["version"]
+    assert [reference["doi"] for reference in citation["references"]] == [
+        f"10.48550/arXiv.{paper}" for paper in ("1812.06488", "2003.01513", "2405.20594")]
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run make in the repository's root as a user would, whatever the make that runs the tests was told."""
+    told = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "VENV", "PYTHON", "TORCH"}
+    environment = {name: value for name, value in os.environ.items() if name not in told}
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=60)
+
+
+def test_make_help_names_every_target() -> None:
+    phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    named = re.findall(r"^  make ([a-z-]+) +\S", make("help").stdout, re.MULTILINE)
+    assert sorted(named) == sorted(set(phony) - {"always"})
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["PYTHON=no-such-python"], "fa: no Python 3.11 or newer with venv and pip among: no-such-python."),
+    (["TORCH=own"], "but they cannot be imported there."),
+    (["TORCH=cpu"], "fa: TORCH=cpu is not known;"),
+])
+def test_make_env_refuses(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    """One sentence, an exit code, and nothing written."""
+    refused = make("env", f"VENV={tmp_path / 'venv'}", *arguments)
+    assert refused.returncode != 0
+    assert sentence in refused.stderr
+    assert len([line for line in refused.stderr.splitlines() if not line.startswith("make")]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_make_env_spares_what_is_no_environment(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    refused = make("env", f"VENV={tmp_path}")
+    assert refused.returncode != 0 and "is not a Python environment" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
