@@ -1,0 +1,13 @@
+"""Learning without weight transport: every rule, on any network, and the papers' figures rebuilt."""
+
+from .errors import UserError
+from .paths import ROOT
+from .rules import RULES, Rule
+from . import dfa  # noqa: F401  (registers "dfa")
+from .layers import after_step, convert, feedback_parameters, param_groups
+from .metrics import alignment, exact_backprop, feedback_weight, gradient_angles
+
+__all__ = [
+    "ROOT", "RULES", "Rule", "UserError", "after_step", "alignment", "convert", "exact_backprop", "feedback_parameters",
+    "feedback_weight", "gradient_angles", "param_groups",
+]  # fmt: skip

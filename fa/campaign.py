@@ -1,0 +1,261 @@
+"""Campaigns: train the runs that are missing, in several processes, within a time budget; collect what is finished.
+
+A finished run is never trained twice; one that was stopped, or killed, goes on from its checkpoint. Each run has one process and, on the
+CPU, one thread, so that its numbers do not depend on how many run beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import platform
+import queue
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from . import experiments, records
+from .errors import UserError
+from .records import Folder
+from .train import fingerprint
+
+
+@dataclass
+class Summary:
+    """What a campaign did: numbers of runs finished before, finished now, and left; what failed; wall seconds."""
+
+    before: int
+    done: int
+    left: int
+    failed: list[str]
+    seconds: float
+
+    def __str__(self) -> str:
+        text = f"{self.before + self.done} of {self.before + self.done + self.left} runs are finished, {self.done} of them now"
+        return f"{text}, in {clock(self.seconds)}"
+
+
+def clock(seconds: float) -> str:
+    """ "1h02m", "3m05s", "7s"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02}m" if hours else f"{m}m{s:02}s" if m else f"{s}s"
+
+
+def seconds(text: str) -> float:
+    """``"90"``, ``"90s"``, ``"9m"``, ``"1.5h"`` as seconds.
+
+    Raises:
+        UserError: anything else.
+    """
+    try:
+        value = float(text.rstrip("smh")) * {"m": 60, "h": 3600}.get(text[-1:], 1)
+    except ValueError:
+        value = -1.0
+    if not value > 0:
+        raise UserError(f"a time is written 90s, 9m or 1.5h, not {text!r}")
+    return value
+
+
+def pick_device(device: str) -> str:
+    """ "auto" as "cuda" where there is one, else "cpu"; a device that is not there raises."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} is not there; use device='cpu' or 'auto'")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {device!r}; known devices: auto, cpu, cuda")
+    return device
+
+
+def pick_workers(workers: str | int) -> int:
+    """ "auto" as ``$FA_WORKERS``, or else the number of processors that this process may use."""
+    if workers == "auto":
+        workers = os.environ.get("FA_WORKERS") or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        n = int(workers)
+    except ValueError:
+        n = 0
+    if n < 1:
+        raise UserError(f"workers={workers!r} is not a positive number or 'auto'")
+    return n
+
+
+def missing(configs: list[Any], mode: str) -> list[Any]:
+    """The runs that are not finished; those that were begun come first."""
+    left = [c for c in configs if not Folder(mode, c).finished]
+    return sorted(left, key=lambda c: not (Folder(mode, c).path / "checkpoint.pt").exists())
+
+
+def run(
+    configs: list[Any],
+    mode: str,
+    budget: float | None = None,
+    workers: str | int = "auto",
+    device: str = "auto",
+    progress: bool = True,
+) -> Summary:
+    """Train the missing runs.
+
+    Args:
+        configs: runs, from :func:`fa.experiments.plan`.
+        mode: "quick" or "paper", a folder of the run store.
+        budget: seconds of wall time after which to have stopped, with checkpoints written (default None: no bound).
+        workers: processes, or "auto".
+        device: "auto", "cpu" or "cuda".
+        progress: show it.
+
+    Raises:
+        UserError: from the first run that has one, e.g. a data set that is not there.
+    """
+    begin = time.monotonic()
+    device, todo = pick_device(device), missing(configs, mode)
+    n = min(pick_workers(workers), len(todo))
+    before = len(configs) - len(todo)
+    bar = Progress(f"{configs[0].experiment} {mode}" if configs else mode, before, len(configs), todo) if progress and todo else None
+    until = begin + budget if budget else float("inf")
+    done, failed = 0, []
+    for kind, config, detail in _events(todo, mode, device, until, n):
+        if kind == "done":
+            done += 1
+        elif kind == "failed":
+            failed.append(f"{config.rule} seed {config.seed} ({config.run}): {detail}")
+        elif kind == "error":
+            if bar:
+                bar.close()
+            raise UserError(detail)
+        if bar:
+            bar.event(kind, config, detail)
+    if bar:
+        bar.close()
+    return Summary(before, done, len(todo) - done, failed, time.monotonic() - begin)
+
+
+def _events(todo: list[Any], mode: str, device: str, until: float, n: int) -> Any:
+    """(kind, config, detail) as they happen: "epoch", "done", "stopped", "busy", "failed", "error"."""
+    if n <= 1:
+        for config in todo:
+            seen: list[tuple[str, Any, Any]] = []  # epochs are passed on at the end of the run: one process, no bar between
+            yield from _one(config, mode, device, until, seen.append)
+        return
+    context = multiprocessing.get_context("spawn")
+    tasks, events = context.SimpleQueue(), context.Queue()
+    for task in [*todo, *[None] * n]:
+        tasks.put(task)
+    crew = [context.Process(target=_work, args=(tasks, events, mode, device, until), daemon=True) for _ in range(n)]
+    for process in crew:
+        process.start()
+    open_runs = len(todo)
+    try:
+        while open_runs:
+            try:
+                kind, config, detail = events.get(timeout=5)
+            except queue.Empty:
+                if not any(p.is_alive() for p in crew):
+                    raise RuntimeError("every worker process died; the runs go on from their checkpoints when started again") from None
+                continue
+            open_runs -= kind != "epoch"
+            yield kind, config, detail
+    finally:
+        for process in crew:
+            process.terminate()
+            process.join()
+
+
+def _work(tasks: Any, events: Any, mode: str, device: str, until: float) -> None:
+    while (config := tasks.get()) is not None:
+        for event in _one(config, mode, device, until, events.put):
+            events.put(event)
+
+
+def _one(config: Any, mode: str, device: str, until: float, emit: Any) -> Any:
+    """Train one run into its folder."""
+    keep_pages()
+    folder = Folder(mode, config)
+    try:
+        with folder.lock() as mine:
+            if not mine:
+                yield "busy", config, "another process trains it"
+                return
+            if folder.finished:  # by another process, meanwhile
+                yield "done", config, folder.status["seconds"]
+                return
+            table = experiments.find(config.experiment).run(
+                config, device, folder, until, lambda epoch, values: emit(("epoch", config, (epoch, values)))
+            )
+            if table is None:
+                yield "stopped", config, None
+                return
+            folder.finish(table, table.attrs["status"])
+            yield "done", config, table.attrs["status"]["seconds"]
+    except UserError as e:
+        yield "error", config, str(e)
+    except Exception as e:
+        traceback.print_exc()
+        yield "failed", config, f"{type(e).__name__}: {e}"
+
+
+def keep_pages() -> None:
+    """Let glibc keep freed memory: a fresh 1.6 MB gradient at every step costs more in page faults than its matrix product."""
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+
+
+class Progress:
+    """A bar in a terminal or a notebook; in a log a line at most every half minute and at the end."""
+
+    def __init__(self, label: str, before: int, planned: int, todo: list[Any]) -> None:
+        self.label, self.runs, self.planned = label, before, planned
+        self.epochs, self.total = 0, sum(getattr(c, "epochs", 1) for c in todo)
+        self.began = self.written = time.monotonic()
+        self.latest = ""
+        self.bar = None
+        if sys.stderr.isatty() or "ipykernel" in sys.modules:
+            try:
+                from tqdm.auto import tqdm
+
+                self.bar = tqdm(total=self.total, desc=label, unit="epoch", dynamic_ncols=True)
+            except ImportError:
+                pass
+        if not self.bar:
+            self.write()
+
+    def event(self, kind: str, config: Any, detail: Any) -> None:
+        """Take note of one event."""
+        if kind == "epoch":
+            self.epochs += 1
+            test = detail[1].get("test_accuracy")
+            self.latest = f"{config.rule} seed {config.seed} epoch {detail[0]}" + (f": {test:.2f} %" if test is not None else "")
+        elif kind == "done":
+            self.runs += 1
+        if self.bar:
+            self.bar.update(kind == "epoch")
+            self.bar.set_postfix_str(f"{self.runs}/{self.planned} runs, {self.latest}")
+        elif time.monotonic() - self.written > 30:
+            self.write()
+
+    def write(self) -> None:
+        """One line for a log."""
+        self.written = time.monotonic()
+        spent = self.written - self.began
+        left = f", {clock(spent * (self.total - self.epochs) / self.epochs)} left" if self.epochs else ""
+        sys.stderr.write(
+            f"{self.label}: {self.runs}/{self.planned} runs, {self.epochs}/{self.total} epochs, {clock(spent)}{left}  {self.latest}\n"
+        )
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """The end."""
+        if self.bar:
+            self.bar.close()
+        else:
+            self.write()

@@ -1,0 +1,206 @@
+"""Direct feedback alignment: the error at the network's output is sent to every layer at once, through fixed random matrices.
+
+This is the one rule here that is not layer-wise. At each tap the graph is cut; when the output error arrives, one autograd function
+hands every tap its own copy, B_l e. No error travels down layer by layer, so the backward pass computes no dx at all and is cheaper
+than backprop's. Nothing is replaced by hooks: a scaled loss scales every gradient, and a skip path adds its own error by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import layers as L
+from .errors import UserError
+from .rules import RULES, Rule, bernoulli, rms, uniform
+
+
+@dataclass(frozen=True)
+class DFA(Rule):
+    """Direct feedback alignment with the error e = dloss/dlogits.
+
+    .. math:: dx_l = B_l^T e
+
+    Replaces the error at the *input* of every convolution and linear layer, the output layer included; normalisation,
+    activation and pooling below a tap are exact, and a skip adds its own error. ``B_l`` is (classes, in) for a linear layer and a
+    kernel (classes, in, kh, kw) for a convolution, where e is spread over the output map and sent through the transposed
+    convolution with the layer's own geometry. This is the DFA of p3's figures; it is *not* Nokland's dense matrix.
+
+    Args:
+        classes: length of the output error (default 0: that of the network's last linear or convolutional layer).
+        init: scale of B_l. ``"match"``: the RMS of the layer's own W at conversion; ``"xavier"``: Xavier on B_l's shape (p3's).
+        density: fraction of entries of B_l that exist, without rescaling.
+
+    ``feedback_weight`` raises and ``alignment`` leaves its layers out: no kernel of W's shape exists.
+    Source: Nokland 2016 (arXiv 1609.01596); this form: authors' code of p3 (a fork of BioTorch).
+    """
+
+    name = "dfa"
+    equation = "dx_l = B_l^T e, e the error at the network's output"
+    source = "Nokland 2016; Li & Benna 2024 (this form)"
+
+    classes: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm != "fixed" or self.clamp_forward:
+            raise UserError("dfa has no kernel of W's shape, so norm and clamp_forward do not apply")
+
+    def attach(self, net: nn.Module, layers: dict[str, nn.Module], seed: int) -> Callable[[], None]:
+        """Draw B_l for every layer; the function returned puts them in place and hooks the network's two ends."""
+        classes = self.classes or next(reversed(layers.values())).weight.shape[0]
+        tape = Tape()
+        feedback = {name: DirectFeedback(self, m, name, seed, classes, tape) for name, m in layers.items()}
+
+        def attach() -> None:
+            for name, layer in layers.items():
+                L.put_on(layer, feedback[name], DirectLinear if isinstance(layer, nn.Linear) else DirectConv2d)
+            tape.put_on(net)
+
+        return attach
+
+
+class Tape:
+    """What one forward pass tapped: pairs of (tapped input, spread matrix), between the network's two ends."""
+
+    def __init__(self) -> None:
+        self.taps: list[tuple[Tensor, Tensor]] = []
+        self.recording = False
+        self.handles: list[Any] = []
+
+    def put_on(self, net: nn.Module) -> None:
+        """Hook the network's entry and exit."""
+        self.handles = [net.register_forward_pre_hook(self.open), net.register_forward_hook(self.close)]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def open(self, net: nn.Module, args: Any) -> None:
+        """Start a pass."""
+        self.taps, self.recording = [], True
+
+    def close(self, net: nn.Module, args: Any, out: Any) -> Any:
+        """End a pass: the output error will go to every tap."""
+        taps, self.taps, self.recording = self.taps, [], False
+        if not taps:
+            return out
+        if not isinstance(out, Tensor):
+            raise UserError(f"dfa needs a network whose output is one tensor, not {type(out).__name__}")
+        if out.shape[-1] != taps[0][1].shape[0]:
+            raise UserError(f"dfa: the output has {out.shape[-1]} entries, its feedback {taps[0][1].shape[0]}; "
+                            f"convert(..., classes={out.shape[-1]})")  # fmt: skip
+        return _Broadcast.apply(out, len(taps), *(x for x, _ in taps), *(S for _, S in taps))
+
+
+class _Broadcast(torch.autograd.Function):
+    """Identity on the logits; backward also sends e S_l to every tap."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, n: int, *taps: Tensor) -> Tensor:
+        ctx.shapes = [x.shape for x in taps[:n]]
+        ctx.save_for_backward(*taps[n:])
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
+        sent = []
+        for shape, S in zip(ctx.shapes, ctx.saved_tensors):
+            d = e @ S.flatten(1).to(e.dtype)
+            if d.dim() == len(shape):  # one error for each position of a linear layer, or none but the batch
+                d = d.reshape(shape)
+            elif S.dim() == 2:  # tokens share the error of their sample
+                d = d.reshape(shape[0], *[1] * (len(shape) - 2), shape[-1]).expand(shape)
+            else:
+                d = d.reshape(shape)
+            sent.append(d)
+        return e, None, *sent, *(None for _ in sent)
+
+
+class DirectFeedback(nn.Module):
+    """What a layer under DFA keeps beside its own parameters: its B and the network's tape."""
+
+    def __init__(self, rule: DFA, layer: nn.Module, name: str, seed: int, classes: int, tape: Tape) -> None:
+        super().__init__()
+        self.rule, self.layer_name, self.tape = rule, name, tape
+        W = layer.weight.detach()
+        inputs = W.shape[1] * getattr(layer, "groups", 1)
+        shape, receptive = (classes, inputs, *W.shape[2:]), W[0, 0].numel()
+        match rule.init:
+            case "match":
+                std = rms(W)
+            case "xavier":
+                std = math.sqrt(2 / ((classes + inputs) * receptive))
+            case "kaiming":
+                std = math.sqrt(1 / (3 * inputs * receptive))
+            case number:
+                std = float(number)
+        gen = L.generator(seed, name)
+        B = uniform(shape, std, W, gen)
+        self.register_buffer("B", B if rule.density == 1 else B * bernoulli(shape, rule.density, W, gen))
+        self.exact = False
+        self.backward_ran = self.traced = False
+        self._spread: dict[Any, Tensor] = {}
+
+    def tap(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """Cut the graph at the layer's input, to be handed B e when the output error is known."""
+        if self.exact or not torch.is_grad_enabled():
+            return x
+        self.traced = True
+        if not self.tape.recording:
+            raise RuntimeError(f"layer {self.layer_name!r} is under dfa: call the whole network that was converted, not a part of it")
+        if x.requires_grad:
+            self.tape.taps.append((x, self.B if x.dim() == 2 or isinstance(layer, nn.Linear) else self.spread(layer, x)))
+        return x.detach()
+
+    def spread(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        """(classes, in, h, w): where a unit error of each class goes, made once for each input size."""
+        size = tuple(x.shape[-2:])
+        if size not in self._spread:
+            left, right, top, bottom = layer._reversed_padding_repeated_twice
+            classes, inputs, *kernel = self.B.shape
+            h, w = size[0] + top + bottom, size[1] + left + right
+            grown = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip((h, w), layer.dilation, kernel, layer.stride)]
+            ones = self.B.new_ones(1, classes, *grown)
+            like = self.B.new_empty(1, classes * inputs, h, w)
+            op = L.ConvMap(layer.stride, (0, 0), layer.dilation, classes)  # a group a class
+            S = op.transpose(ones, self.B, like).view(classes, inputs, h, w)
+            self._spread[size] = S[..., top : h - bottom, left : w - right].contiguous()
+        return self._spread[size]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DirectFeedback:
+        self._spread = {}
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._spread = {}
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class DirectLinear(L._Converted, nn.Linear):
+    """``nn.Linear`` under DFA; made by ``convert``, never constructed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (..., in) -> (..., out)."""
+        return super().forward(self.feedback.tap(x, self))
+
+
+class DirectConv2d(L._Converted, nn.Conv2d):
+    """``nn.Conv2d`` under DFA; made by ``convert``, never constructed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (n, in, h, w), as ``nn.Conv2d``."""
+        return super().forward(self.feedback.tap(x, self))
+
+
+RULES["dfa"] = DFA

@@ -1,0 +1,502 @@
+"""Put a learning rule on a network: the one autograd function, ``convert``, and the once-per-step hook.
+
+Conversion changes a layer's class in place and adds one submodule, ``layer.feedback``, that holds the rule and its tensors. The
+parameters, their names, hooks, device, dtype and mode stay; an optimizer made before still holds the live weights. In the backward
+pass the kernel takes the weight's place in a single ``convolution_backward`` call, which returns dx through the kernel together
+with the exact dW and db, at the price of plain backprop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from . import rules
+from .errors import UserError
+from .rules import Rule
+
+# ------------------------------------------------------------------------------------ a layer's linear map
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """y = K x on the last axis. Shapes: x (..., in), y (..., out), K (out, in)."""
+
+    groups = 1
+
+    def forward(self, x: Tensor, K: Tensor, bias: Tensor | None = None) -> Tensor:
+        """K x (+ bias)."""
+        return F.linear(x, K, bias)
+
+    def transpose(self, y: Tensor, K: Tensor, like: Tensor) -> Tensor:
+        """K^T y, of the shape of ``like``."""
+        return y @ K
+
+    def correlate(self, x: Tensor, y: Tensor, like: Tensor | None = None) -> Tensor:
+        """sum y x^T over all leading axes: the gradient of <y, K x> by K."""
+        return y.reshape(-1, y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+    def backward(self, dy: Tensor, x: Tensor, K: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
+        """(K^T dy, dW, db) where ``mask`` asks for them."""
+        return (
+            dy @ K if mask[0] else None,
+            self.correlate(x, dy) if mask[1] else None,
+            dy.reshape(-1, dy.shape[-1]).sum(0) if mask[2] else None,
+        )
+
+
+@dataclass(frozen=True)
+class ConvMap:
+    """y = K * x, a 2-D cross-correlation. Shapes: x (n, in, h, w), y (n, out, h', w'), K (out, in / groups, kh, kw)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def forward(self, x: Tensor, K: Tensor, bias: Tensor | None = None) -> Tensor:
+        """K * x (+ bias)."""
+        return F.conv2d(x, K, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def transpose(self, y: Tensor, K: Tensor, like: Tensor) -> Tensor:
+        """Transposed convolution of y, of the shape of ``like``."""
+        return self.backward(y, like, K, [True, False, False])[0]
+
+    def correlate(self, x: Tensor, y: Tensor, like: Tensor) -> Tensor:
+        """The gradient of <y, K * x> by K, of the shape of ``like``."""
+        return self.backward(y, x, like, [False, True, False])[1]
+
+    def backward(self, dy: Tensor, x: Tensor, K: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
+        """(transposed convolution of dy by K, dW, db) where ``mask`` asks for them, in one call."""
+        return torch.ops.aten.convolution_backward(
+            dy, x, K, [K.shape[0]], self.stride, self.padding, self.dilation, False, (0, 0), self.groups, mask
+        )
+
+
+# ------------------------------------------------------------------------------------ the autograd function
+
+
+class _Local(torch.autograd.Function):
+    """Forward y = W x + b; backward through the rule's kernel. State tensors come last and get the rule's gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, feedback: Feedback, *state: Tensor) -> Tensor:
+        ctx.feedback = feedback
+        ctx.save_for_backward(x, W, *state)
+        return feedback.op.forward(x, W.to(x.dtype), b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        fb = ctx.feedback
+        x, W, *state = ctx.saved_tensors
+        need_x, need_W, need_b, _, *need_state = ctx.needs_input_grad
+        rule, op, learns = fb.rule, fb.op, any(need_state)
+        known = dict(zip(fb.names, state), W=W, op=op, dy=dy, x=x)
+        dx = None
+        if need_x and fb.transport_args:
+            dx = rule.transport(**{n: known[n] for n in fb.transport_args})
+        K = fb.kernel_from(known).to(dy.dtype) if need_x and dx is None else W.to(dy.dtype)
+        mask = [need_x and dx is None, need_W or (learns and "dW" in fb.grad_args), need_b]
+        through, dW, db = op.backward(dy, x, K, mask)
+        if dW is not None:
+            known["dW"] = dW = dW.to(W.dtype)
+        grads: dict[str, Tensor] = {}
+        if learns:
+            if "y" in fb.grad_args:
+                known["y"] = op.forward(x, W.to(x.dtype))
+            grads = rule.feedback_grad(**{n: known[n] for n in fb.grad_args})
+        fb.mark_backward()
+        return (
+            through if dx is None else dx,
+            dW if need_W else None,
+            db,
+            None,
+            *(grads[n] if need else None for n, need in zip(fb.names, need_state)),
+        )
+
+
+@lru_cache(maxsize=None)
+def _arguments(method: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``names`` that a rule's method asks for; an argument that nothing can fill raises."""
+    wanted = inspect.signature(method).parameters
+    for name, p in list(wanted.items())[1:]:
+        if name not in names and p.default is p.empty:
+            raise UserError(f"{method.__qualname__} asks for {name!r}; it can have {', '.join(names)}")
+    return tuple(n for n in wanted if n in names)
+
+
+class Feedback(nn.Module):
+    """What a converted layer keeps beside its own parameters: ``layer.feedback``.
+
+    Buffers and parameters carry the names that the rule gave them (``layer.feedback.B``, ...).
+    """
+
+    def __init__(self, rule: Rule, op: LinearMap | ConvMap, layer: nn.Module, name: str, seed: int) -> None:
+        super().__init__()
+        self.rule, self.op, self.layer_name, self.seed = rule, op, name, seed
+        W = layer.weight.detach()
+        state = rule.draw(op, W, generator(seed, name))
+        for key, value in state.items():
+            if key in rule.learned:
+                self.register_parameter(key, nn.Parameter(value))
+            else:
+                self.register_buffer(key, value)
+        self.names = tuple(state)
+        self.kernel_args = _arguments(type(rule).kernel, ("W", *state))
+        local = ("W", "op", "x", "y", "dy", "dW", *state)
+        self.grad_args = _arguments(type(rule).feedback_grad, local) if rule.learned else ()
+        transport = getattr(type(rule), "transport", None)
+        self.transport_args = _arguments(transport, ("W", "op", "x", "dy", *state)) if transport else ()
+        if rule.clamp_forward:
+            self.register_buffer("forward_norm", torch.linalg.vector_norm(W))
+        self.exact = False  # True: plain backprop for the moment (fa.exact_backprop)
+        self.backward_ran = self.traced = False
+        self.steps_alone = 0  # optimizer steps of the weight without its learned feedback
+
+    def forward(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """The layer's output, y = W x + b; x, W, b as the layer holds them."""
+        if torch.compiler.is_compiling():
+            self.traced = True
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, b = x.to(dtype), b if b is None else b.to(dtype)
+        return _Local.apply(x, W, b, self, *(getattr(self, n) for n in self.names))
+
+    def kernel(self, W: Tensor) -> Tensor:
+        """The effective kernel, of W's shape."""
+        return self.kernel_from({"W": W, **{n: getattr(self, n) for n in self.names}})
+
+    def kernel_from(self, known: dict[str, Any]) -> Tensor:
+        """The effective kernel from tensors at hand."""
+        K = self.rule.kernel(**{n: known[n] for n in self.kernel_args})
+        if self.rule.norm == "track":
+            K = K * (torch.linalg.vector_norm(known["W"]) / torch.linalg.vector_norm(K))
+        return K
+
+    def mark_backward(self) -> None:
+        """Note that the layer's own backward ran (the check of :func:`_watch` reads it)."""
+        if not torch.compiler.is_compiling():
+            self.backward_ran = True
+
+
+def generator(seed: int, *labels: object) -> torch.Generator:
+    """A CPU generator of its own for (seed, labels), so that no draw depends on what was drawn before."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *labels))).encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+# ------------------------------------------------------------------------------------ converted layers
+
+
+class _Converted:
+    """What the converted classes share: they watch their weight, also after a deepcopy."""
+
+    feedback: Feedback
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _watch(self)
+
+
+class FeedbackLinear(_Converted, nn.Linear):
+    """``nn.Linear`` whose error goes down through ``self.feedback``; made by :func:`convert`, never constructed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (..., in) -> (..., out), as ``nn.Linear``."""
+        if self.feedback.exact or not torch.is_grad_enabled():
+            return super().forward(x)
+        return self.feedback.forward(x, self.weight, self.bias)
+
+
+class FeedbackConv2d(_Converted, nn.Conv2d):
+    """``nn.Conv2d`` whose error goes down through ``self.feedback``; made by :func:`convert`, never constructed."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Shapes: x (n, in, h, w) or (in, h, w), as ``nn.Conv2d``."""
+        if self.feedback.exact or not torch.is_grad_enabled():
+            return super()._conv_forward(x, weight, bias)
+        pad = _explicit_padding(self)
+        if pad:  # an ordinary operation before the layer's linear map; autograd sends the error through it exactly
+            x = F.pad(x, pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        if x.dim() == 3:
+            return self.feedback.forward(x.unsqueeze(0), weight, bias).squeeze(0)
+        return self.feedback.forward(x, weight, bias)
+
+
+def _explicit_padding(layer: nn.Conv2d) -> list[int]:
+    """Padding to apply before the convolution: that of a padding mode, or "same" where its two sides differ; else []."""
+    sides = layer._reversed_padding_repeated_twice
+    uneven = isinstance(layer.padding, str) and sides[0::2] != sides[1::2]
+    return sides if layer.padding_mode != "zeros" or uneven else []
+
+
+def _linear_map(layer: nn.Module) -> LinearMap | ConvMap:
+    if isinstance(layer, nn.Linear):
+        return LinearMap()
+    if _explicit_padding(layer):
+        padding = (0, 0)
+    elif isinstance(layer.padding, str):  # even sides; the list runs from the last axis
+        padding = (layer._reversed_padding_repeated_twice[2], layer._reversed_padding_repeated_twice[0])
+    else:
+        padding = layer.padding
+    return ConvMap(layer.stride, padding, layer.dilation, layer.groups)
+
+
+def _watch(layer: nn.Module) -> None:
+    """Raise when the weight gets a gradient that the layer's own backward did not make.
+
+    Such a layer's parent reads ``layer.weight`` and goes around its forward: it would train by backprop, unnoticed.
+    """
+    fb = layer.feedback
+    if fb.rule.learned:
+        _unheld.add(layer)
+        _register_hooks()
+    if fb.rule.clamp_forward:
+        _stepping.add(layer)
+        _register_hooks()
+    if not layer.weight.requires_grad:
+        return
+    ref = weakref.ref(layer)
+
+    def check(weight: Tensor) -> None:
+        layer = ref()
+        fb = getattr(layer, "feedback", None)
+        if fb is None or fb.exact:
+            return
+        if not (fb.backward_ran or fb.traced):
+            raise RuntimeError(
+                f"the weight of layer {fb.layer_name!r} got a gradient, but the layer's own backward did not run: another module "
+                f"reads it directly, so that it would train by backprop; leave it out with convert(..., skip=[{fb.layer_name!r}])"
+            )
+        fb.backward_ran = False
+
+    _watches[layer] = layer.weight.register_post_accumulate_grad_hook(check)
+
+
+# ------------------------------------------------------------------------------------ once per optimizer step
+
+_watches: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # layer -> handle of its check
+_unheld: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose learned feedback no optimizer has stepped yet
+_stepping: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers with something to do after every step
+_hooks: list[Any] = []
+
+
+def _register_hooks() -> None:
+    """One pair of global optimizer hooks, made by the first layer that needs it; never at import."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Learned feedback must be in an optimizer, and implicit feedback in one that moves it as it moves W."""
+    if not _unheld:
+        return
+    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    lacking = 0
+    for layer in list(_unheld):
+        fb, W = layer.feedback, id(layer.weight)
+        learned = [id(p) for p in fb.parameters()]
+        if all(p in group_of for p in learned):
+            if fb.rule.sgd_only and not (type(optimizer) is torch.optim.SGD and {group_of[p] for p in learned} == {group_of.get(W)}):
+                raise RuntimeError(
+                    f"implicit feedback of layer {fb.layer_name!r} is exact only for torch.optim.SGD with the weight and its "
+                    f"feedback in one parameter group, not {type(optimizer).__name__}; convert with implicit=False"
+                )
+            _unheld.discard(layer)
+        elif W in group_of:
+            lacking += fb.steps_alone > 0
+            fb.steps_alone += 1
+    if lacking:
+        raise RuntimeError(
+            f"no optimizer holds the feedback of {lacking} layers; convert first, or "
+            f"optimizer.add_param_group({{'params': fa.feedback_parameters(net)}})"
+        )
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if _stepping:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for layer in list(_stepping):
+            if id(layer.weight) in held:
+                _step(layer)
+
+
+@torch.no_grad()
+def _step(layer: nn.Module) -> None:
+    fb, W = layer.feedback, layer.weight
+    if fb.rule.clamp_forward:
+        W.mul_(fb.forward_norm / torch.linalg.vector_norm(W))
+
+
+def after_step(net: nn.Module) -> None:
+    """Do once what follows an optimizer step, for loops without a ``torch.optim`` optimizer or with a captured graph.
+
+    Ordinary optimizers need no such call: converted layers hear of their steps by themselves.
+    """
+    for layer in converted(net).values():
+        if layer in _stepping:
+            _step(layer)
+
+
+# ------------------------------------------------------------------------------------ conversion
+
+_CONVERTED = {nn.Linear: FeedbackLinear, nn.Conv2d: FeedbackConv2d}
+
+_REFUSED = (  # layers with a matrix that errors pass through, for which there is no feedback here
+    nn.modules.conv._ConvNd,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    nn.modules.lazy.LazyModuleMixin,
+)
+
+
+def converted(net: nn.Module) -> dict[str, nn.Module]:
+    """Qualified name -> converted layer, in the order of the network's modules."""
+    return {name: m for name, m in net.named_modules() if isinstance(m, _Converted)}
+
+
+def _targets(net: nn.Module, skip: Iterable[str]) -> dict[str, nn.Module]:
+    """The layers to convert; raises for what cannot be, all at once."""
+    skip = set(skip)
+    names = {name for name, _ in net.named_modules()}
+    if unknown := skip - names:
+        raise UserError(f"skip names no module: {', '.join(sorted(unknown))}")
+    holders: dict[int, list[str]] = {}
+    for name, module in net.named_modules():
+        for p in module.parameters(recurse=False):
+            holders.setdefault(id(p), []).append(name)
+    found, problems = {}, []
+    for name, m in net.named_modules():
+        if any(name == s or name.startswith(s + ".") for s in skip):
+            continue
+        if not isinstance(m, (nn.Linear, nn.Conv2d)):
+            if isinstance(m, _REFUSED):
+                problems.append(f"{name or 'the root'} ({type(m).__name__}: no feedback for this kind of layer)")
+            continue
+        if isinstance(m, nn.modules.lazy.LazyModuleMixin):
+            problems.append(f"{name} (lazy: run the network once first)")
+        elif type(m) not in _CONVERTED and not isinstance(m, _Converted):
+            problems.append(f"{name} ({type(m).__name__}: a subclass with behaviour of its own)")
+        elif not isinstance(m._parameters.get("weight"), nn.Parameter):
+            problems.append(f"{name} (its weight is computed from other parameters)")
+        elif len(holders[id(m.weight)]) > 1:
+            problems.append(f"{name} (its weight is tied: {', '.join(holders[id(m.weight)])})")
+        else:
+            found[name] = m
+    if problems:
+        raise UserError(f"cannot convert {'; '.join(problems)}; leave them to backprop with skip=[...]")
+    if not found:
+        raise UserError("nothing to convert: the network has no nn.Linear and no nn.Conv2d")
+    return found
+
+
+def convert(net: nn.Module, rule: str | Rule, *, seed: int = 0, skip: Iterable[str] = (), **options: Any) -> nn.Module:
+    """Put a learning rule on every ``nn.Linear`` and ``nn.Conv2d`` of a network, in place; returns the network.
+
+    An ordinary training loop then trains under the rule. The forward pass, the parameters and their names stay as they are.
+    A network that already has a rule loses it first. ``convert(net, "bp")`` leaves plain backprop.
+
+    Args:
+        net: any module, also a single layer.
+        rule: a name of :data:`fa.RULES`, or a rule object.
+        seed: of the feedback's random draws (default 0). Every layer draws from a generator of its own, made of this seed and
+            the layer's name; the global generator is not touched.
+        skip: qualified names of modules that stay plain backprop, with all that is inside them.
+        options: the rule's own, e.g. ``expansion=10`` for ``pfa``.
+
+    Raises:
+        UserError: unknown rule or option; a layer that cannot be converted, by name (tied or computed weights, subclasses,
+            transposed, recurrent and lazy layers). Nothing is changed then.
+
+    Example:
+        >>> net = fa.convert(torch.nn.Linear(4, 2), "fa", seed=1)
+        >>> fa.feedback_weight(net).shape
+        torch.Size([2, 4])
+    """
+    r = rules.rule(rule, **options) if isinstance(rule, str) else rule
+    if not isinstance(r, Rule):
+        raise UserError(f"rule must be a name of fa.RULES or a fa.Rule, not {type(rule).__name__}")
+    if r.name == "bp":
+        return revert(net)
+    layers = _targets(net, skip)
+    attach = r.attach(net, layers, seed) if hasattr(r, "attach") else _attach(r, layers, seed)  # draws all, changes nothing
+    revert(net)
+    attach()
+    return net
+
+
+def _attach(rule: Rule, layers: dict[str, nn.Module], seed: int) -> Callable[[], None]:
+    """Draw the feedback of every layer; the function returned puts it in place."""
+    feedback = {name: Feedback(rule, _linear_map(m), m, name, seed) for name, m in layers.items()}
+
+    def attach() -> None:
+        for name, layer in layers.items():
+            put_on(layer, feedback[name], _CONVERTED[type(layer)])
+
+    return attach
+
+
+def put_on(layer: nn.Module, feedback: nn.Module, cls: type) -> None:
+    """Change the layer's class in place and give it its feedback."""
+    feedback.train(layer.training)
+    layer.feedback = feedback
+    layer.__class__ = cls
+    _watch(layer)
+
+
+def revert(net: nn.Module) -> nn.Module:
+    """Take every rule off the network, in place; returns it. The same as ``convert(net, "bp")``."""
+    for layer in converted(net).values():
+        if handle := _watches.pop(layer, None):
+            handle.remove()
+        _unheld.discard(layer)
+        _stepping.discard(layer)
+        if hasattr(layer.feedback, "tape"):
+            layer.feedback.tape.remove()
+        del layer.feedback
+        layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    return net
+
+
+def feedback_parameters(net: nn.Module) -> list[nn.Parameter]:
+    """The learned feedback of a converted network, for an optimizer made before the conversion."""
+    return [p for layer in converted(net).values() for p in layer.feedback.parameters()]
+
+
+def param_groups(net: nn.Module, lr: float, weight_decay: float = 0.0, feedback_lr: float | None = None) -> list[dict[str, Any]]:
+    """Parameter groups with each rule's right defaults.
+
+    Feedback that follows W's own update (kp, pfa, pfa_o) shares its learning rate and decay: the mismatch vanishes only if both
+    decay alike. Rules whose gradient holds a decay of its own (wm, ia, sa, aa) get none from the optimizer, which would shift
+    their fixed point.
+
+    Args:
+        net: a network, converted or not.
+        lr: learning rate of everything, or of all but own-decay feedback if ``feedback_lr`` is given.
+        weight_decay: of everything but own-decay feedback (default 0, as ``torch.optim.SGD``).
+        feedback_lr: learning rate of own-decay feedback (default: ``lr``).
+
+    Returns:
+        One group, or two where there is own-decay feedback.
+    """
+    own = {id(p) for m in converted(net).values() if m.feedback.rule.own_decay for p in m.feedback.parameters()}
+    groups = [{"params": [p for p in net.parameters() if id(p) not in own], "lr": lr, "weight_decay": weight_decay}]
+    if own:
+        rest = [p for p in net.parameters() if id(p) in own]
+        groups.append({"params": rest, "lr": lr if feedback_lr is None else feedback_lr, "weight_decay": 0.0})
+    return groups

@@ -1,0 +1,149 @@
+"""Measures of alignment: of weights, of the error one layer sends down, and of the whole network's gradients.
+
+Three angles share a name in the literature and are kept apart here: between W and its feedback (*weight* or *path* angle);
+between the errors that the two send down from the *same* error above (*local*); and between what a layer gets under the rule
+and under exact backprop of the whole network (*global*).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .layers import Feedback, converted
+
+
+def angle(a: Tensor, b: Tensor) -> float:
+    """Angle in degrees between two tensors of one shape, flattened, in float64; nan where one is zero."""
+    a, b = a.detach().double().flatten(), b.detach().double().flatten()
+    cosine = a @ b / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+    return torch.rad2deg(torch.arccos(cosine.clip(-1, 1))).item()
+
+
+def sample_angle(a: Tensor, b: Tensor) -> float:
+    """Mean over the first axis of the angles in degrees between corresponding samples; samples with a zero vector are left out."""
+    a, b = a.detach().double().flatten(1), b.detach().double().flatten(1)
+    cosine = (a * b).sum(1) / (torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1))
+    return torch.rad2deg(torch.arccos(cosine.clip(-1, 1))).nanmean().item()
+
+
+def feedback_weight(layer: nn.Module) -> Tensor:
+    """The effective kernel that carries the error through a converted layer, of the shape of ``layer.weight``; detached.
+
+    Raises:
+        UserError: a layer that is not converted, or is under dfa, which has no kernel of W's shape.
+    """
+    feedback = getattr(layer, "feedback", None)
+    if not isinstance(feedback, Feedback):
+        why = "is under dfa, which has no kernel of its weight's shape" if feedback else "has no feedback; convert the network first"
+        raise UserError(f"{type(layer).__name__} {why}")
+    with torch.no_grad():
+        return feedback.kernel(layer.weight).detach()
+
+
+def alignment(net: nn.Module) -> pd.DataFrame:
+    """How the feedback of every layer resembles its weight.
+
+    Returns:
+        One row a converted layer, in order from the input: ``layer`` (qualified name), ``depth`` (1, 2, ...), ``angle_deg`` =
+        angle(W, B_eff) in degrees, ``norm_ratio`` = ||B_eff|| / ||W||, ``sign_concordance`` = fraction of entries of equal sign,
+        ``weight_norm`` = ||W|| (Frobenius); computed in float64. Layers under dfa are left out.
+    """
+    rows = []
+    for depth, (name, layer) in enumerate(converted(net).items(), 1):
+        if not isinstance(layer.feedback, Feedback):
+            continue
+        W, K = layer.weight.detach().double(), feedback_weight(layer).double()
+        rows.append({
+            "layer": name,
+            "depth": depth,
+            "angle_deg": angle(W, K),
+            "norm_ratio": (torch.linalg.vector_norm(K) / torch.linalg.vector_norm(W)).item(),
+            "sign_concordance": (W.sign() == K.sign()).double().mean().item(),
+            "weight_norm": torch.linalg.vector_norm(W).item(),
+        })  # fmt: skip
+    return pd.DataFrame(rows, columns=["layer", "depth", "angle_deg", "norm_ratio", "sign_concordance", "weight_norm"])
+
+
+@contextmanager
+def exact_backprop(net: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the network's backward pass is plain backprop, whatever its rule; feedback is left as it is."""
+    layers = list(converted(net).values())
+    for layer in layers:
+        layer.feedback.exact = True
+    try:
+        yield net
+    finally:
+        for layer in layers:
+            layer.feedback.exact = False
+
+
+def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> pd.DataFrame:
+    """Angles between what every layer gets under the rule and under exact backprop, on one batch; changes nothing.
+
+    Args:
+        net: a converted network; its mode (train or eval) is kept and its buffers, e.g. running statistics, are restored.
+        x: inputs (n, ...).
+        y: targets, as ``loss`` takes them.
+        loss: (output, target) -> scalar.
+
+    Returns:
+        One row a converted layer: ``layer``, ``depth``, and in degrees ``delta_angle_local_deg`` (the error at the layer's input
+        through B_eff against that through W, from the same error at its output; nan under dfa), ``delta_angle_global_deg`` (the
+        error at the layer's output under the rule against exact backprop through the whole network), both means over
+        samples, and ``grad_angle_global_deg`` (the batch's dW under the rule against exact backprop).
+    """
+    layers = converted(net)
+    buffers = {k: v.clone() for k, v in net.named_buffers()}
+
+    def backward() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        inputs, outputs, handles = {}, {}, []
+        for name, layer in layers.items():
+            def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
+                inputs[name], outputs[name] = args[0].detach(), out  # fmt: skip
+            handles.append(layer.register_forward_hook(keep))
+        try:
+            with torch.enable_grad():
+                value = loss(net(x), y)
+                names = list(outputs)
+                wanted = [outputs[n] for n in names] + [layers[n].weight for n in names]
+                grads = torch.autograd.grad(value, wanted)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return inputs, dict(zip(names, grads)), dict(zip(names, grads[len(names) :]))
+
+    try:
+        inputs, delta, dW = backward()
+        with exact_backprop(net):
+            _, delta_bp, dW_bp = backward()
+    finally:
+        with torch.no_grad():
+            for k, v in net.named_buffers():
+                v.copy_(buffers[k])
+    rows = []
+    for depth, (name, layer) in enumerate(layers.items(), 1):
+        if name not in delta:
+            continue
+        local = float("nan")
+        if isinstance(layer.feedback, Feedback):
+            with exact_backprop(layer), torch.enable_grad():
+                probe = inputs[name].clone().requires_grad_()
+                out = layer(probe)
+            through_W = torch.autograd.grad(out, probe, delta[name])[0]
+            with torch.enable_grad():
+                out = layer(probe)
+            local = sample_angle(torch.autograd.grad(out, probe, delta[name])[0], through_W)
+        rows.append({
+            "layer": name,
+            "depth": depth,
+            "delta_angle_local_deg": local,
+            "delta_angle_global_deg": sample_angle(delta[name], delta_bp[name]),
+            "grad_angle_global_deg": angle(dW[name], dW_bp[name]),
+        })  # fmt: skip
+    return pd.DataFrame(rows)

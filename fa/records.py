@@ -1,0 +1,216 @@
+"""Where results live: the run store, the result tables (records), and the published values beside them.
+
+A run is a folder ``$FA_RUNS/MODE/EXPERIMENT/RUN`` (default ``data/runs``). A record is one long table for each experiment,
+``data/records/EXPERIMENT.csv`` with a sidecar ``.json``; a quick table goes to ``build/quick``. Everything is written under a
+temporary name, synced and renamed, so that nothing is ever half there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from .errors import UserError
+from .paths import ROOT
+
+COLUMNS = ["run", "rule", "seed", "epoch", "layer", "depth", "metric", "value"]
+"""Columns of every record; one for each swept parameter follows ``seed``."""
+
+REFERENCE_COLUMNS = ["paper", "figure", "rule", "seed", "epoch", "layer", "metric", "value", "sd", "n", "source"]
+"""Columns of every table of published values; one for each swept parameter may stand beside them."""
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file whole or not at all: temporary name, sync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with open(temporary, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    return path
+
+
+# ------------------------------------------------------------------------------------ run store
+
+
+def runs_root() -> Path:
+    """``$FA_RUNS`` (a relative path is taken from the repository's root) or ``data/runs``."""
+    return ROOT / os.environ.get("FA_RUNS", "data/runs")
+
+
+class Folder:
+    """The folder of one run: ``config.json``, and ``metrics.csv`` with ``status.json`` once finished, ``checkpoint.pt`` before."""
+
+    def __init__(self, mode: str, config: Any) -> None:
+        self.config = config
+        self.path = runs_root() / mode / config.experiment / config.run
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is done; the status is the last file written."""
+        return (self.path / "status.json").exists()
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """State, seconds, environment."""
+        return json.loads((self.path / "status.json").read_text())
+
+    def table(self) -> pd.DataFrame:
+        """The run's rows, with its identity and swept parameters as columns."""
+        rows = pd.read_csv(self.path / "metrics.csv", keep_default_na=False, na_values={"depth": [""], "value": [""]})
+        for column, value in {"run": self.config.run, "rule": self.config.rule, **self.config.swept}.items():
+            rows[column] = value
+        if "seed" not in rows:
+            rows["seed"] = self.config.seed
+        return rows
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The latest checkpoint on the CPU, or None; one that does not match its checksum raises."""
+        path = self.path / "checkpoint.pt"
+        if not path.exists():
+            return None
+        digest, _, payload = path.read_bytes().partition(b"\n")
+        if hashlib.sha256(payload).hexdigest().encode() != digest:
+            raise UserError(f"{path} does not match its checksum; delete it to train that run from its beginning")
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint: a line with the sha256 of what follows, then what ``torch.save`` makes of the state."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        payload = buffer.getvalue()
+        self._write_config()
+        write_bytes(self.path / "checkpoint.pt", hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+
+    def finish(self, table: pd.DataFrame, status: dict[str, Any]) -> None:
+        """Write the run's table and status; its checkpoint goes."""
+        self._write_config()
+        write_bytes(self.path / "metrics.csv", table.to_csv(index=False, lineterminator="\n").encode())
+        status = {**status, "environment": environment()}
+        write_bytes(self.path / "status.json", json.dumps(status, indent=1).encode())
+        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[bool]:
+        """Hold the run against other processes; yields False where another one holds it. A process that dies lets go."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "lock", "w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            yield True
+
+    def _write_config(self) -> None:
+        write_bytes(self.path / "config.json", json.dumps(asdict(self.config), indent=1).encode())
+
+
+def environment() -> dict[str, str]:
+    """The software and the machine, for provenance."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "" if gpu else "",
+        "gpu": gpu,
+        "cpu": _cpu(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": commit(),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def commit() -> str:
+    """The repository's commit, with "+" where tracked files differ from it; "" outside a repository."""
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "fa")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+# ------------------------------------------------------------------------------------ records
+
+
+def record_path(experiment: str, mode: str = "record") -> Path:
+    """Where an experiment's table is, or would be: data/records for record and paper, build/quick for quick."""
+    folder = ROOT / ("build/quick" if mode == "quick" else "data/records")
+    packed = folder / f"{experiment}.csv.gz"
+    return packed if packed.exists() else folder / f"{experiment}.csv"
+
+
+def read(experiment: str, mode: str = "record") -> pd.DataFrame:
+    """An experiment's table; ``layer`` is "" for the whole network.
+
+    Raises:
+        UserError: there is no such table.
+    """
+    path = record_path(experiment, mode)
+    if not path.exists():
+        raise UserError(f"there is no {path.relative_to(ROOT)}; set mode='quick' or 'paper' to make it")
+    return pd.read_csv(path, keep_default_na=False, na_values={"depth": [""], "value": [""]}, dtype={"run": str})
+
+
+def sidecar(experiment: str, mode: str = "record") -> dict[str, Any]:
+    """What made the table: configs, statuses, environment, wall seconds, commit, fingerprints.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = record_path(experiment, mode)
+    path = path.with_name(f"{experiment}.json")
+    if not path.exists():
+        raise UserError(f"there is no {path.relative_to(ROOT)}; set mode='quick' or 'paper' to make it")
+    return json.loads(path.read_text())
+
+
+def reference(experiment: str) -> pd.DataFrame:
+    """Published values, in our names and epochs; an empty table where there are none."""
+    path = ROOT / "data" / "reference" / f"{experiment}.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=REFERENCE_COLUMNS)
+    return pd.read_csv(path, keep_default_na=False, na_values={c: [""] for c in ("seed", "epoch", "value", "sd", "n", "expansion", "density")})
+
+
+def write(experiment: str, mode: str, table: pd.DataFrame, about: dict[str, Any]) -> Path:
+    """Write a table, sorted and in fixed column order, and its sidecar; ``.csv.gz`` above 2 MB. Returns the table's path."""
+    swept = [c for c in table.columns if c not in COLUMNS]
+    table = table[[*COLUMNS[:3], *swept, *COLUMNS[3:]]]
+    table = table.sort_values(["rule", "run", "seed", *swept, "epoch", "depth", "metric"], na_position="first", kind="stable")
+    content = table.to_csv(index=False, lineterminator="\n", float_format="%.8g").encode()
+    folder = record_path(experiment, mode).parent
+    for stale in folder.glob(f"{experiment}.csv*"):
+        stale.unlink()
+    if len(content) > 2_000_000:
+        path = write_bytes(folder / f"{experiment}.csv.gz", gzip.compress(content, mtime=0))
+    else:
+        path = write_bytes(folder / f"{experiment}.csv", content)
+    write_bytes(folder / f"{experiment}.json", (json.dumps(about, indent=1, sort_keys=True) + "\n").encode())
+    return path

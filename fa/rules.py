@@ -1,0 +1,383 @@
+"""Every layer-wise learning rule: what carries the error down in place of ``W``, and how that feedback learns.
+
+A rule leaves the forward pass alone. In each converted layer
+
+.. math:: y = W x + b, \\qquad dx = K^T dy, \\qquad dW = dy\\,x^T, \\qquad db = \\sum dy,
+
+where :math:`K` is the rule's *kernel*, of ``W``'s shape (backprop is :math:`K = W`). A rule is a frozen dataclass whose fields
+are its options. It says
+
+* ``draw(op, W, gen)`` - the tensors it keeps, as a dict; those named in ``learned`` become parameters, the others buffers;
+* ``kernel(...)`` - :math:`K`;
+* ``feedback_grad(...)`` - the gradients of what is learned, as a dict, or is left out;
+* ``after_step(...)`` - what changes once per optimizer step, or is left out.
+
+The last three name what they need as arguments: ``W``, any tensor from ``draw``, and in ``feedback_grad`` also ``x`` (the layer's
+input), ``y`` (= W x, without bias), ``dy``, ``dW`` and ``op`` (the layer's linear map: ``forward``, ``transpose``, ``correlate``).
+All of them arrive detached. ``RULES`` maps names to rules and may be extended::
+
+    @dataclass(frozen=True)
+    class Mine(fa.Rule):
+        name, equation, source = "mine", "dx = 2 W^T dy", "our reading"
+        def kernel(self, W): return 2 * W
+
+    fa.RULES["mine"] = Mine
+
+What a rule is *not*: it never sees the loss, another layer, or the optimizer. Direct feedback alignment, which sends the
+output error everywhere at once, is therefore not a layer-wise rule; it has a module of its own (:mod:`fa.dfa`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+# --------------------------------------------------------------------------------------------------- drawing
+
+
+def fans(W: Tensor) -> tuple[int, int]:
+    """(fan_in, fan_out) of a weight of shape (out, in / groups, *kernel), as ``torch.nn.init`` counts them."""
+    receptive = W[0, 0].numel()
+    return W.shape[1] * receptive, W.shape[0] * receptive
+
+
+def rms(W: Tensor) -> float:
+    """Root mean square of the entries of ``W``."""
+    return W.detach().double().square().mean().sqrt().item()
+
+
+def uniform(shape: tuple[int, ...], std: float, like: Tensor, gen: torch.Generator) -> Tensor:
+    """Uniform draw with mean 0 and standard deviation ``std`` on the CPU in float64, then in the dtype and place of ``like``.
+
+    Drawn in float64 so that a float32 and a float64 network share their feedback.
+    """
+    bound = math.sqrt(3.0) * std
+    draw = torch.rand(shape, generator=gen, dtype=torch.float64, device="cpu")
+    return (draw * (2 * bound) - bound).to(like)
+
+
+def bernoulli(shape: tuple[int, ...], density: float, like: Tensor, gen: torch.Generator) -> Tensor:
+    """Mask of ones (with probability ``density``) and zeros."""
+    return (torch.rand(shape, generator=gen, dtype=torch.float64, device="cpu") < density).to(like)
+
+
+def mix(B: Tensor, K: Tensor) -> Tensor:
+    """Channel product B K: ``B`` (..., out/g, mid/g) times ``K`` (mid, in, *kernel) -> (out, in, *kernel), group by group.
+
+    With one group ``B`` is an ordinary (out, mid) matrix and this is ``B @ K`` over the first axis of ``K``.
+    """
+    flat = K.reshape(*B.shape[:-2], B.shape[-1], -1)
+    return (B @ flat).reshape(-1, *K.shape[1:])
+
+
+# --------------------------------------------------------------------------------------------------- base
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A layer-wise learning rule; see the module's head for the contract.
+
+    Args:
+        init: scale of drawn feedback. ``"match"`` (default, ours): uniform with the RMS of ``W`` at conversion, so that the
+            gain is 1; ``"xavier"``: standard deviation sqrt(2 / (fan_in + fan_out)) (p3's figures); ``"kaiming"``:
+            sqrt(1 / (3 fan_in)), torch's default for layers; or a positive number, the standard deviation.
+        density: fraction in (0, 1] of feedback entries that exist (default 1). Masks are drawn once, entry by entry, and the
+            survivors are not rescaled (p3's sparse baselines).
+        norm: ``"fixed"`` (default) leaves the kernel's size alone, ``"track"`` rescales it to the norm of ``W`` at every use
+            (one reading of p1's strict normalisation).
+        clamp_forward: hold ``W`` itself at the norm it had at conversion, after every optimizer step (the other reading of
+            p1's strict normalisation, BioTorch's ``constrain_weights``). Default ``False``.
+    """
+
+    name: ClassVar[str] = ""
+    equation: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    learned: ClassVar[tuple[str, ...]] = ()
+    own_decay: ClassVar[bool] = False  # True: the feedback gradient holds its decay, so the optimizer must add none
+    sgd_only: ClassVar[bool] = False
+
+    init_scale: ClassVar[tuple[str, ...]] = ("match", "xavier", "kaiming")
+
+    init: str | float = "match"
+    density: float = 1.0
+    norm: str = "fixed"
+    clamp_forward: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.init, str) and self.init not in self.init_scale or not isinstance(self.init, str) and self.init <= 0:
+            raise UserError(f"{self.name}: init={self.init!r} is not one of {', '.join(self.init_scale)} or a positive number")
+        if not 0 < self.density <= 1:
+            raise UserError(f"{self.name}: density={self.density!r} must lie in (0, 1]")
+        if self.norm not in ("fixed", "track"):
+            raise UserError(f"{self.name}: norm={self.norm!r} is not one of fixed, track")
+
+    def std(self, W: Tensor) -> float:
+        """Standard deviation that option ``init`` asks for, for feedback of ``W``'s shape."""
+        fan_in, fan_out = fans(W)
+        match self.init:
+            case "match":
+                return rms(W)
+            case "xavier":
+                return math.sqrt(2 / (fan_in + fan_out))
+            case "kaiming":
+                return math.sqrt(1 / (3 * fan_in))
+        return float(self.init)
+
+    def draw(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
+        """Tensors to keep, by name. ``W`` (out, in / groups, *kernel) is the weight at conversion; it is not changed."""
+        return {}
+
+    def kernel(self, W: Tensor) -> Tensor:
+        """What carries the error in place of ``W``, of its shape."""
+        raise NotImplementedError
+
+
+def masked(K: Tensor, mask: Tensor | None) -> Tensor:
+    """``K`` on the entries that exist (all of them where there is no mask)."""
+    return K if mask is None else K * mask
+
+
+@dataclass(frozen=True)
+class FA(Rule):
+    """Feedback alignment: a fixed random matrix carries the error.
+
+    .. math:: dx = B^T dy
+    Source: Lillicrap et al. 2016 (Nat. Commun. 7:13276); for convolutions a random kernel of W's shape (p1 section 1.2).
+    """
+
+    name = "fa"
+    equation = "dx = B^T dy, B fixed and random"
+    source = "Lillicrap et al. 2016; Moskovitz et al. 2018 (convolutions)"
+
+    def draw(self, op, W, gen):
+        B = uniform(W.shape, self.std(W), W, gen)
+        return {"B": B if self.density == 1 else B * bernoulli(W.shape, self.density, W, gen)}
+
+    def kernel(self, B):
+        return B
+
+
+@dataclass(frozen=True)
+class USF(Rule):
+    """Uniform sign-concordant feedback: the signs of W, one magnitude for the whole layer.
+
+    .. math:: dx = s\,\mathrm{sign}(W)^T dy
+
+    Args:
+        scale: the magnitude s. ``"init"`` (default): the RMS of ``W`` at conversion; ``"xavier"``: sqrt(2 / (fan_in +
+            fan_out)) (p3's "SF" and BioTorch); ``"track"``: the RMS of ``W`` now (p1's strict normalisation); or a number.
+
+    Source: Liao et al. 2016 (arXiv 1510.05067); p1 section 1.2; p3 section 2.
+    """
+
+    name = "usf"
+    equation = "dx = s sign(W)^T dy"
+    source = "Liao et al. 2016; Moskovitz et al. 2018; Xiao et al. 2018"
+
+    scale: str | float = "init"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.scale, str) and self.scale not in ("init", "xavier", "track"):
+            raise UserError(f"usf: scale={self.scale!r} is not one of init, xavier, track or a number")
+
+    def draw(self, op, W, gen):
+        match self.scale:
+            case "init" | "track":
+                s = rms(W)
+            case "xavier":
+                s = math.sqrt(2 / sum(fans(W)))
+            case number:
+                s = float(number)
+        state = {"s": torch.tensor(s).to(W)}
+        return state if self.density == 1 else state | {"mask": bernoulli(W.shape, self.density, W, gen)}
+
+    def kernel(self, W, s, mask=None):
+        scale = W.square().mean().sqrt() if self.scale == "track" else s
+        return masked(scale * W.sign(), mask)
+
+
+@dataclass(frozen=True)
+class KP(Rule):
+    """Kolen-Pollack: the feedback receives W's own update and decays as W does.
+
+    .. math:: dx = B^T dy, \qquad dB = dW
+
+    Under equal learning rate, momentum and decay, W - B receives no gradient and only decays, whatever the data.
+    Source: Kolen & Pollack 1994; Akrout et al. 2019 (arXiv 1904.05391); p2 section 2.7.
+    """
+
+    name = "kp"
+    equation = "dx = B^T dy, dB = dW"
+    source = "Kolen & Pollack 1994; Akrout et al. 2019; Kunin et al. 2020"
+    learned = ("B",)
+
+    def draw(self, op, W, gen):
+        B = uniform(W.shape, self.std(W), W, gen)
+        return {"B": B} if self.density == 1 else {"B": B, "mask": bernoulli(W.shape, self.density, W, gen)}
+
+    def kernel(self, B, mask=None):
+        return masked(B, mask)
+
+    def feedback_grad(self, dW):
+        return {"B": dW}
+
+
+@dataclass(frozen=True)
+class PFA(Rule):
+    """Product feedback alignment: the error passes a population of ``expansion * out`` units, B fixed, R learned.
+
+    .. math:: dx = (B R)^T dy, \qquad dR = B^T dW
+
+    By linearity the drawn path, error -> population -> layer below, is one pass with the product kernel, and the Hebbian
+    gradient of R (population activity times presynaptic activity) is B^T dW. ``B`` is (out, expansion * out), uniform with
+    E[B B^T] = I; ``R`` is (expansion * out, in, *kernel). In a grouped convolution B mixes within each group (ours; the
+    authors' code mixes all channels).
+
+    Args:
+        expansion: size of the population relative to the layer's outputs (default 10, the paper's everywhere); ``expansion *
+            out`` is rounded down.
+        density: as in :class:`Rule`, for B and R independently; B is rescaled by 1 / sqrt(density), R is not (authors' code).
+        implicit: keep ``c`` in place of R, where R = B^T W + c D_0 and D_0 = R_0 - B^T W_0. Exact for SGD whose learning
+            rate, momentum and decay are the same for W and R (p3 section 1.2): the mismatch D receives no gradient, so that
+            one number, moved by the optimizer exactly as it moves R, says what is left of it. No R in memory, and no
+            weight-sized product in a linear layer. Default ``False``; an optimizer that it does not fit raises.
+        init: of R; B always has the scale above. ``"match"``: the RMS of W, so that the path's gain is 1.
+
+    Source: Li & Benna 2024 (arXiv 2405.20594); authors' code layers/tfa_constructor, autograd/tfa.
+    """
+
+    name = "pfa"
+    equation = "dx = (B R)^T dy, dR = B^T dW"
+    source = "Li & Benna 2024"
+
+    expansion: float = 10
+    implicit: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.expansion > 0:
+            raise UserError(f"{self.name}: expansion={self.expansion!r} must be positive")
+        if self.implicit and self.density < 1:
+            raise UserError(f"{self.name}: implicit=True holds for dense feedback only; leave implicit out or set density=1")
+
+    @property
+    def learned(self):
+        return ("c",) if self.implicit else ("R",)
+
+    @property
+    def sgd_only(self):
+        return self.implicit
+
+    def fixed(self, out: int, groups: int, like: Tensor, gen: torch.Generator) -> Tensor:
+        """The fixed matrix B, (out, mid), or (groups, out / groups, mid / groups)."""
+        mid = int(self.expansion * out / groups)
+        if mid < 1:
+            raise UserError(f"{self.name}: expansion={self.expansion} leaves a layer of {out // groups} outputs a group no population")
+        shape = (out, mid) if groups == 1 else (groups, out // groups, mid)
+        B = uniform(shape, 1 / math.sqrt(mid * self.density), like, gen)
+        return B if self.density == 1 else B * bernoulli(shape, self.density, like, gen)
+
+    def draw(self, op, W, gen):
+        B = self.fixed(W.shape[0], op.groups, W, gen)
+        mid = B.shape[-1] * op.groups
+        shape = (mid, *W.shape[1:])
+        fan_in, fan_out = fans(W)
+        std = math.sqrt(2 / (fan_in + fan_out * mid / W.shape[0])) if self.init == "xavier" else self.std(W)
+        R = uniform(shape, std, W, gen)
+        if self.density < 1:
+            return {"B": B, "R": R, "mask": bernoulli(shape, self.density, W, gen)}
+        if not self.implicit:
+            return {"B": B, "R": R}
+        BBt = self.square(B)
+        Wt = W.detach()
+        state = {"BD": mix(B, R) - (Wt if BBt is None else mix(BBt, Wt)), "c": W.new_ones((1,) * W.dim())}
+        return state if BBt is None else state | {"BBt": BBt}
+
+    def square(self, B: Tensor) -> Tensor | None:
+        """B B^T, or None where it is the identity."""
+        return B @ B.mT
+
+    def kernel(self, W, B=None, R=None, mask=None, BBt=None, BD=None, c=None):
+        if self.implicit:
+            return (W if BBt is None else mix(BBt, W)) + c * BD
+        return mix(B, masked(R, mask))
+
+    def transport(self, dy, W, B=None, R=None, mask=None, BBt=None, BD=None, c=None):
+        """dx of a linear layer along the drawn path, where the batch is too small for the product to pay; else None."""
+        if W.dim() > 2 or self.norm != "fixed" or dy.numel() // W.shape[0] >= W.shape[0]:
+            return None
+        if not self.implicit:
+            return (dy @ B) @ masked(R, mask)
+        return None if BBt is None else (dy @ BBt) @ W + c * (dy @ BD)
+
+    def feedback_grad(self, op, x, dy, dW, W, B=None, c=None):
+        if self.implicit:
+            return {"c": torch.zeros_like(c)}
+        if W.dim() == 2 and dy.numel() // W.shape[0] < W.shape[0]:
+            return {"R": op.correlate(x, dy @ B)}
+        return {"R": mix(B.mT, dW)}
+
+
+@dataclass(frozen=True)
+class PFAo(PFA):
+    """Product feedback alignment with an orthogonal B and no expansion.
+
+    .. math:: dx = (B R)^T dy, \qquad dR = B^T dW, \qquad B B^T = I
+
+    The path B R obeys the Kolen-Pollack update exactly, though neither matrix ever resembles W.
+    Source: Li & Benna 2024; authors' configuration ``expand_ratio: ortho``.
+    """
+
+    name = "pfa_o"
+    equation = "dx = (B R)^T dy, dR = B^T dW, B orthogonal"
+
+    expansion: float = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.expansion != 1:
+            raise UserError(f"pfa_o: expansion={self.expansion!r}; an orthogonal B has expansion 1, use pfa for others")
+
+    def fixed(self, out, groups, like, gen):
+        n = out // groups
+        draw = torch.randn((groups, n, n), generator=gen, dtype=torch.float64, device="cpu")
+        Q, T = torch.linalg.qr(draw)
+        B = (Q * T.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).to(like)  # signs of T: uniform over the orthogonal group
+        return B[0] if groups == 1 else B
+
+    def square(self, B):
+        return None if self.density == 1 else B @ B.mT
+
+
+@dataclass(frozen=True)
+class BP(Rule):
+    """Backpropagation: W itself carries the error. ``convert(net, "bp")`` takes every rule off again."""
+
+    name = "bp"
+    equation = "dx = W^T dy"
+    source = "Rumelhart et al. 1986"
+
+    def kernel(self, W):
+        return W
+
+
+RULES: dict[str, type] = {rule.name: rule for rule in (BP, FA, USF, KP, PFA, PFAo)}
+"""Name -> rule. Extend it with your own; :mod:`fa.dfa` adds ``dfa``."""
+
+
+def rule(name: str, **options: Any) -> Rule:
+    """The rule of that name with these options; an unknown name or option raises and names the known ones."""
+    if name not in RULES:
+        raise UserError(f"unknown rule {name!r}; known rules: {', '.join(sorted(RULES))}")
+    known = [f.name for f in fields(RULES[name])]
+    for option in options:
+        if option not in known:
+            raise UserError(f"unknown option {option!r} of rule {name!r}; known options: {', '.join(known) or 'none'}")
+    return RULES[name](**options)

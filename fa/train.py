@@ -1,0 +1,284 @@
+"""One flat training loop: ``train(config) -> table``, with checkpoint and resume.
+
+A run is a frozen dataclass of scalars. Everything random in it has a generator of its own, made of the seed and a word: the initial
+weights, the order of the batches in each epoch, the feedback. The same seed therefore gives the same initial weights and the same
+batches under every rule, and a run that is stopped and resumed equals one that was not, bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import data, models
+from .errors import UserError
+from .layers import convert, converted, generator, param_groups
+from .metrics import alignment, gradient_angles
+from .rules import rule as make_rule
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Its identity is a hash of all fields, see :attr:`run`.
+
+    Args:
+        experiment: the figure that it belongs to.
+        rule: a name of ``fa.RULES``.
+        seed: of initial weights, order of batches and feedback.
+        options: of the rule, as ``"init=xavier expansion=10"``.
+        dataset: a name of ``fa.data.SETS``.
+        model: a name that ``fa.models.build`` knows.
+        hidden: widths of an mlp's hidden layers, comma separated.
+        epochs: passes over the training set.
+        batch: images in a batch; the last, smaller batch of an epoch is dropped.
+        lr: learning rate.
+        lr_drops: epochs after which it is multiplied by ``lr_factor``, comma separated.
+        lr_factor: see ``lr_drops``.
+        momentum: of SGD.
+        weight_decay: L2, of all parameters, learned feedback and biases included.
+        first_weight_decay: that of the first epoch (0: the same).
+        revision: of the recipe; raised by any fix that changes numbers.
+
+    Defaults are p3's MNIST recipe (p3 section 5).
+    """
+
+    experiment: str
+    rule: str
+    seed: int
+    options: str = ""
+    dataset: str = "mnist"
+    model: str = "mlp"
+    hidden: str = "512,512"
+    epochs: int = 40
+    batch: int = 64
+    lr: float = 0.01
+    lr_drops: str = "20,30"
+    lr_factor: float = 0.5
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    first_weight_decay: float = 0.0
+    revision: int = 1
+
+    @property
+    def run(self) -> str:
+        """Identity: the first 12 hex digits of the sha256 of the canonical JSON.
+
+        Fields at their default are left out of it, so that a field added later, with a default that keeps the recipe, keeps identities.
+        """
+        told = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    @property
+    def rule_options(self) -> dict[str, Any]:
+        """``options`` as keyword arguments."""
+        return parse_options(self.options)
+
+    @property
+    def swept(self) -> dict[str, Any]:
+        """Columns of the record beside the standard ones."""
+        return {}
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """``"init=xavier expansion=10 implicit=true"`` as keyword arguments; numbers and true/false are read as such."""
+
+    def value(word: str) -> Any:
+        try:
+            return json.loads(word)
+        except json.JSONDecodeError:
+            return word
+
+    pairs = [item.partition("=") for item in text.split()]
+    if bad := [name for name, sign, _ in pairs if not sign]:
+        raise UserError(f"rule options are written NAME=VALUE, separated by spaces; {bad[0]!r} has no value")
+    return {name: value(word) for name, _, word in pairs}
+
+
+def integers(text: str) -> list[int]:
+    """``"20,30"`` as a list of integers; ``""`` as an empty one."""
+    return [int(word) for word in text.split(",") if word.strip()]
+
+
+def seed_network(config: Config, shape: tuple[int, ...], classes: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The untrained network of a run, with its rule on, on the CPU."""
+    net = models.build(config.model, shape, classes, integers(config.hidden)).to(dtype)
+    models.xavier_(net, generator(config.seed, "weights"))
+    return convert(net, make_rule(config.rule, **config.rule_options), seed=config.seed)
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, split: data.Split, batch: int = 1000) -> float:
+    """Percent of the split's images classified right, in eval mode."""
+    training = net.training
+    net.eval()
+    right = sum((net(x).argmax(1) == y).sum() for x, y in zip(split.x.split(batch), split.y.split(batch)))
+    net.train(training)
+    return 100 * right.item() / len(split)
+
+
+def weighted(net: nn.Module) -> dict[str, nn.Module]:
+    """Qualified name -> every linear and convolutional layer, in order from the input."""
+    return {name: m for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+
+
+def layer_epochs(epochs: int) -> set[int]:
+    """When layers are measured: epochs 0 to 10, every fifth, and the last."""
+    return {e for e in range(epochs + 1) if e <= 10 or e % 5 == 0 or e == epochs}
+
+
+def measure(net: nn.Module, config: Config, sets: data.Data, epoch: int) -> list[list[Any]]:
+    """Rows (epoch, layer, depth, metric, value) of the network after ``epoch`` epochs."""
+    rows: list[list[Any]] = []
+    splits = {"val_accuracy": sets.val, "test_accuracy": sets.test}
+    if epoch % 5 == 0 or epoch == config.epochs:
+        splits["train_accuracy"] = sets.train
+    rows += [[epoch, "", None, metric, accuracy(net, split)] for metric, split in splits.items() if split is not None]
+    if epoch in layer_epochs(config.epochs):
+        norms = {name: torch.linalg.vector_norm(m.weight.double()).item() for name, m in weighted(net).items()}
+        tables = [pd.DataFrame({"layer": list(norms), "depth": range(1, len(norms) + 1), "weight_norm": list(norms.values())})]
+        if converted(net):
+            tables.append(alignment(net).drop(columns="weight_norm"))
+            tables.append(gradient_angles(net, sets.train.x[:512], sets.train.y[:512], F.cross_entropy))
+        for table in tables:
+            long = table.melt(["layer", "depth"], var_name="metric").dropna()
+            rows += [[epoch, r.layer, r.depth, r.metric, float(r.value)] for r in long.itertuples()]
+    return rows
+
+
+def schedule(config: Config, epoch: int) -> dict[str, float]:
+    """Learning rate and weight decay of epoch ``epoch``, counted from 0."""
+    drops = sum(epoch >= e for e in integers(config.lr_drops))
+    first = epoch == 0 and config.first_weight_decay > 0
+    return {
+        "lr": config.lr * config.lr_factor**drops,
+        "weight_decay": config.first_weight_decay if first else config.weight_decay,
+    }
+
+
+def steps(
+    net: nn.Module, opt: torch.optim.Optimizer, config: Config, train: data.Split, epoch: int, limit: int | None = None
+) -> Tensor:
+    """Train one epoch (or its first ``limit`` batches); the loss of every batch, float64, still on the device."""
+    for group in opt.param_groups:
+        group.update(schedule(config, epoch))
+    order = torch.randperm(len(train), generator=generator(config.seed, "order", epoch)).to(train.y.device)
+    batches = order[: len(order) // config.batch * config.batch].view(-1, config.batch)[:limit]
+    losses = torch.empty(len(batches), dtype=torch.float64, device=train.y.device)
+    for i, index in enumerate(batches):
+        loss = F.cross_entropy(net(train.x[index]), train.y[index])
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses[i] = loss.detach()
+    return losses
+
+
+def sgd(net: nn.Module, config: Config) -> torch.optim.SGD:
+    """The optimizer of every run here: SGD with momentum on all parameters, learned feedback included."""
+    return torch.optim.SGD(param_groups(net, config.lr, config.weight_decay), momentum=config.momentum, fused=True)
+
+
+def train(
+    config: Config,
+    device: str = "cpu",
+    folder: Any = None,
+    until: float = math.inf,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+) -> pd.DataFrame | None:
+    """Train one run, from its checkpoint if there is one.
+
+    Args:
+        config: the run.
+        device: a torch device; on "cpu" one thread is used, so that the numbers do not depend on the number of cores.
+        folder: a :class:`fa.records.Folder` to keep checkpoints in (default None: nothing is written).
+        until: ``time.monotonic()`` at which to have stopped; a checkpoint is written and None returned if an epoch would not fit.
+        on_epoch: called after every epoch with its number and the latest whole-network metrics.
+
+    Returns:
+        The run's table: ``epoch, layer, depth, metric, value``; epoch 0 is the untrained network. Its ``attrs["status"]``
+        says ``state`` ("finished", or "diverged" with the epoch at which the loss was no longer finite) and ``seconds``.
+    """
+    threads = torch.get_num_threads()
+    if torch.device(device).type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        return _train(config, device, folder, until, on_epoch)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(config: Config, device: str, folder: Any, until: float, on_epoch: Any) -> pd.DataFrame | None:
+    begin = time.monotonic()
+    sets = data.load(config.dataset, device)
+    net = seed_network(config, tuple(sets.train.x.shape[1:]), sets.classes).to(device)
+    opt = sgd(net, config)
+    state, saved = {"epoch": 0, "rows": [], "seconds": 0.0}, begin
+    if checkpoint := folder and folder.checkpoint():
+        state = {k: checkpoint[k] for k in state}
+        net.load_state_dict(checkpoint["net"])
+        opt.load_state_dict(checkpoint["optimizer"])
+    else:
+        state["rows"] = measure(net, config, sets, 0)
+    before, status = state["seconds"], {"state": "finished"}
+
+    def save() -> None:
+        state["seconds"] = before + time.monotonic() - begin
+        if folder:
+            folder.save({**state, "net": net.state_dict(), "optimizer": opt.state_dict()})
+
+    last = 0.0  # seconds of the latest epoch
+    for epoch in range(state["epoch"], config.epochs):
+        now = time.monotonic()
+        if now + 1.1 * last > until:
+            save()
+            return None
+        loss = steps(net, opt, config, sets.train, epoch).mean().item()
+        rows = [[epoch + 1, "", None, "train_loss", loss]]
+        if not math.isfinite(loss):
+            status = {"state": "diverged", "epoch": epoch + 1}
+            break
+        rows += measure(net, config, sets, epoch + 1)
+        state["rows"] += rows
+        state["epoch"] = epoch + 1
+        if on_epoch:
+            on_epoch(epoch + 1, {metric: value for _, layer, _, metric, value in rows if not layer})
+        last = time.monotonic() - now
+        if time.monotonic() - saved > 30 and epoch + 1 < config.epochs:
+            save()
+            saved = time.monotonic()
+    table = pd.DataFrame(state["rows"], columns=["epoch", "layer", "depth", "metric", "value"])
+    table["depth"] = table["depth"].astype("Int64")
+    table.attrs["status"] = {**status, "seconds": round(before + time.monotonic() - begin, 1)}
+    return table
+
+
+def fingerprint(config: Config, batches: int = 20) -> list[str]:
+    """The first losses of the same recipe, narrowed: 32 units a layer, digits, float64, one CPU thread; 10 digits each.
+
+    A record whose fingerprint moved was made by a recipe that is no longer this one. The first half of the batches are trained with the
+    first epoch's schedule, the second half with the last epoch's.
+    """
+    small = replace(config, dataset="digits", hidden=",".join("32" for _ in integers(config.hidden)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        sets = data.load("digits", dtype=torch.float64)
+        net = seed_network(small, tuple(sets.train.x.shape[1:]), sets.classes, torch.float64)
+        opt = sgd(net, small)
+        half = batches // 2
+        losses = [steps(net, opt, small, sets.train, e, half) for e in (0, config.epochs - 1)]
+        return [f"{value:.10g}" for value in torch.cat(losses).tolist()]
+    finally:
+        torch.set_num_threads(threads)
