@@ -178,6 +178,7 @@ def _work(tasks: Any, events: Any, mode: str, device: str, until: float) -> None
 def _one(config: Any, mode: str, device: str, until: float, emit: Any) -> Any:
     """Train one run into its folder."""
     keep_pages()
+    records.environment()
     folder = Folder(mode, config)
     try:
         with folder.lock() as mine:

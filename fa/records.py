@@ -18,6 +18,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,9 @@ class Folder:
         write_bytes(self.path / "config.json", json.dumps(asdict(self.config), indent=1).encode())
 
 
+@lru_cache(maxsize=None)
 def environment() -> dict[str, str]:
-    """The software and the machine, for provenance."""
+    """The software and the machine, for provenance; as they were when first asked, before a long run."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "torch": torch.__version__,
