@@ -7,14 +7,17 @@ CPU, one thread, so that its numbers do not depend on how many run beside it.
 from __future__ import annotations
 
 import ctypes
+import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import queue
 import sys
+import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ import torch
 from . import experiments, records
 from .errors import UserError
 from .records import Folder
-from .train import fingerprint
+from .train import Config, fingerprint
 
 
 @dataclass
@@ -78,7 +81,8 @@ def pick_device(device: str) -> str:
 def pick_workers(workers: str | int) -> int:
     """ "auto" as ``$FA_WORKERS``, or else the number of processors that this process may use."""
     if workers == "auto":
-        workers = os.environ.get("FA_WORKERS") or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = os.environ.get("FA_WORKERS") or cores or 1
     try:
         n = int(workers)
     except ValueError:
@@ -170,6 +174,11 @@ def _events(todo: list[Any], mode: str, device: str, until: float, n: int) -> An
 
 
 def _work(tasks: Any, events: Any, mode: str, device: str, until: float) -> None:
+    def follow() -> None:  # a killed parent must not leave workers behind that train on, unseen
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
     while (config := tasks.get()) is not None:
         for event in _one(config, mode, device, until, events.put):
             events.put(event)
@@ -201,6 +210,52 @@ def _one(config: Any, mode: str, device: str, until: float, emit: Any) -> Any:
     except Exception as e:
         traceback.print_exc()
         yield "failed", config, f"{type(e).__name__}: {e}"
+
+
+def collect(experiment: str, mode: str, configs: list[Any], partial: bool = False) -> Path:
+    """Merge the finished runs of an experiment into its record, and write what made it beside.
+
+    Args:
+        experiment: a name of ``fa.experiments.EXPERIMENTS``.
+        mode: "quick" writes build/quick, "paper" data/records.
+        configs: all planned runs.
+        partial: write the table although runs are missing; it is marked, and figures made from it say so.
+
+    Raises:
+        UserError: runs are missing and ``partial`` is not set, or none is finished.
+    """
+    folders = [Folder(mode, c) for c in configs]
+    done = [f for f in folders if f.finished]
+    if not done or (len(done) < len(folders) and not partial):
+        remedy = "" if not done else ", or collect with --partial what there is"
+        raise UserError(
+            f"{len(done)} of {len(folders)} runs of {experiment} are finished; go on with: python -m fa run {experiment} --mode {mode}{remedy}"
+        )
+    status = {f.config.run: f.status for f in done}
+    environments = {json.dumps(s.pop("environment"), sort_keys=True) for s in status.values()}
+    configs = {f.config.run: asdict(f.config) for f in done}
+    about = {
+        "experiment": experiment,
+        "mode": mode,
+        "partial": len(done) < len(folders),
+        "planned": len(folders),
+        "finished": len(done),
+        "configs": configs,
+        "status": status,
+        "environments": [json.loads(e) for e in sorted(environments)],
+        "fingerprints": fingerprints([f.config for f in done]),
+        "wall_seconds": round(sum(s["seconds"] for s in status.values()), 1),
+    }
+    return records.write(experiment, mode, pd.concat([f.table() for f in done]), about)
+
+
+def fingerprints(configs: list[Any]) -> dict[str, list[str]]:
+    """Run -> fingerprint, for one seed of every recipe: see :func:`fa.train.fingerprint`."""
+    first: dict[Any, Any] = {}
+    for config in configs:
+        if isinstance(config, Config):
+            first.setdefault(replace(config, seed=0), config)
+    return {config.run: fingerprint(config) for config in first.values()}
 
 
 def keep_pages() -> None:

@@ -7,21 +7,20 @@ a notebook into runs; :mod:`fa.campaign` trains those that are missing.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-import hashlib
-import json
 import pandas as pd
 import torch
 
-from . import data, rules
+from . import data
 from .errors import UserError
 from .layers import generator
-from .rules import RULES, bernoulli, mix, uniform
 from .metrics import angle
-from .train import Config, train
+from .rules import RULES, PFAo, bernoulli, uniform
+from .train import Config, identity, train
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,106 @@ def _p3_fig2(
     return runs
 
 
+# ------------------------------------------------------------------------------------ p3, Figure 3
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Random matrices in place of training: how near B R comes to W once it has converged, R = B^T W.
+
+    Args:
+        experiment: "p3_fig3".
+        rule: "pfa", or "pfa_o" (B orthogonal, expansion 1).
+        expansion: size of the extra population relative to the outputs.
+        density: fraction of entries of B and of R that exist.
+        repeats: independent draws, numbered in the record's ``seed``.
+        n_out: outputs of the layer (default the authors').
+        n_in: inputs of the layer (default the authors').
+        revision: of the recipe.
+
+    Source: p3, authors' ``alignment_vs_expand_ratio.py``.
+    """
+
+    experiment: str
+    rule: str
+    expansion: float
+    density: float
+    repeats: int
+    n_out: int = 100
+    n_in: int = 256
+    revision: int = 1
+
+    run = property(identity)
+
+    @property
+    def swept(self) -> dict[str, float]:
+        """Columns of the record beside the standard ones."""
+        return {"expansion": self.expansion, "density": self.density}
+
+
+def expand(config: Expansion, *_: Any) -> pd.DataFrame:
+    """One point of Figure 3: angle and norm ratio of B R against W, and the eigenvalues of B^T B that are not zero by shape.
+
+    Returns:
+        ``seed`` (the repeat), ``epoch`` (0), ``layer``, ``depth``, ``metric``, ``value``; ``eig_sd`` is the population standard
+        deviation within the repeat.
+    """
+    begin, rows = time.monotonic(), []
+    n_out, n_in, mid = config.n_out, config.n_in, int(config.expansion * config.n_out)
+    like = torch.empty(0, dtype=torch.float64)
+    std = math.sqrt((1 + 1 / config.expansion) / config.density / (n_out + mid))  # Xavier times the authors' gain
+    for repeat in range(config.repeats):
+        gen = generator(repeat, config.rule, config.expansion, config.density)
+        W = uniform((n_out, n_in), math.sqrt(2 / (n_out + n_in)), like, gen)
+        if config.rule == "pfa_o":
+            B = PFAo().fixed(n_out, 1, like, gen)
+        else:
+            B = uniform((n_out, mid), std, like, gen)
+        if config.density < 1:
+            B = B * bernoulli(tuple(B.shape), config.density, like, gen)
+        R = B.T @ W
+        if config.density < 1:
+            R = R * bernoulli(tuple(R.shape), config.density, like, gen)
+        path, eigenvalues = B @ R, torch.linalg.eigvalsh(B @ B.T)
+        values = {
+            "angle_deg": angle(W, path),
+            "norm_ratio": (torch.linalg.vector_norm(path) / torch.linalg.vector_norm(W)).item(),
+            "eig_mean": eigenvalues.mean().item(),
+            "eig_sd": eigenvalues.std(correction=0).item(),
+        }
+        rows += [[repeat, 0, "", None, metric, value] for metric, value in values.items()]
+    table = pd.DataFrame(rows, columns=["seed", "epoch", "layer", "depth", "metric", "value"])
+    table.attrs["status"] = {"state": "finished", "seconds": round(time.monotonic() - begin, 1)}
+    return table
+
+
+def _p3_fig3(
+    mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, n_out: int = 100, n_in: int = 256
+) -> list[Expansion]:
+    """The authors' eleven expansions at density 1, and the other densities of their sparse figure."""
+    if epochs or dataset:
+        raise UserError("p3_fig3 draws random matrices and trains nothing; leave epochs and dataset out")
+    if unknown := set(rules) - {"pfa", "pfa_o"}:
+        raise UserError(f"p3_fig3 is about pfa and pfa_o, not {', '.join(sorted(unknown))}")
+    repeats = seeds or (100 if mode == "paper" else 4)
+    ratios = [10 ** (i / 5) for i in range(11)]  # logspace(0, 2, 11)
+    points = [("pfa", ratio, density) for density in (1.0, 0.5, 0.3, 0.17, 0.1, 0.05) for ratio in ratios]
+    points += [("pfa_o", 1.0, 1.0)]
+    return [Expansion("p3_fig3", *point, repeats, n_out, n_in) for point in points if point[0] in rules]
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     e.name: e
     for e in (
         Experiment(
             "p3_fig2", "Accuracy and alignment on MNIST", "p3", "32_pfa_fig2_mnist", P3_RULES, _p3_fig2, {"expansion": 10}
         ),
+        Experiment(
+            "p3_fig3", "Alignment against the expansion ratio", "p3", "33_pfa_fig3_expansion", ("pfa", "pfa_o"), _p3_fig3,
+            {"n_out": 100, "n_in": 256}, expand,
+        ),
     )
-}
+}  # fmt: skip
 """Name -> experiment."""
 
 

@@ -74,7 +74,7 @@ class Folder:
 
     def table(self) -> pd.DataFrame:
         """The run's rows, with its identity and swept parameters as columns."""
-        rows = pd.read_csv(self.path / "metrics.csv", keep_default_na=False, na_values={"depth": [""], "value": [""]})
+        rows = _read_csv(self.path / "metrics.csv")
         for column, value in {"run": self.config.run, "rule": self.config.rule, **self.config.swept}.items():
             rows[column] = value
         if "seed" not in rows:
@@ -161,6 +161,14 @@ def commit() -> str:
 # ------------------------------------------------------------------------------------ records
 
 
+def _read_csv(path: Path) -> pd.DataFrame:
+    """A table whose words are never missing: an empty ``layer`` or ``rule`` is ""."""
+    words = ["run", "paper", "figure", "rule", "layer", "metric", "source"]
+    table = pd.read_csv(path, dtype={w: str for w in words})
+    present = [w for w in words if w in table]
+    return table.fillna({w: "" for w in present}).astype({"depth": "Int64"} if "depth" in table else {})
+
+
 def record_path(experiment: str, mode: str = "record") -> Path:
     """Where an experiment's table is, or would be: data/records for record and paper, build/quick for quick."""
     folder = ROOT / ("build/quick" if mode == "quick" else "data/records")
@@ -177,7 +185,7 @@ def read(experiment: str, mode: str = "record") -> pd.DataFrame:
     path = record_path(experiment, mode)
     if not path.exists():
         raise UserError(f"there is no {path.relative_to(ROOT)}; set mode='quick' or 'paper' to make it")
-    return pd.read_csv(path, keep_default_na=False, na_values={"depth": [""], "value": [""]}, dtype={"run": str})
+    return _read_csv(path)
 
 
 def sidecar(experiment: str, mode: str = "record") -> dict[str, Any]:
@@ -198,14 +206,14 @@ def reference(experiment: str) -> pd.DataFrame:
     path = ROOT / "data" / "reference" / f"{experiment}.csv"
     if not path.exists():
         return pd.DataFrame(columns=REFERENCE_COLUMNS)
-    return pd.read_csv(path, keep_default_na=False, na_values={c: [""] for c in ("seed", "epoch", "value", "sd", "n", "expansion", "density")})
+    return _read_csv(path)
 
 
 def write(experiment: str, mode: str, table: pd.DataFrame, about: dict[str, Any]) -> Path:
     """Write a table, sorted and in fixed column order, and its sidecar; ``.csv.gz`` above 2 MB. Returns the table's path."""
     swept = [c for c in table.columns if c not in COLUMNS]
     table = table[[*COLUMNS[:3], *swept, *COLUMNS[3:]]]
-    table = table.sort_values(["rule", "run", "seed", *swept, "epoch", "depth", "metric"], na_position="first", kind="stable")
+    table = table.sort_values(["rule", *swept, "seed", "run", "epoch", "depth", "metric"], na_position="first", kind="stable")
     content = table.to_csv(index=False, lineterminator="\n", float_format="%.8g").encode()
     folder = record_path(experiment, mode).parent
     for stale in folder.glob(f"{experiment}.csv*"):

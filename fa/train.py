@@ -12,8 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pandas as pd
@@ -26,6 +25,16 @@ from .errors import UserError
 from .layers import convert, converted, generator, param_groups
 from .metrics import alignment, gradient_angles
 from .rules import rule as make_rule
+
+
+def identity(config: Any) -> str:
+    """A run's name: the first 12 hex digits of the sha256 of the canonical JSON of its fields.
+
+    Fields at their default are left out of it, so that a field added later, with a default that keeps the recipe, keeps identities.
+    """
+    told = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -72,13 +81,8 @@ class Config:
 
     @property
     def run(self) -> str:
-        """Identity: the first 12 hex digits of the sha256 of the canonical JSON.
-
-        Fields at their default are left out of it, so that a field added later, with a default that keeps the recipe, keeps identities.
-        """
-        told = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+        """Identity, see :func:`identity`."""
+        return identity(self)
 
     @property
     def rule_options(self) -> dict[str, Any]:
