@@ -6,6 +6,7 @@ a notebook into runs; :mod:`fa.campaign` trains those that are missing.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -89,14 +90,16 @@ def _p3_fig2(
 # ------------------------------------------------------------------------------------ p3, Figure 3
 
 
+RATIOS = tuple(10 ** (i / 5) for i in range(11))  # logspace(0, 2, 11)
+
+
 @dataclass(frozen=True)
 class Expansion:
     """Random matrices in place of training: how near B R comes to W once it has converged, R = B^T W.
 
     Args:
         experiment: "p3_fig3".
-        rule: "pfa", or "pfa_o" (B orthogonal, expansion 1).
-        expansion: size of the extra population relative to the outputs.
+        rule: "pfa" at the eleven expansions of the authors, or "pfa_o" (B orthogonal, expansion 1).
         density: fraction of entries of B and of R that exist.
         repeats: independent draws, numbered in the record's ``seed``.
         n_out: outputs of the layer (default the authors').
@@ -108,7 +111,6 @@ class Expansion:
 
     experiment: str
     rule: str
-    expansion: float
     density: float
     repeats: int
     n_out: int = 100
@@ -119,33 +121,33 @@ class Expansion:
 
     @property
     def swept(self) -> dict[str, float]:
-        """Columns of the record beside the standard ones."""
-        return {"expansion": self.expansion, "density": self.density}
+        """Columns of the record beside the standard ones, and beside ``expansion``, which every row has."""
+        return {"density": self.density}
 
 
 def expand(config: Expansion, *_: Any) -> pd.DataFrame:
-    """One point of Figure 3: angle and norm ratio of B R against W, and the eigenvalues of B^T B that are not zero by shape.
+    """Angle and norm ratio of B R against W, and the eigenvalues of B^T B that are not zero by shape, at every expansion.
 
     Returns:
-        ``seed`` (the repeat), ``epoch`` (0), ``layer``, ``depth``, ``metric``, ``value``; ``eig_sd`` is the population standard
-        deviation within the repeat.
+        ``expansion``, ``seed`` (the repeat), ``epoch`` (0), ``layer``, ``depth``, ``metric``, ``value``; ``eig_sd`` is the
+        population standard deviation of the eigenvalues within the repeat.
     """
     begin, rows = time.monotonic(), []
-    n_out, n_in, mid = config.n_out, config.n_in, int(config.expansion * config.n_out)
+    n_out, n_in, density = config.n_out, config.n_in, config.density
     like = torch.empty(0, dtype=torch.float64)
-    std = math.sqrt((1 + 1 / config.expansion) / config.density / (n_out + mid))  # Xavier times the authors' gain
-    for repeat in range(config.repeats):
-        gen = generator(repeat, config.rule, config.expansion, config.density)
+    for ratio, repeat in itertools.product(RATIOS if config.rule == "pfa" else (1.0,), range(config.repeats)):
+        gen = generator(repeat, config.rule, ratio, density)
         W = uniform((n_out, n_in), math.sqrt(2 / (n_out + n_in)), like, gen)
         if config.rule == "pfa_o":
             B = PFAo().fixed(n_out, 1, like, gen)
         else:
-            B = uniform((n_out, mid), std, like, gen)
-        if config.density < 1:
-            B = B * bernoulli(tuple(B.shape), config.density, like, gen)
+            mid = int(ratio * n_out)
+            B = uniform((n_out, mid), math.sqrt((1 + 1 / ratio) / density / (n_out + mid)), like, gen)  # Xavier, authors' gain
+        if density < 1:
+            B = B * bernoulli(tuple(B.shape), density, like, gen)
         R = B.T @ W
-        if config.density < 1:
-            R = R * bernoulli(tuple(R.shape), config.density, like, gen)
+        if density < 1:
+            R = R * bernoulli(tuple(R.shape), density, like, gen)
         path, eigenvalues = B @ R, torch.linalg.eigvalsh(B @ B.T)
         values = {
             "angle_deg": angle(W, path),
@@ -153,8 +155,8 @@ def expand(config: Expansion, *_: Any) -> pd.DataFrame:
             "eig_mean": eigenvalues.mean().item(),
             "eig_sd": eigenvalues.std(correction=0).item(),
         }
-        rows += [[repeat, 0, "", None, metric, value] for metric, value in values.items()]
-    table = pd.DataFrame(rows, columns=["seed", "epoch", "layer", "depth", "metric", "value"])
+        rows += [[ratio, repeat, 0, "", None, metric, value] for metric, value in values.items()]
+    table = pd.DataFrame(rows, columns=["expansion", "seed", "epoch", "layer", "depth", "metric", "value"])
     table.attrs["status"] = {"state": "finished", "seconds": round(time.monotonic() - begin, 1)}
     return table
 
@@ -162,16 +164,14 @@ def expand(config: Expansion, *_: Any) -> pd.DataFrame:
 def _p3_fig3(
     mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, n_out: int = 100, n_in: int = 256
 ) -> list[Expansion]:
-    """The authors' eleven expansions at density 1, and the other densities of their sparse figure."""
+    """The authors' script at density 1, and at the other densities of their sparse figure; quick: four draws in place of 100."""
     if epochs or dataset:
         raise UserError("p3_fig3 draws random matrices and trains nothing; leave epochs and dataset out")
     if unknown := set(rules) - {"pfa", "pfa_o"}:
         raise UserError(f"p3_fig3 is about pfa and pfa_o, not {', '.join(sorted(unknown))}")
     repeats = seeds or (100 if mode == "paper" else 4)
-    ratios = [10 ** (i / 5) for i in range(11)]  # logspace(0, 2, 11)
-    points = [("pfa", ratio, density) for density in (1.0, 0.5, 0.3, 0.17, 0.1, 0.05) for ratio in ratios]
-    points += [("pfa_o", 1.0, 1.0)]
-    return [Expansion("p3_fig3", *point, repeats, n_out, n_in) for point in points if point[0] in rules]
+    grid = [("pfa", density) for density in (1.0, 0.5, 0.3, 0.17, 0.1, 0.05)] + [("pfa_o", 1.0)]
+    return [Expansion("p3_fig3", rule, density, repeats, n_out, n_in) for rule, density in grid if rule in rules]
 
 
 EXPERIMENTS: dict[str, Experiment] = {
