@@ -21,7 +21,7 @@ from .errors import UserError
 from .layers import generator
 from .metrics import angle
 from .rules import RULES, PFAo, bernoulli, uniform
-from .train import Config, identity, train
+from .train import Config, identity, one_thread, train
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ class Expansion:
         return {"density": self.density}
 
 
+@one_thread()
 def expand(config: Expansion, *_: Any) -> pd.DataFrame:
     """Angle and norm ratio of B R against W, and the eigenvalues of B^T B that are not zero by shape, at every expansion.
 

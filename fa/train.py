@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -93,6 +94,17 @@ class Config:
     def swept(self) -> dict[str, Any]:
         """Columns of the record beside the standard ones."""
         return {}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread within the block: sums are then made in one order on every machine, and runs beside it are not held up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def parse_options(text: str) -> dict[str, Any]:
@@ -214,13 +226,8 @@ def train(
         The run's table: ``epoch, layer, depth, metric, value``; epoch 0 is the untrained network. Its ``attrs["status"]``
         says ``state`` ("finished", or "diverged" with the epoch at which the loss was no longer finite) and ``seconds``.
     """
-    threads = torch.get_num_threads()
-    if torch.device(device).type == "cpu":
-        torch.set_num_threads(1)
-    try:
+    with one_thread() if torch.device(device).type == "cpu" else nullcontext():
         return _train(config, device, folder, until, on_epoch)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _train(config: Config, device: str, folder: Any, until: float, on_epoch: Any) -> pd.DataFrame | None:
@@ -275,14 +282,10 @@ def fingerprint(config: Config, batches: int = 20) -> list[str]:
     first epoch's schedule, the second half with the last epoch's.
     """
     small = replace(config, dataset="digits", hidden=",".join("32" for _ in integers(config.hidden)))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         sets = data.load("digits", dtype=torch.float64)
         net = seed_network(small, tuple(sets.train.x.shape[1:]), sets.classes, torch.float64)
         opt = sgd(net, small)
         half = batches // 2
         losses = [steps(net, opt, small, sets.train, e, half) for e in (0, config.epochs - 1)]
-        return [f"{value:.10g}" for value in torch.cat(losses).tolist()]
-    finally:
-        torch.set_num_threads(threads)
+    return [f"{value:.10g}" for value in torch.cat(losses).tolist()]
