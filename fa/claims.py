@@ -59,7 +59,7 @@ VERDICTS = ("holds", "partly", "fails", "not tested")
 SWEPT = ("expansion", "density")
 AXES = ("rule", "layer", "epoch", "seed", *SWEPT)
 STATISTICS = {"mean": "mean", "sd": "mean", "min": "min", "max": "max", "best": "max"}
-FREE = ("experiment", "seed", "measure")  # fields of a configuration that may differ from the paper-scale plan
+FREE = ("experiment", "seed", "repeats", "measure")  # a table may differ from the paper-scale plan in these fields
 EDGE = 1e-9  # a value on the bound counts as inside, whatever the last bits of the bound's own sum
 
 

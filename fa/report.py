@@ -244,13 +244,13 @@ def _sidecar(experiment: str) -> dict:
 
 
 def _compute(experiment: str) -> str:
-    """One sentence: how many runs, on what, how long, from which commit."""
+    """One sentence: how many runs, how long, and every machine, software and commit that made them."""
     beside = _sidecar(experiment)
     if not beside:
         return f"`{experiment}`: no record yet."
-    on = ", ".join(f"{k} {v}" for k, v in beside["environment"].items() if v and k != "commit")
-    return (f"`{experiment}`: {beside['finished']} of {beside['planned']} runs, {beside['wall_seconds']:.0f} s of wall "
-            f"time ({on}), commit {beside['commit']}.")
+    made = "; ".join(", ".join(f"{k} {v}" for k, v in sorted(e.items()) if v) for e in beside["environments"])
+    return (f"`{experiment}`: {beside['finished']} of {beside['planned']} runs, which took {beside['wall_seconds']:.0f} s "
+            f"one by one ({made}).")
 
 
 def _hyperparameters(experiment: str) -> str:
@@ -262,11 +262,11 @@ def _hyperparameters(experiment: str) -> str:
         return f"`{experiment}`: no plan yet."
     untold = ["experiment", "run", "measure", "revision"]
     frame = pd.DataFrame(configs, dtype=object).drop(columns=untold, errors="ignore")
-    seeds = frame.pop("seed").nunique() if "seed" in frame else 0
+    seeds = f", {frame.pop('seed').nunique()} seeds" if "seed" in frame else ""
     rules = frame.groupby("rule", sort=False).agg(lambda c: ", ".join(map(str, c.dropna().unique())))
     same = [c for c in rules if rules[c].nunique() == 1]
     common = "; ".join(f"{c} {rules[c].iloc[0]}" for c in same if rules[c].iloc[0])
-    told = f"`{experiment}` ({'as run' if beside else 'as planned'}, {seeds} seeds): {common}."
+    told = f"`{experiment}` ({'as run' if beside else 'as planned'}{seeds}): {common}."
     rest = rules.drop(columns=same).reset_index()
     return told + (f"\n\n{_markdown(rest, {c: c for c in rest})}" if len(rest.columns) > 1 else "")
 

@@ -71,8 +71,8 @@ def test_verdicts_measurements_and_machine_are_told(site: Path, monkeypatch) -> 
     rows = [blank | {"id": c.id, "claim": c.claim, "criterion": c.criterion} for c in claims.load()]
     rows[0] |= {"measured": "98.38", "sd": "0.03", "n": 5, "verdict": "holds", "why": ""}
     rows[1] |= {"measured": "fc1 1; fc 2", "sd": "0.1; nan", "n": 5, "verdict": "fails", "why": "fc 2 is off"}
-    beside = {"finished": 30, "planned": 30, "wall_seconds": 61.2, "commit": "abc1234",
-              "environment": {"torch": "2.11.0", "cuda": None},
+    beside = {"finished": 30, "planned": 30, "wall_seconds": 61.2,
+              "environments": [{"torch": "2.11.0", "cuda": "", "commit": "abc1234"}],
               "configs": {f"{r}{s}": {"experiment": "e", "rule": r, "seed": s, "lr": 0.01, "weight_decay": d}
                           for r, d in (("bp", 1e-4), ("pfa", 9e-5)) for s in range(5)}}
     monkeypatch.setattr(claims, "verdicts", lambda: pd.DataFrame(rows))
@@ -80,7 +80,7 @@ def test_verdicts_measurements_and_machine_are_told(site: Path, monkeypatch) -> 
     text = report.render()[site / "REPORT.md"]
     assert "| 98.38 ± 0.03 | 5 | holds |" in text and "| fc1 1 ± 0.1; fc 2 | 5 | fails |" in text
     assert f"* fails: {rows[1]['claim']} — fc 2 is off." in text
-    assert "30 of 30 runs, 61 s of wall time (torch 2.11.0), commit abc1234" in text
+    assert "30 of 30 runs, which took 61 s one by one (commit abc1234, torch 2.11.0)." in text
     assert "5 seeds): lr 0.01." in text and "| pfa | 9e-05 |" in text
 
 
