@@ -1,0 +1,168 @@
+"""The command line, ``python -m fa``. ``python -m fa COMMAND --help`` explains each command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 where something failed on the way, 2 for bad input (one sentence on stderr)."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest:
+        parser.error(f"unknown argument {rest[0]!r}; see python -m fa {args.command} --help")
+    try:
+        return args.do(args)
+    except UserError as e:
+        sys.stderr.write(f"fa: {e}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("fa: interrupted; runs go on from their checkpoints when started again\n")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fa", allow_abbrev=False, description="Learning without weight transport: train, draw, report."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, do: object, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(do=do)
+        return sub
+
+    command("list", _list, "experiments, their notebooks, and which runs are finished")
+
+    run = command("run", _run, "train the missing runs of experiments; stopped or killed, it goes on when called again")
+    run.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
+    _grid(run)
+    run.add_argument("--budget", default="", help="stop by itself after this time, e.g. 9m or 1.5h (default: no bound)")
+    run.add_argument("--workers", default="auto", help="processes (default: auto, one for each core)")
+    run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    run.add_argument("--dry-run", action="store_true", help="say what would be trained, and stop")
+
+    collect = command("collect", _collect, "merge finished runs into the record data/records/EXPERIMENT.csv")
+    collect.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
+    _grid(collect)
+    collect.add_argument("--partial", action="store_true", help="although runs are missing; figures will say so")
+
+    reproduce = command("reproduce", _reproduce, "run notebooks headless through papermill; outputs under build/")
+    reproduce.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="name or its beginning, e.g. 32 (default: all)")
+    reproduce.add_argument("--mode", default="quick", help="quick, record or paper (default: quick)")
+    reproduce.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a parameter")
+    reproduce.add_argument(
+        "--grid", action="append", default=[], metavar="NAME=V1,V2", help="run once for each value; several: for each combination"
+    )
+    reproduce.add_argument("--jobs", type=int, default=2, help="notebooks at a time (default: 2)")
+
+    command("report", _report, "judge every claim and write REPORT.md and the tables of README.md")
+
+    data = command("data", _data, "say which data sets are here, or download one")
+    data.add_argument("download", nargs="*", metavar="NAME", help="data sets to download")
+
+    cite = command("cite", _cite, "how to cite a figure: caption, data, code, machine")
+    cite.add_argument("figure", metavar="FIGURE", help="a name in figures/, e.g. p3_fig2")
+    return parser
+
+
+def _grid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mode", default="paper", help="paper or quick (default: paper)")
+    parser.add_argument("--seeds", type=int, default=0, help="number of seeds (default 0: the mode's own)")
+    parser.add_argument("--epochs", type=int, default=0, help="number of epochs (default 0: the mode's own)")
+    parser.add_argument("--rules", default="", help="comma separated (default: the figure's)")
+    parser.add_argument("--dataset", default="", help="default: the mode's own")
+
+
+def _planned(args: argparse.Namespace) -> dict[str, list]:
+    from . import experiments
+
+    common = dict(seeds=args.seeds, epochs=args.epochs, rules=args.rules, dataset=args.dataset)
+    return {name: experiments.plan(name, args.mode, **common) for name in args.experiments}
+
+
+def _list(args: argparse.Namespace) -> int:
+    from . import campaign, experiments
+
+    for e in experiments.EXPERIMENTS.values():
+        counts = []
+        for mode in ("quick", "paper"):
+            runs = experiments.plan(e.name, mode)
+            counts.append(f"{mode} {len(runs) - len(campaign.missing(runs, mode))}/{len(runs)}")
+        print(f"{e.name:10} {e.title:42} {e.notebook:26} {', '.join(counts)}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from . import campaign, data
+
+    budget = campaign.seconds(args.budget) if args.budget else None
+    runs = [c for configs in _planned(args).values() for c in configs]
+    if args.dry_run:
+        left = campaign.missing(runs, args.mode)
+        print(f"{len(runs)} runs planned, {len(runs) - len(left)} finished, {len(left)} to train")
+        for c in left:
+            print(f"  {c.run}  {c.experiment}  {c.rule}" + (f"  seed {c.seed}  {c.epochs} epochs" if hasattr(c, "seed") else ""))
+        return 0
+    for name in sorted({c.dataset for c in runs if hasattr(c, "dataset")}):
+        data.load(name)  # a data set that is missing or damaged is found before any process starts
+    summary = campaign.run(runs, args.mode, budget, args.workers, args.device)
+    print(summary)
+    for failure in summary.failed:
+        sys.stderr.write(f"fa: failed: {failure}\n")
+    if not summary.left:
+        print(f"next: python -m fa collect {' '.join(args.experiments)}")
+    return 1 if summary.failed else 0
+
+
+def _collect(args: argparse.Namespace) -> int:
+    from . import ROOT, campaign
+
+    for name, configs in _planned(args).items():
+        print(campaign.collect(name, args.mode, configs, args.partial).relative_to(ROOT))
+    return 0
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from . import notebooks
+
+    def pairs(items: list[str]) -> dict[str, str]:
+        for item in items:
+            if "=" not in item:
+                raise UserError(f"a parameter is written NAME=VALUE, not {item!r}")
+        return dict(item.split("=", 1) for item in items)
+
+    grid = {name: values.split(",") for name, values in pairs(args.grid).items()}
+    return notebooks.reproduce(args.notebooks, args.mode, pairs(args.parameters), grid, args.jobs)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from . import ROOT, report
+
+    for path in report.write():
+        print(path.relative_to(ROOT))
+    return 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    from . import data
+
+    for name in args.download:
+        data.download(name)
+    print(data.describe().to_string(index=False))
+    return 0
+
+
+def _cite(args: argparse.Namespace) -> int:
+    from . import notebooks
+
+    print(notebooks.cite(args.figure))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
