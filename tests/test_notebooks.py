@@ -1,0 +1,299 @@
+"""Notebooks: their form, their parameters, what they show in each mode, and running them in batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+
+import fa
+from fa import experiments, notebooks, records
+
+PAGES = sorted((fa.ROOT / "notebooks").glob("*.ipynb"))
+PLAIN = {"mode": "record", "seeds": 0, "epochs": 0, "rules": "", "dataset": "", "device": "auto"}
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def tagged(page: nbformat.NotebookNode, tag: str) -> list:
+    return [cell for cell in page.cells if tag in cell.metadata.get("tags", [])]
+
+
+# ------------------------------------------------------------------------------------------------------------- form
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+class TestForm:
+    def test_format_and_kernel(self, path):
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        nbformat.validate(raw)
+        assert (raw["nbformat"], raw["nbformat_minor"]) == (4, 5)
+        assert raw["metadata"]["kernelspec"]["name"] == "python3"
+        assert len({cell["id"] for cell in raw["cells"]}) == len(raw["cells"])
+        assert re.match(r"# \S", raw["cells"][0]["source"][0] if raw["cells"][0]["source"] else "")
+
+    def test_one_cell_of_plain_parameters_that_papermill_understands(self, path):
+        (cell,) = tagged(read(path), "parameters")
+        for line in cell.source.splitlines():
+            assert re.fullmatch(r'\w+: (int|float|bool|str) = [^=#]+  # [^=]+', line), line
+        known = papermill.inspect_notebook(str(path))
+        assert list(known)[: len(notebooks.STANDARD)] == list(notebooks.STANDARD)
+        for name, kind in notebooks.STANDARD.items():
+            assert known[name]["inferred_type_name"] == kind.__name__
+        assert known["mode"]["default"] == '"record"'
+
+    def test_check_cells_hold_what_nbval_compares(self, path):
+        checks = tagged(read(path), "nbval-check-output")
+        assert checks, "without a check cell nbval passes whatever the notebook shows"
+        for cell in checks:
+            assert "keep_output" in cell.metadata.tags and cell.execution_count
+            (output,) = cell.outputs
+            assert output.name == "stdout" and output.text.strip()
+
+    def test_only_kept_outputs_are_stored_and_none_is_an_error(self, path):
+        for cell in read(path).cells:
+            outputs = cell.get("outputs", [])
+            assert not outputs or "keep_output" in cell.metadata.get("tags", []), cell.id
+            assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"], cell.id
+
+    def test_no_path_of_a_machine_or_a_working_folder(self, path):
+        for cell in read(path).cells:
+            text = cell.source if cell.cell_type == "code" else ""
+            text += "".join(o.get("text", "") + str(o.get("data", {}).get("text/plain", "")) for o in cell.get("outputs", []))
+            found = re.search(r'(?<![\w.])(?:\.{1,2}/|~/|/(?:home|Users|root|tmp|work|mnt)\b|[A-Z]:\\)', text)
+            assert not found and str(fa.ROOT) not in text, f"{cell.id}: {found}"
+
+    def test_the_figure_is_stored(self, path):
+        figures = [o for c in read(path).cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+        assert len(figures) == ("fa.notebook(globals())" not in path.read_text(encoding="utf-8"))
+
+
+def test_every_experiment_has_its_notebook_and_the_index_names_all():
+    stems = {p.stem for p in PAGES}
+    assert {e.notebook for e in experiments.EXPERIMENTS.values()} <= stems
+    stored = "".join(str(o.get("data", "")) for c in read(notebooks.find(["00"])[0]).cells for o in c.get("outputs", []))
+    assert not [stem for stem in stems if stem not in stored], "run fa.notebooks.refresh(['00'])"
+
+
+# ------------------------------------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"sedes": 3}, "unknown parameter 'sedes'; known: mode, seeds, epochs, rules, dataset, device"),
+    ({"mode": "fast"}, "unknown mode 'fast'; known: record, quick, paper"),
+    ({"rules": "bp,pfaa"}, "unknown rule 'pfaa'; known: .*pfa_o"),
+    ({"dataset": "mnits"}, "unknown dataset 'mnits'; known: .*mnist"),
+    ({"seeds": "3"}, "'seeds' must be of type int, not '3'"),
+    ({"seeds": True}, "'seeds' must be of type int"),
+    ({"epochs": -1}, "'epochs' must be 0"),
+    ({"expansion": 10.5}, "'expansion' must be of type int"),
+])  # fmt: skip
+def test_bad_parameters_are_refused_by_name(change, message):
+    with pytest.raises(fa.UserError, match=message):
+        notebooks.notebook(PLAIN | {"expansion": 10} | change, "p3_fig2")
+
+
+def test_a_missing_parameter_and_an_unknown_experiment_are_refused():
+    with pytest.raises(fa.UserError, match="parameter 'device' is missing"):
+        notebooks.notebook({n: v for n, v in PLAIN.items() if n != "device"})
+    with pytest.raises(fa.UserError, match="unknown experiment 'p9_fig9'; known.*p3_fig2"):
+        notebooks.notebook(PLAIN, "p9_fig9")
+
+
+def test_in_a_kernel_only_parameter_cells_count():
+    """A reader's own scalars do not matter when the cell is run again; a name that papermill injected does."""
+    cells = ["", "\n".join(f"{n}: {type(v).__name__} = {v!r}" for n, v in PLAIN.items()), "cfg = fa.notebook(globals())"]
+    names = PLAIN | {"In": [*cells, "radius = 3", cells[-1]], "radius": 3}
+    assert notebooks.notebook(names).mode == "record"
+    injected = "# Parameters\nsedes = 3\n"
+    with pytest.raises(fa.UserError, match="unknown parameter 'sedes'"):
+        notebooks.notebook(PLAIN | {"In": [*cells[:2], injected, cells[2]], "sedes": 3})
+    again = [*cells[:2], injected, cells[2], *cells[1:]]  # the reader has gone back to the notebook's own cell
+    assert notebooks.notebook(PLAIN | {"In": again, "sedes": 3}).seeds == 0
+
+
+def test_own_parameters_come_from_the_experiment():
+    cfg = notebooks.notebook(PLAIN | {"expansion": 3, "mode": "quick", "rules": "pfa, bp"}, "p3_fig2")
+    assert cfg.own == {"expansion": 3} and cfg.rules == ["pfa", "bp"] and cfg.chosen
+    assert {(c.rule, c.dataset) for c in cfg.runs} == {("pfa", "digits"), ("bp", "digits")}
+    assert any("expansion=3" in c.options for c in cfg.runs)
+
+
+# ------------------------------------------------------------------------------------------------------------ modes
+
+
+@pytest.fixture
+def figure(monkeypatch, tmp_path):
+    """A figure of two rules and three seeds whose committed table this test writes; nothing is trained."""
+    def plan(experiment, mode, seeds=0, epochs=0, rules="", dataset="", **own):
+        return [SimpleNamespace(run=f"{r}-{s}-{epochs or 4}", rule=r, seed=s, epochs=epochs or 4, dataset=dataset or "mnist")
+                for r in (rules.split(",") if rules else ("bp", "pfa")) for s in range(seeds or 3)]  # fmt: skip
+
+    def table(runs):
+        rows = [(c.run, c.rule, c.seed, e, "", np.nan, "test_accuracy", 90 + e + c.seed) for c in runs for e in range(c.epochs + 1)]
+        return pd.DataFrame(rows, columns=records.COLUMNS)
+
+    monkeypatch.setattr(experiments, "plan", plan)
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    rows = [("p3", "Figure 2", "pfa", "", 4, "", "test_accuracy", 95.5, 0.5, 5, "here")]
+    path = tmp_path / "data" / "reference" / "p3_fig2.csv"
+    path.parent.mkdir(parents=True)
+    pd.DataFrame(rows, columns=records.REFERENCE_COLUMNS).to_csv(path, index=False)
+
+    def commit(keep=lambda frame: frame):
+        records.write("p3_fig2", "record", keep(table(plan("p3_fig2", "paper"))), {"environments": [{"torch": "9.9", "gpu": "G"}]})
+
+    return SimpleNamespace(commit=commit, open=lambda **p: notebooks.Notebook("p3_fig2", **p))
+
+
+def test_record_mode_redraws_and_says_so(figure):
+    figure.commit()
+    cfg = figure.open()
+    assert len(cfg.table()) == 6 * 5 and cfg.partial() == ""
+    assert re.match(r"Nothing was trained: this page redraws data/records/p3_fig2.csv, 6 runs \(BP, PFA; 3 seeds\), made with torch 9.9, G", cfg.banner())
+    assert set(figure.open(rules=["pfa"], seeds=2).table().run) == {"pfa-0-4", "pfa-1-4"}
+
+
+@pytest.mark.parametrize("choice", [{"rules": ["kp"]}, {"seeds": 4}, {"epochs": 9}, {"dataset": "digits", "epochs": 5}])
+def test_record_mode_refuses_what_the_table_does_not_hold(figure, choice):
+    figure.commit()
+    with pytest.raises(fa.UserError, match=r"is not in data/records/p3_fig2.csv; set mode='quick' or 'paper'"):
+        figure.open(**choice).table()
+
+
+def test_a_partial_table_is_shown_and_named(figure):
+    figure.commit(lambda t: t[(t.seed < 2) & ~((t.rule == "bp") & (t.epoch > 1))])
+    assert figure.open().partial() == "2 of 3 seeds, 1 of 4 epochs"
+    assert "PARTIAL: 2 of 3 seeds" in figure.open().banner()
+    figure.commit(lambda t: t[t.rule == "bp"])
+    assert figure.open().partial() == "without PFA"
+
+
+def test_without_a_table_the_published_values_stand_alone(figure):
+    cfg = figure.open()
+    assert cfg.table().empty and list(cfg.table().columns) == records.COLUMNS
+    assert cfg.partial() == "no run yet" and cfg.banner().startswith("Nothing was trained, and there is no data/records")
+    assert re.search(r"pfa +- +- +- +95.50 +0.50 +5", cfg.compare("test_accuracy"))
+
+
+def test_comparison_is_of_the_last_epoch_with_sample_sd(figure):
+    figure.commit()
+    lines = [line.split() for line in figure.open().compare("test_accuracy").splitlines()]
+    assert lines[1:] == [["bp", "95.00", "1.00", "3", "-", "-", "-"], ["pfa", "95.00", "1.00", "3", "95.50", "0.50", "5"]]
+    assert figure.open(epochs=9).reference().empty, "values of another experiment are not the paper's"
+
+
+def test_where_figures_go_and_what_they_say(figure, monkeypatch):
+    from fa import plot
+
+    stamped, saved = [], []
+    monkeypatch.setattr(plot, "stamp", lambda fig, text: stamped.append(text))
+    monkeypatch.setattr(plot, "save", lambda fig, name, caption, folder, **trail: saved.append((folder, trail)))
+    monkeypatch.setattr(notebooks, "_title", lambda: "title")
+    figure.commit(lambda t: t[t.seed < 2])
+    for mode in notebooks.MODES:
+        cfg = figure.open(mode=mode)
+        cfg.__dict__["_table"] = records.read("p3_fig2")
+        if mode == "quick":
+            records.write("p3_fig2", "quick", records.read("p3_fig2"), {"environments": []})
+        cfg.save(None, "p3_fig2", "caption")
+    folders = [folder.relative_to(notebooks.ROOT).as_posix() for folder, _ in saved]
+    assert folders == ["build/record/figures", "build/quick/figures", "figures"]
+    assert stamped == ["partial: 2 of 3 seeds", "quick mode, mnist: not the paper's scale · partial: 2 of 3 seeds", "partial: 2 of 3 seeds"]
+    trail = saved[0][1]
+    assert trail["table"] == "data/records/p3_fig2.csv" and trail["runs"] == 4 and trail["machine"] == "torch 9.9, G"
+    assert trail["sha256"] == plot.sha256(notebooks.ROOT / trail["table"])
+
+
+# ------------------------------------------------------------------------------------------------------------ batch
+
+
+def test_notebooks_are_found_by_their_beginning():
+    assert [p.stem for p in notebooks.find(["32"])] == ["32_pfa_fig2_mnist"]
+    assert notebooks.find() == PAGES
+    assert notebooks.find(["notebooks/32_pfa_fig2_mnist.ipynb", "32"]) == notebooks.find(["32"])
+    with pytest.raises(fa.UserError, match="unknown notebook '99'; known: 00_index"):
+        notebooks.find(["99"])
+
+
+@pytest.mark.parametrize("call, message", [
+    ({"parameters": {"sedes": "3"}}, "unknown parameter 'sedes' of 32_pfa_fig2_mnist; known: mode, seeds"),
+    ({"grid": {"seeds": ["1", "two"]}}, "'seeds' of 32_pfa_fig2_mnist must be of type int, not 'two'"),
+    ({"parameters": {"seeds": "1"}, "grid": {"seeds": ["1"]}}, "'seeds' is both fixed and in the grid"),
+    ({"parameters": {"mode": "quick"}}, "set it by --mode"),
+    ({"parameters": {"rules": "bp,nobody"}}, "unknown rule 'nobody'"),
+    ({"mode": "fast"}, "unknown mode 'fast'"),
+    ({"jobs": -1}, "jobs must be 0"),
+])  # fmt: skip
+def test_batch_refuses_before_anything_runs(call, message, monkeypatch):
+    monkeypatch.setattr(notebooks, "_execute", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(fa.UserError, match=message):
+        notebooks.reproduce(["32"], **call)
+
+
+def test_batch_goes_on_after_a_failure_and_counts_it(monkeypatch, tmp_path):
+    seen = []
+
+    def execute(job, outputs, jobs):
+        seen.append((job.name, job.parameters))
+        return job, 1.0, "ValueError: no" if job.parameters["seeds"] == 2 else ""
+
+    monkeypatch.setattr(notebooks, "_execute", execute)
+    lines: list[str] = []
+    assert notebooks.reproduce(["32"], "record", {"rules": "bp"}, {"seeds": ["1", "2", "3"]}, jobs=1, say=lines.append) == 1
+    assert [name for name, _ in seen] == [f"32_pfa_fig2_mnist__seeds={n}" for n in (1, 2, 3)]
+    assert seen[0][1] == {"mode": "record", "rules": "bp", "seeds": 1}
+    assert sum("FAILED" in line for line in lines) == 1 and "ValueError: no" in "".join(lines)
+    assert lines[-1].endswith("failed: 32_pfa_fig2_mnist__seeds=2")
+
+
+def test_the_variants_of_a_grid_keep_apart(monkeypatch, tmp_path):
+    monkeypatch.setenv("FA_BUILD", str(tmp_path))
+    assert notebooks.build("quick") == tmp_path / "quick"
+    assert records.record_path("p3_fig2", "quick") == tmp_path / "quick" / "p3_fig2.csv"
+    jobs = [notebooks._Job(PAGES[0], "quick", {}, f"seeds={n}") for n in (1, 2)]
+    assert jobs[0].build != jobs[1].build and jobs[0].build.is_relative_to(tmp_path)
+
+
+def test_the_command_line_ends_with_a_sentence_and_not_with_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "fa", "reproduce", "32", "-p", "sedes=3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "unknown parameter 'sedes'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_papermill_fails_on_a_misspelled_parameter(tmp_path):
+    """As a user runs it, from any folder; the record is not needed for it."""
+    page = notebooks.find(["00"])[0]
+    command = [sys.executable, "-m", "papermill", str(page), "out.ipynb", "-p", "sedes", "3", "--no-progress-bar"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and "unknown parameter 'sedes'" in done.stderr
+
+
+def test_quick_mode_of_a_notebook_from_another_folder(tmp_path):
+    """The whole way: papermill, training on digits, table, figure, verdicts; in a folder of its own."""
+    command = [sys.executable, "-m", "papermill", str(notebooks.find(["32"])[0]), "out.ipynb", "--no-progress-bar"]
+    command += ["-p", "mode", "quick", "-p", "seeds", "2", "-p", "epochs", "6", "-p", "rules", "bp,fa,pfa"]
+    env = os.environ | {"FA_BUILD": str(tmp_path / "build"), "FA_RUNS": str(tmp_path / "runs")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = pd.read_csv(tmp_path / "build" / "quick" / "p3_fig2.csv")
+    assert set(table.rule) == {"bp", "fa", "pfa"} and set(table.seed) == {0, 1} and table.epoch.max() == 6
+    last = table[(table.metric == "test_accuracy") & (table.epoch == 6)].groupby("rule").value.mean()
+    assert last["bp"] > 80, "backprop learns digits in six epochs"
+    figure = json.loads((tmp_path / "build" / "quick" / "figures" / "p3_fig2.json").read_text(encoding="utf-8"))
+    assert figure["dataset"] == "digits" and figure["runs"] == 6
+    shown = "".join(o.get("text", "") for c in read(tmp_path / "out.ipynb").cells for o in c.get("outputs", []))
+    assert "Made here, mode 'quick'" in shown and "not tested" in shown
