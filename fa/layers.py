@@ -161,6 +161,11 @@ class Feedback(nn.Module):
         self.transport_args = _arguments(transport, ("W", "op", "x", "dy", *state)) if transport else ()
         if rule.clamp_forward:
             self.register_buffer("forward_norm", torch.linalg.vector_norm(W))
+        after = getattr(type(rule), "after_step", None)
+        self.after_args = _arguments(after, ("W", "gen", "step", *state)) if after else None
+        if after:
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.steps: int | None = None  # the buffer's value, so that it is read, and the device waited for, once only
         self.exact = False  # True: plain backprop for the moment (fa.exact_backprop)
         self.backward_ran = self.traced = False
         self.steps_alone = 0  # optimizer steps of the weight without its learned feedback
@@ -185,16 +190,32 @@ class Feedback(nn.Module):
             K = K * (torch.linalg.vector_norm(known["W"]) / torch.linalg.vector_norm(K))
         return K
 
+    def after_step(self, W: Tensor) -> None:
+        """What the rule does once per optimizer step."""
+        self.steps = (int(self.step) if self.steps is None else self.steps) + 1
+        self.step.fill_(self.steps)
+
+        def gen() -> torch.Generator:
+            return generator(self.seed, self.layer_name, "step", self.steps, device=W.device)
+
+        known = {"W": W, "gen": gen, "step": self.steps, **{n: getattr(self, n) for n in self.names}}
+        for name, value in self.rule.after_step(**{n: known[n] for n in self.after_args}).items():
+            getattr(self, name).copy_(value)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.steps = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     def mark_backward(self) -> None:
         """Note that the layer's own backward ran (the check of :func:`_watch` reads it)."""
         if not torch.compiler.is_compiling():
             self.backward_ran = True
 
 
-def generator(seed: int, *labels: object) -> torch.Generator:
-    """A CPU generator of its own for (seed, labels), so that no draw depends on what was drawn before."""
+def generator(seed: int, *labels: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for (seed, labels), so that no draw depends on what was drawn before."""
     digest = hashlib.sha256("/".join(map(str, (seed, *labels))).encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 # ------------------------------------------------------------------------------------ converted layers
@@ -263,7 +284,7 @@ def _watch(layer: nn.Module) -> None:
     if fb.rule.learned:
         _unheld.add(layer)
         _register_hooks()
-    if fb.rule.clamp_forward:
+    if fb.rule.clamp_forward or hasattr(fb.rule, "after_step"):
         _stepping.add(layer)
         _register_hooks()
     if not layer.weight.requires_grad:
@@ -339,6 +360,8 @@ def _step(layer: nn.Module) -> None:
     fb, W = layer.feedback, layer.weight
     if fb.rule.clamp_forward:
         W.mul_(fb.forward_norm / torch.linalg.vector_norm(W))
+    if fb.after_args is not None:
+        fb.after_step(W)
 
 
 def after_step(net: nn.Module) -> None:

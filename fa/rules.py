@@ -1,8 +1,8 @@
-"""Every layer-wise learning rule: what carries the error down in place of ``W``, and how that feedback learns.
+r"""Every layer-wise learning rule: what carries the error down in place of ``W``, and how that feedback learns.
 
 A rule leaves the forward pass alone. In each converted layer
 
-.. math:: y = W x + b, \\qquad dx = K^T dy, \\qquad dW = dy\\,x^T, \\qquad db = \\sum dy,
+.. math:: y = W x + b, \qquad dx = K^T dy, \qquad dW = dy\,x^T, \qquad db = \\sum dy,
 
 where :math:`K` is the rule's *kernel*, of ``W``'s shape (backprop is :math:`K = W`). A rule is a frozen dataclass whose fields
 are its options. It says
@@ -165,7 +165,7 @@ class FA(Rule):
 
 @dataclass(frozen=True)
 class USF(Rule):
-    """Uniform sign-concordant feedback: the signs of W, one magnitude for the whole layer.
+    r"""Uniform sign-concordant feedback: the signs of W, one magnitude for the whole layer.
 
     .. math:: dx = s\,\mathrm{sign}(W)^T dy
 
@@ -205,7 +205,7 @@ class USF(Rule):
 
 @dataclass(frozen=True)
 class KP(Rule):
-    """Kolen-Pollack: the feedback receives W's own update and decays as W does.
+    r"""Kolen-Pollack: the feedback receives W's own update and decays as W does.
 
     .. math:: dx = B^T dy, \qquad dB = dW
 
@@ -231,7 +231,7 @@ class KP(Rule):
 
 @dataclass(frozen=True)
 class PFA(Rule):
-    """Product feedback alignment: the error passes a population of ``expansion * out`` units, B fixed, R learned.
+    r"""Product feedback alignment: the error passes a population of ``expansion * out`` units, B fixed, R learned.
 
     .. math:: dx = (B R)^T dy, \qquad dR = B^T dW
 
@@ -327,7 +327,7 @@ class PFA(Rule):
 
 @dataclass(frozen=True)
 class PFAo(PFA):
-    """Product feedback alignment with an orthogonal B and no expansion.
+    r"""Product feedback alignment with an orthogonal B and no expansion.
 
     .. math:: dx = (B R)^T dy, \qquad dR = B^T dW, \qquad B B^T = I
 
@@ -357,6 +357,220 @@ class PFAo(PFA):
 
 
 @dataclass(frozen=True)
+class FRSF(Rule):
+    r"""Fixed random-magnitude sign-concordant feedback: W's signs, random magnitudes drawn once.
+
+    .. math:: dx = (|M| \circ \mathrm{sign}(W))^T dy
+
+    Source: Liao et al. 2016; p1 section 1.2.
+    """
+
+    name = "frsf"
+    equation = "dx = (|M| sign(W))^T dy, M fixed and random"
+    source = "Liao et al. 2016; Moskovitz et al. 2018"
+
+    def draw(self, op, W, gen):
+        M = uniform(W.shape, self.std(W), W, gen)
+        return {"M": M if self.density == 1 else M * bernoulli(W.shape, self.density, W, gen)}
+
+    def kernel(self, W, M):
+        return M.abs() * W.sign()
+
+
+@dataclass(frozen=True)
+class BRSF(FRSF):
+    r"""Batch-wise random-magnitude sign-concordant feedback: magnitudes redrawn after every optimizer step.
+
+    .. math:: dx = (|M_t| \circ \mathrm{sign}(W))^T dy
+
+    The draw is a function of (seed, layer, step) alone, so that a resumed run and all ranks of a parallel one agree. It
+    happens where the layer lives: another kind of device draws other numbers.
+    Source: Liao et al. 2016.
+    """
+
+    name = "brsf"
+    equation = "dx = (|M_t| sign(W))^T dy, M_t redrawn every step"
+
+    def draw(self, op, W, gen):
+        std = self.std(W)
+        state = {"M": uniform(W.shape, std, W, gen), "std": torch.tensor(std).to(W)}
+        return state if self.density == 1 else state | {"mask": bernoulli(W.shape, self.density, W, gen)}
+
+    def kernel(self, W, M, mask=None):
+        return masked(M.abs() * W.sign(), mask)
+
+    def after_step(self, gen, M, std):
+        return {"M": M.clone().uniform_(0, math.sqrt(3.0), generator=gen()) * std}
+
+
+@dataclass(frozen=True)
+class Frozen(Rule):
+    r"""Frozen backprop: a copy of W that is refreshed only now and then, whole or in part.
+
+    .. math:: dx = B^T dy, \qquad B \leftarrow W \text{ every } k \text{ steps}
+
+    Args:
+        every: optimizer steps between refreshes (default 100, ours); 0: never.
+        part: probability with which an entry takes part in a refresh (default 1).
+
+    Source: a follow-up of p1; its text is not at hand, this is our reading.
+    """
+
+    name = "frozen"
+    equation = "dx = B^T dy, B = W as of up to k steps ago"
+    source = "our reading"
+
+    every: int = 100
+    part: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.every < 0 or not 0 < self.part <= 1:
+            raise UserError(f"frozen: every={self.every} must not be negative, part={self.part} must lie in (0, 1]")
+
+    def draw(self, op, W, gen):
+        B = W.detach().clone()
+        return {"B": B if self.density == 1 else B * bernoulli(W.shape, self.density, W, gen)}
+
+    def kernel(self, B):
+        return B
+
+    def after_step(self, gen, W, B, step):
+        if self.every == 0 or step % self.every:
+            return {}
+        return {"B": W if self.part == 1 else torch.where(torch.empty_like(B).uniform_(generator=gen()) < self.part, W, B)}
+
+
+# --------------------------------------------------------------------------------------- rules of paper 2
+
+
+@dataclass(frozen=True)
+class Primitives(Rule):
+    r"""Learned feedback that descends a local objective, a sum of p2's five primitives.
+
+    .. math::
+        R = d\,(\|W\|^2 + \|B\|^2) - a \langle x^T B^T W x\rangle + n \langle\|B^T W x\|^2\rangle
+            + p \langle\|W x\|^2 + \|B x\|^2\rangle - s\,\mathrm{tr}(B^T W)
+
+    with B of W's shape (p2's transposed). Only B descends it: x and W count as given, and no other layer hears of it. A rule is a row of
+    coefficients, so that a new combination is one call: ``fa.convert(net, "primitives", amp=2e-3, sparse=1e-3)``.
+
+    Args:
+        decay: d, of local rules.
+        amp: a, Hebbian: presynaptic times postsynaptic activity.
+        null: n; the layer's own activity sent back through B.
+        sparse: p; needs x sent up through B, not local.
+        self: s; needs the value of W, not local.
+        positions: ``"mean"`` (default, ours) or ``"sum"`` (p2's code) over a convolution's output positions, in the terms that see
+            data. The sum makes AA and IA diverge on ResNet-20 at learning rate 0.1.
+
+    ``< >`` is the mean over the batch; there is no factor 1/2 anywhere. Defaults of the named rules are p2's code's. The
+    gradient holds its own decay, so the optimizer must add none (``fa.param_groups`` sees to it). A scaled loss does not
+    scale it.
+    Source: p2 sections 1.5 and 2.1; authors' code Alignments/primitives.py.
+    """
+
+    name = "primitives"
+    equation = "dx = B^T dy, dB = 2d B - a <y x^T> + 2n <y (B^T y)^T> + 2p <(B x) x^T> - s W"
+    source = "Kunin et al. 2020"
+    learned = ("B",)
+    own_decay = True
+
+    decay: float = 0.0
+    amp: float = 0.0
+    null: float = 0.0
+    sparse: float = 0.0
+    self_: float = 0.0
+    positions: str = "mean"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.positions not in ("mean", "sum"):
+            raise UserError(f"{self.name}: positions={self.positions!r} is not one of mean, sum")
+
+    def draw(self, op, W, gen):
+        B = uniform(W.shape, self.std(W), W, gen)
+        return {"B": B} if self.density == 1 else {"B": B, "mask": bernoulli(W.shape, self.density, W, gen)}
+
+    def kernel(self, B, mask=None):
+        return masked(B, mask)
+
+    def feedback_grad(self, op, x, dy, W, B):
+        grad = 2 * self.decay * B - self.self_ * W
+        if not (self.amp or self.null or self.sparse):
+            return {"B": grad}
+        K, W = B.to(x.dtype), W.to(x.dtype)
+        data = None
+        if self.amp or self.null:
+            y = op.forward(x, W)
+        if self.sparse:  # B x, and with it what amp wants of the same correlation
+            p = 2 * self.sparse * op.forward(x, K)
+            data = op.correlate(x, p - self.amp * y if self.amp and not self.null else p, W)
+        if self.null:
+            r = 2 * self.null * op.transpose(y, K, x)
+            part = op.correlate(r - self.amp * x if self.amp else r, y, W)
+            data = part if data is None else data + part
+        elif self.amp and data is None:
+            data = op.correlate(x, -self.amp * y, W)
+        every = self.positions == "mean" or W.dim() == 2  # samples (every token is one), or samples times output positions
+        return {"B": grad + data.to(B.dtype) / (dy.numel() // W.shape[0] if every else dy.shape[0])}
+
+
+@dataclass(frozen=True)
+class WM(Primitives):
+    """Weight mirror: a Hebbian term and decay. dB = 2d B - a <y x^T>; here with the layer's own input.
+
+    Source: Akrout et al. 2019; p2 section 2.3.
+    """
+
+    name = "wm"
+    equation = "dx = B^T dy, dB = 2d B - a <y x^T>"
+    source = "Akrout et al. 2019; Kunin et al. 2020"
+    decay: float = 1e-3
+    amp: float = 1e-3
+
+
+@dataclass(frozen=True)
+class IA(Primitives):
+    """Information alignment: the decoder of a regularised linear autoencoder. dB = 2d B - a <y x^T> + 2n <y (B^T y)^T>.
+
+    Source: p2 section 2.4.
+    """
+
+    name = "ia"
+    equation = "dx = B^T dy, dB = 2d B - a <y x^T> + 2n <y (B^T y)^T>"
+    decay: float = 1e-3
+    amp: float = 2e-3
+    null: float = 1e-3
+
+
+@dataclass(frozen=True)
+class SA(Primitives):
+    """Symmetric alignment: a leaky estimate of W. dB = 2d B - s W.
+
+    Source: p2 section 2.5.
+    """
+
+    name = "sa"
+    equation = "dx = B^T dy, dB = 2d B - s W"
+    decay: float = 1e-3
+    self_: float = 2e-3
+
+
+@dataclass(frozen=True)
+class AA(Primitives):
+    """Activation alignment: B x is fitted to W x. dB = 2p <(B x) x^T> - a <y x^T>.
+
+    Source: p2 section 2.6.
+    """
+
+    name = "aa"
+    equation = "dx = B^T dy, dB = 2p <(B x) x^T> - a <y x^T>"
+    amp: float = 2e-3
+    sparse: float = 1e-3
+
+
+@dataclass(frozen=True)
 class BP(Rule):
     """Backpropagation: W itself carries the error. ``convert(net, "bp")`` takes every rule off again."""
 
@@ -368,7 +582,7 @@ class BP(Rule):
         return W
 
 
-RULES: dict[str, type] = {rule.name: rule for rule in (BP, FA, USF, KP, PFA, PFAo)}
+RULES: dict[str, type] = {rule.name: rule for rule in (BP, FA, USF, BRSF, FRSF, Frozen, KP, PFA, PFAo, Primitives, WM, IA, SA, AA)}
 """Name -> rule. Extend it with your own; :mod:`fa.dfa` adds ``dfa``."""
 
 
