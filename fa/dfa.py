@@ -61,7 +61,7 @@ class DFA(Rule):
 
         def attach() -> None:
             for name, layer in layers.items():
-                L.put_on(layer, feedback[name], DirectLinear if isinstance(layer, nn.Linear) else DirectConv2d)
+                L.put_on(layer, feedback[name], next((new for old, new in _DIRECT.items() if isinstance(layer, old)), type(layer)))
             tape.put_on(net)
 
         return attach
@@ -152,7 +152,7 @@ class DirectFeedback(nn.Module):
         self.backward_ran = self.traced = False
         self._spread: dict[Any, Tensor] = {}
 
-    def tap(self, x: Tensor, layer: nn.Module) -> Tensor:
+    def tap(self, x: Tensor, layer: nn.Module | None = None) -> Tensor:
         """Cut the graph at the layer's input, to be handed B e when the output error is known."""
         if self.exact or not torch.is_grad_enabled():
             return x
@@ -160,8 +160,12 @@ class DirectFeedback(nn.Module):
         if not self.tape.recording:
             raise RuntimeError(f"layer {self.layer_name!r} is under dfa: call the whole network that was converted, not a part of it")
         if x.requires_grad:
-            self.tape.taps.append((x, self.B if x.dim() == 2 or isinstance(layer, nn.Linear) else self.spread(layer, x)))
+            self.tape.taps.append((x, self.spread(layer, x) if isinstance(layer, nn.Conv2d) else self.B))
         return x.detach()
+
+    def forward(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """A tapped linear layer whose weight another module owns (see fa.attention)."""
+        return F.linear(self.tap(x), W, b)
 
     def spread(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
         """(classes, in, h, w): where a unit error of each class goes, made once for each input size."""
@@ -203,4 +207,5 @@ class DirectConv2d(L._Converted, nn.Conv2d):
         return super().forward(self.feedback.tap(x, self))
 
 
+_DIRECT = {nn.Linear: DirectLinear, nn.Conv2d: DirectConv2d}
 RULES["dfa"] = DFA

@@ -226,6 +226,11 @@ class _Converted:
 
     feedback: Feedback
 
+    @property
+    def held(self) -> nn.Parameter:
+        """The parameter that an optimizer holds."""
+        return self.weight
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _watch(self)
@@ -264,7 +269,7 @@ def _explicit_padding(layer: nn.Conv2d) -> list[int]:
 
 
 def _linear_map(layer: nn.Module) -> LinearMap | ConvMap:
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Conv2d):
         return LinearMap()
     if _explicit_padding(layer):
         padding = (0, 0)
@@ -287,7 +292,7 @@ def _watch(layer: nn.Module) -> None:
     if fb.rule.clamp_forward or hasattr(fb.rule, "after_step"):
         _stepping.add(layer)
         _register_hooks()
-    if not layer.weight.requires_grad:
+    if not layer.held.requires_grad:
         return
     ref = weakref.ref(layer)
 
@@ -303,7 +308,7 @@ def _watch(layer: nn.Module) -> None:
             )
         fb.backward_ran = False
 
-    _watches[layer] = layer.weight.register_post_accumulate_grad_hook(check)
+    _watches[layer] = layer.held.register_post_accumulate_grad_hook(check)
 
 
 # ------------------------------------------------------------------------------------ once per optimizer step
@@ -328,7 +333,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     lacking = 0
     for layer in list(_unheld):
-        fb, W = layer.feedback, id(layer.weight)
+        fb, W = layer.feedback, id(layer.held)
         learned = [id(p) for p in fb.parameters()]
         if all(p in group_of for p in learned):
             if fb.rule.sgd_only and not (type(optimizer) is torch.optim.SGD and {group_of[p] for p in learned} == {group_of.get(W)}):
@@ -351,7 +356,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     if _stepping:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for layer in list(_stepping):
-            if id(layer.weight) in held:
+            if id(layer.held) in held:
                 _step(layer)
 
 
@@ -376,16 +381,16 @@ def after_step(net: nn.Module) -> None:
 
 # ------------------------------------------------------------------------------------ conversion
 
-_CONVERTED = {nn.Linear: FeedbackLinear, nn.Conv2d: FeedbackConv2d}
+_CONVERTED = {nn.Linear: FeedbackLinear, nn.Conv2d: FeedbackConv2d}  # fa.attention adds the projections of an attention
 
 _REFUSED = (  # layers with a matrix that errors pass through, for which there is no feedback here
     nn.modules.conv._ConvNd,
     nn.Bilinear,
     nn.RNNBase,
     nn.RNNCellBase,
-    nn.MultiheadAttention,
     nn.modules.lazy.LazyModuleMixin,
 )
+_REFUSED_NAMES = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")  # torchvision's Swin reads its layers' weights itself
 
 
 def converted(net: nn.Module) -> dict[str, nn.Module]:
@@ -395,6 +400,8 @@ def converted(net: nn.Module) -> dict[str, nn.Module]:
 
 def _targets(net: nn.Module, skip: Iterable[str]) -> dict[str, nn.Module]:
     """The layers to convert; raises for what cannot be, all at once."""
+    from . import attention
+
     skip = set(skip)
     names = {name for name, _ in net.named_modules()}
     if unknown := skip - names:
@@ -407,9 +414,17 @@ def _targets(net: nn.Module, skip: Iterable[str]) -> dict[str, nn.Module]:
     for name, m in net.named_modules():
         if any(name == s or name.startswith(s + ".") for s in skip):
             continue
+        if isinstance(m, nn.MultiheadAttention):
+            if why := attention.refusal(m):
+                problems.append(f"{name or 'the root'} ({type(m).__name__}: {why})")
+            prefix = f"{name}." if name else ""
+            found |= {prefix + key: row for key, row in attention.rows(m).items()} | {prefix + "out_proj": m.out_proj}
+            continue
         if not isinstance(m, (nn.Linear, nn.Conv2d)):
-            if isinstance(m, _REFUSED):
+            if isinstance(m, _REFUSED) or type(m).__name__ in _REFUSED_NAMES:
                 problems.append(f"{name or 'the root'} ({type(m).__name__}: no feedback for this kind of layer)")
+            continue
+        if name in found:  # the output projection of an attention
             continue
         if isinstance(m, nn.modules.lazy.LazyModuleMixin):
             problems.append(f"{name} (lazy: run the network once first)")
@@ -469,7 +484,7 @@ def _attach(rule: Rule, layers: dict[str, nn.Module], seed: int) -> Callable[[],
 
     def attach() -> None:
         for name, layer in layers.items():
-            put_on(layer, feedback[name], _CONVERTED[type(layer)])
+            put_on(layer, feedback[name], next(new for old, new in _CONVERTED.items() if isinstance(layer, old)))
 
     return attach
 
@@ -477,8 +492,11 @@ def _attach(rule: Rule, layers: dict[str, nn.Module], seed: int) -> Callable[[],
 def put_on(layer: nn.Module, feedback: nn.Module, cls: type) -> None:
     """Change the layer's class in place and give it its feedback."""
     feedback.train(layer.training)
+    feedback.original = type(layer)
     layer.feedback = feedback
     layer.__class__ = cls
+    if hasattr(layer, "install"):
+        layer.install()
     _watch(layer)
 
 
@@ -491,8 +509,10 @@ def revert(net: nn.Module) -> nn.Module:
         _stepping.discard(layer)
         if hasattr(layer.feedback, "tape"):
             layer.feedback.tape.remove()
+        if hasattr(layer, "remove"):
+            layer.remove()
+        layer.__class__ = layer.feedback.original
         del layer.feedback
-        layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
     return net
 
 

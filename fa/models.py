@@ -1,6 +1,7 @@
 """The papers' networks, as plain PyTorch: no rule is mentioned here, ``fa.convert`` puts one on.
 
-Parameter counts are asserted by the tests: ``mlp(784, (512, 512), 10)`` has 669,706 (p3's MNIST network, authors' ``ffn2``).
+Parameter counts, asserted by the tests: ``mlp(784)`` 669,706 (p3's MNIST network, authors' ``ffn2``); ``resnet(20)`` 269,722,
+``resnet(32)`` 464,154, ``resnet(56)`` 853,018, ``resnet(110)`` 1,727,962 for ten classes (He et al. 2016, section 4.2).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
@@ -38,15 +40,67 @@ def mlp(inputs: int, hidden: Sequence[int] = (512, 512), classes: int = 10) -> M
     return MLP(inputs, hidden, classes)
 
 
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters (option A): every second pixel, zeros for the new channels."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.new = stride, outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (n, inputs, h, w) -> (n, outputs, h / stride, w / stride)."""
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        if self.new:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.new // 2, self.new - self.new // 2))
+        return torch.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """The CIFAR ResNet of 6 n + 2 layers with option-A shortcuts; p3's network for CIFAR-10 is ``resnet(20)``.
+
+    Source: He et al. 2016, section 4.2; p3 section 1.5.
+    """
+
+    def __init__(self, depth: int, classes: int, inputs: int = 3) -> None:
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise UserError(f"resnet{depth}: a CIFAR ResNet has 6 n + 2 layers: 20, 32, 44, 56, 110, ...")
+        self.conv1 = nn.Conv2d(inputs, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        widths, blocks = (16, 16, 32, 64), (depth - 2) // 6
+        for stage in (1, 2, 3):
+            self.add_module(f"layer{stage}", nn.Sequential(*(
+                BasicBlock(widths[stage - (i == 0)], widths[stage], 1 if i or stage == 1 else 2) for i in range(blocks)
+            )))  # fmt: skip
+        self.fc = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (n, inputs, h, w) -> logits (n, classes)."""
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def resnet(depth: int = 20, classes: int = 10, inputs: int = 3) -> ResNet:
+    """The CIFAR ResNet of that depth: 20, 32, 44, 56, 110."""
+    return ResNet(depth, classes, inputs)
+
+
 def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] = (512, 512)) -> nn.Module:
     """The network of that name for images of ``shape`` (channels, height, width).
 
     Raises:
         UserError: unknown name.
     """
-    if name != "mlp":
-        raise UserError(f"unknown model {name!r}; known models: mlp")
-    return mlp(torch.Size(shape).numel(), hidden, classes)
+    if name == "mlp":
+        return mlp(torch.Size(shape).numel(), hidden, classes)
+    if name.startswith("resnet") and name[6:].isdigit():
+        return resnet(int(name[6:]), classes, shape[0])
+    raise UserError(f"unknown model {name!r}; known models: mlp, resnet20, resnet32, resnet56, resnet110")
 
 
 @torch.no_grad()

@@ -1,0 +1,156 @@
+"""``nn.MultiheadAttention`` under a learning rule: an equal attention of four linear layers on the same parameters.
+
+PyTorch's own reads ``in_proj_weight`` and ``out_proj.weight`` directly and goes around every layer, so that errors would come
+down through W unnoticed. Here queries, keys, values and output each have feedback of their own; the parameters, their names and
+the returned values are PyTorch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import _CONVERTED, _Converted, _watch
+
+
+class RowsLinear(_Converted, nn.Module):
+    """A linear layer on some rows of a parameter that another module owns; made by ``convert``, never constructed."""
+
+    def __init__(self, owner: nn.MultiheadAttention, key: str, parameter: str, rows: slice, bias_rows: slice) -> None:
+        super().__init__()
+        self.owner = (owner,)  # in a tuple: the owner is not a child of its own child
+        self.key, self.parameter, self.rows, self.bias_rows = key, parameter, rows, bias_rows
+        self.training = owner.training
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)  # its owner, whose parameter is watched, is not whole yet
+
+    def install(self) -> None:
+        """Become a child of the attention, which now calls its projections."""
+        owner = self.owner[0]
+        owner.__class__ = FeedbackAttention
+        owner.add_module(self.key, self)
+        owner._modules["out_proj"] = owner._modules.pop("out_proj")  # last, so that layers are listed from the input
+
+    def remove(self) -> None:
+        """Give the attention back as it was."""
+        self.owner[0].__class__ = nn.MultiheadAttention
+        delattr(self.owner[0], self.key)
+
+    @property
+    def held(self) -> nn.Parameter:
+        """The parameter that an optimizer holds."""
+        return getattr(self.owner[0], self.parameter)
+
+    @property
+    def weight(self) -> Tensor:
+        """(embed, in), a view."""
+        return self.held[self.rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(embed,), a view, or None."""
+        bias = self.owner[0].in_proj_bias
+        return None if bias is None else bias[self.bias_rows]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (..., in) -> (..., embed)."""
+        if self.feedback.exact or not torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        return self.feedback.forward(x, self.weight, self.bias)
+
+
+def rows(attention: nn.MultiheadAttention) -> dict[str, RowsLinear]:
+    """The three projections of an attention, by name: q, k, v."""
+    e = attention.embed_dim
+    together = attention._qkv_same_embed_dim
+    return {
+        name: RowsLinear(
+            attention,
+            name,
+            "in_proj_weight" if together else f"{name}_proj_weight",
+            slice(i * e, (i + 1) * e) if together else slice(None),
+            slice(i * e, (i + 1) * e),
+        )
+        for i, name in enumerate("qkv")
+    }
+
+
+def refusal(attention: nn.Module) -> str:
+    """Why an attention cannot be converted, or ""."""
+    if type(attention) not in (nn.MultiheadAttention, FeedbackAttention):
+        return "a subclass with behaviour of its own"
+    if attention.bias_k is not None or attention.add_zero_attn:
+        return "add_bias_kv and add_zero_attn are not supported"
+    return ""
+
+
+class FeedbackAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` of four linear layers, ``q, k, v, out_proj``; made by ``convert``, never constructed."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for projection in (self.q, self.k, self.v):
+            _watch(projection)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``nn.MultiheadAttention``: (output, attention weights or None)."""
+        if not torch.is_grad_enabled():
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        n, heads = query.shape[0], self.num_heads
+
+        def split(t: Tensor) -> Tensor:  # (n, tokens, embed) -> (n, heads, tokens, embed / heads)
+            return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        q, k, v = split(self.q(query)), split(self.k(key)), split(self.v(value))
+        mask = _additive(attn_mask, q.dtype)
+        if mask is not None and mask.dim() == 3:
+            mask = mask.view(n, heads, *mask.shape[1:])
+        padding = _additive(key_padding_mask, q.dtype)
+        if padding is not None:
+            padding = padding[:, None, None, :]
+            mask = padding if mask is None else mask + padding
+        dropout = self.dropout if self.training else 0.0
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+            weights = torch.softmax(scores if mask is None else scores + mask, -1)
+            weights = F.dropout(weights, dropout)
+            out = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            out, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout), None
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if not batched:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask to add to the scores; True in a boolean one means "not allowed"."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+_CONVERTED[RowsLinear] = RowsLinear
