@@ -28,12 +28,17 @@ class DFA(Rule):
 
     .. math:: dx_l = B_l^T e
 
-    Replaces the error at the *input* of every convolution and linear layer, the output layer included; normalisation,
-    activation and pooling below a tap are exact, and a skip adds its own error. ``B_l`` is (classes, in) for a linear layer and a
-    kernel (classes, in, kh, kw) for a convolution, where e is spread over the output map and sent through the transposed
-    convolution with the layer's own geometry. This is the DFA of p3's figures; it is *not* Nokland's dense matrix.
+    The error at the *input* of every convolution and linear layer, the output layer included, is replaced; normalisation,
+    activation and pooling below a tap are exact.
 
     Args:
+        tap: ``"input"`` (default; p3's figures and BioTorch's): the layer's input alone, so that a skip beside it adds its own
+            error. ``"block"``: the activation that enters a block is cut as well, skip and all, so that what arrives is B_l e and
+            no more (ours).
+        form: ``"kernel"`` (default; p3's figures): a convolution's B_l is (classes, in, kh, kw); e is spread over the output map and
+            sent through the transposed convolution with the layer's own geometry. ``"dense"`` (Nokland's): B_l is (classes, in,
+            h, w), one column for each unit; needs ``convert(..., sample=x)``. A linear layer's is (classes, in) in both.
+        blocks: class names of the modules that ``tap="block"`` cuts (default: those of the ResNets here and in torchvision).
         classes: length of the output error (default 0: that of the network's last linear or convolutional layer).
         init: scale of B_l. ``"match"``: the RMS of the layer's own W at conversion; ``"xavier"``: Xavier on B_l's shape (p3's).
         density: fraction of entries of B_l that exist, without rescaling.
@@ -46,25 +51,57 @@ class DFA(Rule):
     equation = "dx_l = B_l^T e, e the error at the network's output"
     source = "Nokland 2016; Li & Benna 2024 (this form)"
 
+    tap: str = "input"
+    form: str = "kernel"
+    blocks: str = "BasicBlock,Bottleneck"
     classes: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tap not in ("input", "block"):
+            raise UserError(f"dfa: tap={self.tap!r} is not one of input, block")
+        if self.form not in ("kernel", "dense"):
+            raise UserError(f"dfa: form={self.form!r} is not one of kernel, dense")
         if self.norm != "fixed" or self.clamp_forward:
             raise UserError("dfa has no kernel of W's shape, so norm and clamp_forward do not apply")
 
-    def attach(self, net: nn.Module, layers: dict[str, nn.Module], seed: int) -> Callable[[], None]:
+    def attach(self, net: nn.Module, layers: dict[str, nn.Module], sizes: dict[str, Any], seed: int) -> Callable[[], None]:
         """Draw B_l for every layer; the function returned puts them in place and hooks the network's two ends."""
         classes = self.classes or next(reversed(layers.values())).weight.shape[0]
         tape = Tape()
-        feedback = {name: DirectFeedback(self, m, name, seed, classes, tape) for name, m in layers.items()}
+        if self.form == "dense" and set(layers) - set(sizes):
+            raise UserError("dfa: form='dense' needs the sizes of the maps; pass a batch of inputs, convert(..., sample=x)")
+        feedback = {
+            name: DirectFeedback(self, m, name, seed, classes, tape, sizes[name][0] if self.form == "dense" else None)
+            for name, m in layers.items()
+        }
+        blocks = []
+        if self.tap == "block":
+            named = {b.strip() for b in self.blocks.split(",")}
+            blocks = [m for m in net.modules() if type(m).__name__ in named]
+            if not blocks:
+                raise UserError(f"dfa: tap='block' found no block of class {self.blocks}; name the network's with blocks='...'")
 
         def attach() -> None:
             for name, layer in layers.items():
                 L.put_on(layer, feedback[name], next((new for old, new in _DIRECT.items() if isinstance(layer, old)), type(layer)))
             tape.put_on(net)
+            for block in blocks:
+                first = next(m for m in block.modules() if isinstance(m, L._Converted))
+                tape.handles.append(block.register_forward_pre_hook(BlockTap(first)))
 
         return attach
+
+
+class BlockTap:
+    """Cut the graph at a block's input, its skip path included, with the B of the block's first layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, block: nn.Module, args: tuple) -> tuple:
+        """A forward pre-hook."""
+        return (self.layer.feedback.tap(args[0], self.layer), *args[1:])
 
 
 class Tape:
@@ -130,12 +167,15 @@ class _Broadcast(torch.autograd.Function):
 class DirectFeedback(nn.Module):
     """What a layer under DFA keeps beside its own parameters: its B and the network's tape."""
 
-    def __init__(self, rule: DFA, layer: nn.Module, name: str, seed: int, classes: int, tape: Tape) -> None:
+    def __init__(
+        self, rule: DFA, layer: nn.Module, name: str, seed: int, classes: int, tape: Tape, size: torch.Size | None = None
+    ) -> None:
         super().__init__()
         self.rule, self.layer_name, self.tape = rule, name, tape
         W = layer.weight.detach()
         inputs = W.shape[1] * getattr(layer, "groups", 1)
-        shape, receptive = (classes, inputs, *W.shape[2:]), W[0, 0].numel()
+        receptive = W[0, 0].numel()
+        shape = (classes, inputs, *W.shape[2:]) if size is None else (classes, *size) if W.dim() > 2 else (classes, inputs)
         match rule.init:
             case "match":
                 std = rms(W)
@@ -160,7 +200,8 @@ class DirectFeedback(nn.Module):
         if not self.tape.recording:
             raise RuntimeError(f"layer {self.layer_name!r} is under dfa: call the whole network that was converted, not a part of it")
         if x.requires_grad:
-            self.tape.taps.append((x, self.spread(layer, x) if isinstance(layer, nn.Conv2d) else self.B))
+            spread = isinstance(layer, nn.Conv2d) and self.rule.form == "kernel"
+            self.tape.taps.append((x, self.spread(layer, x) if spread else self.B))
         return x.detach()
 
     def forward(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:

@@ -12,8 +12,8 @@ import hashlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -29,8 +29,25 @@ from .rules import Rule
 # ------------------------------------------------------------------------------------ a layer's linear map
 
 
-@dataclass(frozen=True)
-class LinearMap:
+@dataclass
+class _Map:
+    """What both kinds of linear map have: sizes of a sample's input and output where known, and noise of their own."""
+
+    sizes: tuple[torch.Size, torch.Size] | None = field(default=None, kw_only=True)
+    gen: torch.Generator | None = field(default=None, kw_only=True)
+
+    def noise(self, like: Tensor, kind: str) -> Tensor:
+        """Standard noise, "normal" or "uniform", of a tensor's shape, dtype and place."""
+        if torch.compiler.is_compiling():
+            return torch.randn_like(like) if kind == "normal" else (torch.rand_like(like) - 0.5) * 12**0.5
+        if self.gen is None or self.gen.device != like.device:
+            self.gen = torch.Generator(like.device).manual_seed(0 if self.gen is None else self.gen.initial_seed())
+        out = torch.empty_like(like)
+        return out.normal_(generator=self.gen) if kind == "normal" else out.uniform_(-(3**0.5), 3**0.5, generator=self.gen)
+
+
+@dataclass
+class LinearMap(_Map):
     """y = K x on the last axis. Shapes: x (..., in), y (..., out), K (out, in)."""
 
     groups = 1
@@ -56,8 +73,8 @@ class LinearMap:
         )
 
 
-@dataclass(frozen=True)
-class ConvMap:
+@dataclass
+class ConvMap(_Map):
     """y = K * x, a 2-D cross-correlation. Shapes: x (n, in, h, w), y (n, out, h', w'), K (out, in / groups, kh, kw)."""
 
     stride: tuple[int, int]
@@ -212,6 +229,22 @@ class Feedback(nn.Module):
             self.backward_ran = True
 
 
+class NoisyFeedback(Feedback):
+    """Feedback that learns from noise: the noise has a generator of its own, whose state is saved with the rest."""
+
+    def __init__(self, rule: Rule, op: LinearMap | ConvMap, layer: nn.Module, name: str, seed: int) -> None:
+        super().__init__(rule, op, layer, name, seed)
+        op.gen = generator(seed, name, "noise", device=layer.weight.device)
+
+    def get_extra_state(self) -> Tensor:
+        """State of the generator, so that a resumed run goes on with its noise."""
+        return self.op.gen.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """See :meth:`get_extra_state`."""
+        self.op.gen.set_state(state.cpu())
+
+
 def generator(seed: int, *labels: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for (seed, labels), so that no draw depends on what was drawn before."""
     digest = hashlib.sha256("/".join(map(str, (seed, *labels))).encode()).digest()
@@ -268,16 +301,16 @@ def _explicit_padding(layer: nn.Conv2d) -> list[int]:
     return sides if layer.padding_mode != "zeros" or uneven else []
 
 
-def _linear_map(layer: nn.Module) -> LinearMap | ConvMap:
+def _linear_map(layer: nn.Module, sizes: tuple[torch.Size, torch.Size] | None = None) -> LinearMap | ConvMap:
     if not isinstance(layer, nn.Conv2d):
-        return LinearMap()
+        return LinearMap(sizes=sizes)
     if _explicit_padding(layer):
         padding = (0, 0)
     elif isinstance(layer.padding, str):  # even sides; the list runs from the last axis
         padding = (layer._reversed_padding_repeated_twice[2], layer._reversed_padding_repeated_twice[0])
     else:
         padding = layer.padding
-    return ConvMap(layer.stride, padding, layer.dilation, layer.groups)
+    return ConvMap(layer.stride, padding, layer.dilation, layer.groups, sizes=sizes)
 
 
 def _watch(layer: nn.Module) -> None:
@@ -443,7 +476,15 @@ def _targets(net: nn.Module, skip: Iterable[str]) -> dict[str, nn.Module]:
     return found
 
 
-def convert(net: nn.Module, rule: str | Rule, *, seed: int = 0, skip: Iterable[str] = (), **options: Any) -> nn.Module:
+def convert(
+    net: nn.Module,
+    rule: str | Rule,
+    *,
+    seed: int = 0,
+    skip: Iterable[str] = (),
+    sample: Tensor | None = None,
+    **options: Any,
+) -> nn.Module:
     """Put a learning rule on every ``nn.Linear`` and ``nn.Conv2d`` of a network, in place; returns the network.
 
     An ordinary training loop then trains under the rule. The forward pass, the parameters and their names stay as they are.
@@ -455,6 +496,8 @@ def convert(net: nn.Module, rule: str | Rule, *, seed: int = 0, skip: Iterable[s
         seed: of the feedback's random draws (default 0). Every layer draws from a generator of its own, made of this seed and
             the layer's name; the global generator is not touched.
         skip: qualified names of modules that stay plain backprop, with all that is inside them.
+        sample: a batch of inputs (n, ...), for rules that need the sizes of the maps (``form="dense"``): the network is run on it
+            once, in eval mode. Default None.
         options: the rule's own, e.g. ``expansion=10`` for ``pfa``.
 
     Raises:
@@ -472,15 +515,39 @@ def convert(net: nn.Module, rule: str | Rule, *, seed: int = 0, skip: Iterable[s
     if r.name == "bp":
         return revert(net)
     layers = _targets(net, skip)
-    attach = r.attach(net, layers, seed) if hasattr(r, "attach") else _attach(r, layers, seed)  # draws all, changes nothing
+    sizes = {} if sample is None else _sizes(net, sample)
+    attach = r.attach if hasattr(r, "attach") else partial(_attach, r)
+    put = attach(net, layers, sizes, seed)  # draws all feedback and changes nothing
     revert(net)
-    attach()
+    put()
     return net
 
 
-def _attach(rule: Rule, layers: dict[str, nn.Module], seed: int) -> Callable[[], None]:
+@torch.no_grad()
+def _sizes(net: nn.Module, sample: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """Layer -> sizes of one sample's input and output, from one pass in eval mode."""
+    sizes, handles, modes = {}, [], {m: m.training for m in net.modules()}
+    for name, m in net.named_modules():
+        if isinstance(m, (nn.Linear, nn.Conv2d)):
+            def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
+                sizes[name] = args[0].shape[1:], out.shape[1:]  # fmt: skip
+            handles.append(m.register_forward_hook(keep))
+    try:
+        net.eval()(sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, training in modes.items():
+            m.training = training
+    return sizes
+
+
+def _attach(
+    rule: Rule, net: nn.Module, layers: dict[str, nn.Module], sizes: dict[str, tuple[torch.Size, torch.Size]], seed: int
+) -> Callable[[], None]:
     """Draw the feedback of every layer; the function returned puts it in place."""
-    feedback = {name: Feedback(rule, _linear_map(m), m, name, seed) for name, m in layers.items()}
+    kind = NoisyFeedback if getattr(rule, "input", "data") != "data" else Feedback
+    feedback = {name: kind(rule, _linear_map(m, sizes.get(name)), m, name, seed) for name, m in layers.items()}
 
     def attach() -> None:
         for name, layer in layers.items():

@@ -52,13 +52,16 @@ def alignment(net: nn.Module) -> pd.DataFrame:
     Returns:
         One row a converted layer, in order from the input: ``layer`` (qualified name), ``depth`` (1, 2, ...), ``angle_deg`` =
         angle(W, B_eff) in degrees, ``norm_ratio`` = ||B_eff|| / ||W||, ``sign_concordance`` = fraction of entries of equal sign,
-        ``weight_norm`` = ||W|| (Frobenius); computed in float64. Layers under dfa are left out.
+        ``weight_norm`` = ||W|| (Frobenius); computed in float64. Layers without a kernel of W's shape (dfa, dense fa) are left out.
     """
     rows = []
     for depth, (name, layer) in enumerate(converted(net).items(), 1):
         if not isinstance(layer.feedback, Feedback):
             continue
-        W, K = layer.weight.detach().double(), feedback_weight(layer).double()
+        try:
+            W, K = layer.weight.detach().double(), feedback_weight(layer).double()
+        except UserError:  # dense feedback between maps has no kernel
+            continue
         rows.append({
             "layer": name,
             "depth": depth,

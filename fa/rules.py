@@ -148,19 +148,48 @@ class FA(Rule):
     """Feedback alignment: a fixed random matrix carries the error.
 
     .. math:: dx = B^T dy
-    Source: Lillicrap et al. 2016 (Nat. Commun. 7:13276); for convolutions a random kernel of W's shape (p1 section 1.2).
+
+    Args:
+        form: ``"kernel"`` (default): B has W's shape, so that a convolution sends errors down by a transposed convolution.
+            ``"dense"``: a convolution's B is a dense matrix between the flattened maps, (out h' w', in h w), which knows nothing
+            of space; needs ``convert(..., sample=x)``. With ``init="match"`` it has the Frobenius norm of the matrix that
+            the convolution itself is, borders aside (ours), else the standard deviation asked for.
+
+    Source: Lillicrap et al. 2016 (Nat. Commun. 7:13276); both forms for convolutions: p1 section 1.2.
     """
 
     name = "fa"
     equation = "dx = B^T dy, B fixed and random"
     source = "Lillicrap et al. 2016; Moskovitz et al. 2018 (convolutions)"
 
-    def draw(self, op, W, gen):
-        B = uniform(W.shape, self.std(W), W, gen)
-        return {"B": B if self.density == 1 else B * bernoulli(W.shape, self.density, W, gen)}
+    form: str = "kernel"
 
-    def kernel(self, B):
+    def __post_init__(self):
+        super().__post_init__()
+        if self.form not in ("kernel", "dense"):
+            raise UserError(f"fa: form={self.form!r} is not one of kernel, dense")
+        if self.form == "dense" and self.norm != "fixed":
+            raise UserError("fa: norm='track' holds for form='kernel' only")
+
+    def draw(self, op, W, gen):
+        shape, std = tuple(W.shape), self.std(W)
+        if self.form == "dense" and W.dim() > 2:
+            if op.sizes is None:
+                raise UserError("fa: form='dense' needs the sizes of the maps; pass a batch of inputs, convert(..., sample=x)")
+            shape = tuple(math.prod(size) for size in reversed(op.sizes))
+            if self.init == "match":
+                std *= math.sqrt(W[0].numel() / shape[1])
+        B = uniform(shape, std, W, gen)
+        return {"B": B if self.density == 1 else B * bernoulli(shape, self.density, W, gen)}
+
+    def kernel(self, W, B):
+        if B.shape != W.shape:
+            raise UserError("fa: form='dense' has no kernel of the weight's shape")
         return B
+
+    def transport(self, x, dy, W, B):
+        """dx through a dense matrix between flattened maps; None where B is a kernel."""
+        return None if B.shape == W.shape else (dy.flatten(1) @ B.to(dy.dtype)).view_as(x)
 
 
 @dataclass(frozen=True)
@@ -463,6 +492,13 @@ class Primitives(Rule):
         self: s; needs the value of W, not local.
         positions: ``"mean"`` (default, ours) or ``"sum"`` (p2's code) over a convolution's output positions, in the terms that see
             data. The sum makes AA and IA diverge on ResNet-20 at learning rate 0.1.
+        input: ``"data"`` (default): the layer's own input; ``"normal"`` or ``"uniform"``: fresh noise of its shape in every
+            backward pass, of mean 0 and standard deviation ``input_std``, drawn for each layer from a generator of its own whose
+            state is in ``state_dict`` (compiled: from the global one).
+        input_std: see ``input`` (default 1, p2's code).
+        center: subtract each sample's mean over features from the input. Default ``False``.
+        normalize: centre, and scale each sample to length 1. Default ``False``.
+        activation: W x passes a rectifier before it is used. Default ``False``.
 
     ``< >`` is the mean over the batch; there is no factor 1/2 anywhere. Defaults of the named rules are p2's code's. The
     gradient holds its own decay, so the optimizer must add none (``fa.param_groups`` sees to it). A scaled loss does not
@@ -482,11 +518,26 @@ class Primitives(Rule):
     sparse: float = 0.0
     self_: float = 0.0
     positions: str = "mean"
+    input: str = "data"
+    input_std: float = 1.0
+    center: bool = False
+    normalize: bool = False
+    activation: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        if self.positions not in ("mean", "sum"):
-            raise UserError(f"{self.name}: positions={self.positions!r} is not one of mean, sum")
+        for option, known in {"positions": ("mean", "sum"), "input": ("data", "normal", "uniform")}.items():
+            if getattr(self, option) not in known:
+                raise UserError(f"{self.name}: {option}={getattr(self, option)!r} is not one of {', '.join(known)}")
+
+    def mirror(self, op: Any, x: Tensor) -> Tensor:
+        """What the local objective sees in place of the layer's input."""
+        if self.input != "data":
+            x = op.noise(x, self.input) * self.input_std
+        if self.center or self.normalize:  # a sample's features: all but the batch axis, as p2's code
+            flat = x.flatten(1) - x.flatten(1).mean(1, keepdim=True)
+            x = (flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True) if self.normalize else flat).view_as(x)
+        return x
 
     def draw(self, op, W, gen):
         B = uniform(W.shape, self.std(W), W, gen)
@@ -499,10 +550,11 @@ class Primitives(Rule):
         grad = 2 * self.decay * B - self.self_ * W
         if not (self.amp or self.null or self.sparse):
             return {"B": grad}
-        K, W = B.to(x.dtype), W.to(x.dtype)
+        K, W, x = B.to(x.dtype), W.to(x.dtype), self.mirror(op, x)
         data = None
         if self.amp or self.null:
             y = op.forward(x, W)
+            y = torch.relu(y) if self.activation else y
         if self.sparse:  # B x, and with it what amp wants of the same correlation
             p = 2 * self.sparse * op.forward(x, K)
             data = op.correlate(x, p - self.amp * y if self.amp and not self.null else p, W)
