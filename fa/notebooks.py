@@ -250,7 +250,7 @@ class Notebook:
         own_rule = any(RULES[c.rule].__module__ == "__main__" for c in self.runs)  # which no other process would know
         summary = campaign.run(self.runs, self.mode, workers=1 if own_rule else "auto", device=self.device)
         if summary.failed:
-            raise RuntimeError("; ".join(summary.failed))
+            raise RuntimeError(f"{len(summary.failed)} of {len(self.runs)} runs failed, the first: {summary.failed[0]}")
         if self.mode == "quick" or not self.chosen:
             campaign.collect(self.experiment, self.mode, self.runs, partial=True)
             return records.read(self.experiment, self.mode)
@@ -445,6 +445,18 @@ def index() -> str:
     return "\n".join(lines)
 
 
+def rules() -> str:
+    """Markdown table of `fa.RULES`: name, equation, source."""
+    from . import RULES
+    from .plot import in_order
+
+    lines = ["| name | rule | from |", "|---|---|---|"]
+    for name in in_order(RULES):
+        equation = RULES[name].equation.replace("|", r"\|")  # a bar ends a cell, in code too
+        lines.append(f"| `{name}` | `{equation}` | {RULES[name].source} |")
+    return "\n".join(lines)
+
+
 def cite(name: str) -> str:
     """How to cite a committed figure: its file, caption, citation and trail.
 
@@ -592,7 +604,7 @@ def _reason(out: Path) -> str:
     try:
         cells = json.loads(out.read_text(encoding="utf-8"))["cells"]
         error = next(o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error")
-        return f"{error['ename']}: {error['evalue'].splitlines()[0]}"
+        return _cut(f"{error['ename']}: {error['evalue'].splitlines()[0]}", 300)
     except (OSError, ValueError, KeyError, IndexError, StopIteration):
         return f"see {_relative(out.with_suffix('.log'))}"
 

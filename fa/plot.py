@@ -51,6 +51,7 @@ RULE_STYLE: dict[str, Look] = {
     "pfa": Look("PFA", "#D55E00", "v"),
     "pfa_o": Look("PFA-o", "#0072B2", "P"),
     "frozen": Look("frozen", "#888888", "d"),
+    "primitives": Look("primitives", "#661100", "8"),
 }
 """Rule name to its look, in the order in which legends list the rules."""
 
@@ -72,8 +73,8 @@ LABELS = {
 }
 """Axis label of every metric and swept parameter."""
 
-_SPARE_COLORS = ("#661100", "#6699CC", "#CC6677", "#DDCC77", "#44AA99", "#AA4466")
-_SPARE_MARKERS = ("8", "1", "2", "3", "4", "|")
+_SPARE_COLORS = ("#6699CC", "#CC6677", "#DDCC77", "#AA4466", "#999999", "#004488")
+_SPARE_MARKERS = ("1", "2", "3", "4", "|", "_")
 _RC = {
     "font.family": "DejaVu Sans",  # ships with matplotlib, so that every machine draws the same letters
     "font.size": 7,
