@@ -9,5 +9,13 @@ from .metrics import alignment, exact_backprop, feedback_weight, gradient_angles
 
 __all__ = [
     "ROOT", "RULES", "Rule", "UserError", "after_step", "alignment", "convert", "exact_backprop", "feedback_parameters",
-    "feedback_weight", "gradient_angles", "param_groups",
+    "feedback_weight", "gradient_angles", "notebook", "param_groups",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name == "notebook":  # on demand: `import fa` and `fa run` need no notebook library
+        from .notebooks import notebook
+
+        return notebook
+    raise AttributeError(f"module 'fa' has no attribute {name!r}")

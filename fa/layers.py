@@ -110,17 +110,21 @@ class _Local(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, feedback: Feedback, *state: Tensor) -> Tensor:
         ctx.feedback = feedback
-        ctx.save_for_backward(x, W, *state)
-        return feedback.op.forward(x, W.to(x.dtype), b)
+        if not feedback.keeps_y:
+            ctx.save_for_backward(x, W, None, *state)
+            return feedback.op.forward(x, W.to(x.dtype), b)
+        y = feedback.op.forward(x, W.to(x.dtype))
+        ctx.save_for_backward(x, W, y, *state)
+        return y if b is None else y + b.view(-1, *[1] * (W.dim() - 2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         fb = ctx.feedback
-        x, W, *state = ctx.saved_tensors
+        x, W, y, *state = ctx.saved_tensors
         need_x, need_W, need_b, _, *need_state = ctx.needs_input_grad
         rule, op, learns = fb.rule, fb.op, any(need_state)
-        known = dict(zip(fb.names, state), W=W, op=op, dy=dy, x=x)
+        known = dict(zip(fb.names, state), W=W, op=op, dy=dy, x=x, y=y)
         dx = None
         if need_x and fb.transport_args:
             dx = rule.transport(**{n: known[n] for n in fb.transport_args})
@@ -131,8 +135,6 @@ class _Local(torch.autograd.Function):
             known["dW"] = dW = dW.to(W.dtype)
         grads: dict[str, Tensor] = {}
         if learns:
-            if "y" in fb.grad_args:
-                known["y"] = op.forward(x, W.to(x.dtype))
             grads = rule.feedback_grad(**{n: known[n] for n in fb.grad_args})
         fb.mark_backward()
         return (
@@ -174,6 +176,7 @@ class Feedback(nn.Module):
         self.kernel_args = _arguments(type(rule).kernel, ("W", *state))
         local = ("W", "op", "x", "y", "dy", "dW", *state)
         self.grad_args = _arguments(type(rule).feedback_grad, local) if rule.learned else ()
+        self.keeps_y = "y" in self.grad_args and rule.needs_y
         transport = getattr(type(rule), "transport", None)
         self.transport_args = _arguments(transport, ("W", "op", "x", "dy", *state)) if transport else ()
         if rule.clamp_forward:

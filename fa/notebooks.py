@@ -34,6 +34,7 @@ import pandas as pd
 
 from .errors import UserError
 from .paths import ROOT
+from .records import build
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,11 +50,6 @@ PAPERS = {
     "p3": "Li & Benna (2024). Deep learning without weight symmetry. arXiv:2405.20594",
 }  # fmt: skip
 """The papers that are replicated, as one cites them."""
-
-
-def build(mode: str) -> Path:
-    """Folder of what `mode` makes: build/MODE, or $FA_BUILD/MODE (a relative path is taken from the repository's root)."""
-    return ROOT / os.environ.get("FA_BUILD", "build") / mode
 
 
 # ------------------------------------------------------------------------------------------------------- parameters

@@ -169,9 +169,14 @@ def _read_csv(path: Path) -> pd.DataFrame:
     return table.fillna({w: "" for w in present}).astype({"depth": "Int64"} if "depth" in table else {})
 
 
+def build(mode: str) -> Path:
+    """Folder of what a mode makes and nobody commits: build/MODE, or $FA_BUILD/MODE (relative: from the repository's root)."""
+    return ROOT / os.environ.get("FA_BUILD", "build") / mode
+
+
 def record_path(experiment: str, mode: str = "record") -> Path:
-    """Where an experiment's table is, or would be: data/records for record and paper, build/quick for quick."""
-    folder = ROOT / ("build/quick" if mode == "quick" else "data/records")
+    """Where an experiment's table is, or would be: data/records for record and paper, :func:`build` for quick."""
+    folder = build("quick") if mode == "quick" else ROOT / "data" / "records"
     packed = folder / f"{experiment}.csv.gz"
     return packed if packed.exists() else folder / f"{experiment}.csv"
 

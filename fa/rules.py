@@ -101,6 +101,7 @@ class Rule:
     learned: ClassVar[tuple[str, ...]] = ()
     own_decay: ClassVar[bool] = False  # True: the feedback gradient holds its decay, so the optimizer must add none
     sgd_only: ClassVar[bool] = False
+    needs_y: ClassVar[bool] = True  # False: ``feedback_grad`` gets None for y, and the forward pass keeps none
 
     init_scale: ClassVar[tuple[str, ...]] = ("match", "xavier", "kaiming")
 
@@ -546,24 +547,28 @@ class Primitives(Rule):
     def kernel(self, B, mask=None):
         return masked(B, mask)
 
-    def feedback_grad(self, op, x, dy, W, B):
+    @property
+    def needs_y(self):
+        """Whether W x is used as the forward pass made it: not where a mirror has another input, nor where B x - W x will do."""
+        own = self.input == "data" and not (self.center or self.normalize)
+        return own and bool(self.null or (self.amp and (self.activation or not self.sparse)))
+
+    def feedback_grad(self, op, x, y, dy, W, B):
         grad = 2 * self.decay * B - self.self_ * W
         if not (self.amp or self.null or self.sparse):
             return {"B": grad}
         K, W, x = B.to(x.dtype), W.to(x.dtype), self.mirror(op, x)
-        data = None
-        if self.amp or self.null:
-            y = op.forward(x, W)
+        if self.null or (self.amp and (self.activation or not self.sparse)):
+            y = op.forward(x, W) if y is None else y
             y = torch.relu(y) if self.activation else y
-        if self.sparse:  # B x, and with it what amp wants of the same correlation
-            p = 2 * self.sparse * op.forward(x, K)
-            data = op.correlate(x, p - self.amp * y if self.amp and not self.null else p, W)
-        if self.null:
-            r = 2 * self.null * op.transpose(y, K, x)
-            part = op.correlate(r - self.amp * x if self.amp else r, y, W)
-            data = part if data is None else data + part
-        elif self.amp and data is None:
-            data = op.correlate(x, -self.amp * y, W)
+            data = op.correlate(2 * self.null * op.transpose(y, K, x) - self.amp * x, y, W) if self.null else None
+            up = op.forward(x, 2 * self.sparse * K) if self.sparse else 0.0
+            if not self.null:
+                data = op.correlate(x, up - self.amp * y, W)
+            elif self.sparse:
+                data = data + op.correlate(x, up, W)
+        else:  # 2p B x - a W x in one pass, by linearity
+            data = op.correlate(x, op.forward(x, 2 * self.sparse * K - self.amp * W), W)
         every = self.positions == "mean" or W.dim() == 2  # samples (every token is one), or samples times output positions
         return {"B": grad + data.to(B.dtype) / (dy.numel() // W.shape[0] if every else dy.shape[0])}
 
