@@ -1,0 +1,46 @@
+"""`import fa` and a campaign need torch, numpy and pandas, and nothing else that is not Python's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fa
+
+ALONE = """
+import sys
+
+hidden = set("torchvision matplotlib seaborn sklearn scipy tqdm papermill nbformat nbclient nbval jupyterlab ipywidgets "
+             "IPython ipykernel traitlets PIL pytest hypothesis".split())
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in hidden:
+            raise ModuleNotFoundError(f"{name} is hidden")
+
+sys.meta_path.insert(0, Hide())
+
+import torch
+import fa
+from fa import data
+from fa.__main__ import main
+
+def split(n):
+    gen = torch.Generator().manual_seed(n)
+    return data.Split(torch.randn(n, 1, 8, 8, generator=gen), torch.randint(10, (n,), generator=gen))
+
+data.load = lambda name, device="cpu", *args, **kwargs: data.Data(name, 10, split(128), None, split(32))
+status = main("run p3_fig2 --mode quick --seeds 1 --epochs 1 --workers 1 --device cpu".split())
+assert not {m.partition(".")[0] for m in sys.modules} & hidden
+sys.exit(status)
+"""
+
+
+def test_a_campaign_runs_without_the_rest(tmp_path: Path) -> None:
+    env = {**os.environ, "FA_RUNS": str(tmp_path), "PYTHONPATH": str(fa.ROOT)}
+    done = subprocess.run([sys.executable, "-c", ALONE], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "6 of 6 runs are finished" in done.stdout
+    assert len(list(tmp_path.glob("quick/p3_fig2/*/metrics.csv"))) == 6
