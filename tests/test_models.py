@@ -1,0 +1,129 @@
+"""The papers' networks: sizes, names, and the shortcut without parameters."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import randn, rng
+from torch import nn
+
+from fa import UserError, models
+
+
+def size(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def counts_in_the_docstring():
+    """Every "``builder(argument)`` number" of the module's head."""
+    return [(name, int(n), int(count.replace(",", ""))) for name, n, count in re.findall(r"``(\w+)\((\d+)\)`` ([\d,]+\d)", models.__doc__)]
+
+
+@pytest.mark.parametrize("name, argument, count", counts_in_the_docstring(), ids=str)
+def test_parameter_counts_are_those_of_the_docstring(name, argument, count):
+    assert size(getattr(models, name)(argument)) == count
+
+
+def test_the_docstring_counts_all_networks():
+    assert {(name, n) for name, n, _ in counts_in_the_docstring()} == {("mlp", 784)} | {("resnet", n) for n in (20, 32, 56, 110)}
+
+
+@pytest.mark.parametrize("depth", [8, 20, 32])
+def test_parameter_count_from_the_layer_table(depth):
+    """He et al. 4.2: 3 -> 16 channels, then 2 n convolutions of each of 16, 32, 64 channels, and a read-out; no shortcut has any."""
+    n = (depth - 2) // 6
+    channels = [3, 16] + [w for w in (16, 32, 64) for _ in range(2 * n)]
+    convs = sum(9 * a * b + 2 * b for a, b in zip(channels, channels[1:]))  # a kernel, and batch norm's two
+    assert size(models.resnet(depth)) == convs + 64 * 10 + 10
+    assert sum(isinstance(m, nn.Conv2d) for m in models.resnet(depth).modules()) == depth - 1
+
+
+def shortcut(x, stride, outputs):
+    """Option A, pixel by pixel: every ``stride``-th pixel, channels in the middle of the new ones."""
+    n, inputs, h, w = x.shape
+    out = torch.zeros(n, outputs, -(-h // stride), -(-w // stride), dtype=x.dtype)
+    first = (outputs - inputs) // 2
+    for c in range(inputs):
+        for i in range(out.shape[2]):
+            for j in range(out.shape[3]):
+                out[:, first + c, i, j] = x[:, c, i * stride, j * stride]
+    return out
+
+
+@pytest.mark.parametrize("inputs, outputs, stride", [(4, 4, 1), (4, 8, 2), (3, 8, 2), (2, 5, 1)])
+@pytest.mark.parametrize("height, width", [(6, 8), (7, 5)])
+def test_shortcut_of_a_block(inputs, outputs, stride, height, width):
+    block = models.BasicBlock(inputs, outputs, stride).double()
+    x = randn(2, inputs, height, width, seed=1)
+    with torch.no_grad():
+        block.bn2.weight.zero_()
+        block.bn2.bias.zero_()
+    assert torch.equal(block(x), shortcut(x, stride, outputs).relu())  # nothing but the shortcut is left
+    with torch.no_grad():
+        block.bn2.weight.fill_(1.3)
+    y = F.batch_norm(F.conv2d(x, block.conv1.weight, None, stride, 1), None, None, training=True).relu()
+    y = 1.3 * F.batch_norm(F.conv2d(y, block.conv2.weight, None, 1, 1), None, None, training=True)
+    assert (block(x) - (y + shortcut(x, stride, outputs)).relu()).abs().max() < 1e-12
+
+
+def test_layer_names_and_shapes():
+    net = models.resnet(20)
+    layers = [n for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert layers == ["conv1"] + [f"layer{s}.{b}.conv{c}" for s in (1, 2, 3) for b in (0, 1, 2) for c in (1, 2)] + ["fc"]
+    widths = [net.get_submodule(n).weight.shape[0] for n in layers]
+    assert widths == [16] * 7 + [32] * 6 + [64] * 6 + [10]
+    strides = {n: m.stride[0] for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.stride != (1, 1)}
+    assert strides == {"layer2.0.conv1": 2, "layer3.0.conv1": 2}
+    assert all(m.bias is None for m in net.modules() if isinstance(m, nn.Conv2d))
+    seen = {}
+    for stage in (1, 2, 3):
+        net.get_submodule(f"layer{stage}").register_forward_hook(lambda m, i, o, s=stage: seen.update({s: tuple(o.shape[1:])}))
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert seen == {1: (16, 32, 32), 2: (32, 16, 16), 3: (64, 8, 8)}
+    assert models.resnet(8, classes=7, inputs=1)(torch.zeros(3, 1, 8, 8)).shape == (3, 7)
+
+
+@pytest.mark.parametrize("hidden", [(), (7,), (7, 6, 5)])
+def test_mlp_by_hand(hidden):
+    net = models.mlp(12, hidden, 4).double()
+    names = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
+    assert names == [f"fc{i + 1}" for i in range(len(hidden))] + ["fc"]
+    x = randn(5, 3, 2, 2, seed=1)
+    y = x.reshape(5, 12)
+    for name in names:
+        layer = net.get_submodule(name)
+        y = y @ layer.weight.T + layer.bias
+        y = y.clamp_min(0) if name != "fc" else y
+    assert (net(x) - y).abs().max() < 1e-14
+
+
+def test_build():
+    assert size(models.build("mlp", (1, 28, 28), 10)) == size(models.mlp(784))
+    assert models.build("mlp", (1, 8, 8), 5, hidden=(3,))(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
+    assert models.build("resnet20", (1, 8, 8), 5)(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("depth", [2, 18, 21, 0, -4])
+def test_a_depth_that_no_cifar_resnet_has_is_refused(depth):
+    with pytest.raises(UserError, match=f"resnet{depth}.*6 n"):
+        models.resnet(depth)
+
+
+@pytest.mark.parametrize("name", ["lenet5x", "resnet", "resnet-20", "MLP", ""])
+def test_an_unknown_name_names_the_known(name):
+    with pytest.raises(UserError, match="mlp, resnet20"):
+        models.build(name, (3, 8, 8), 10)
+
+
+def test_xavier_start():
+    net = nn.Sequential(nn.Conv2d(30, 50, 3), nn.Conv2d(40, 60, 3, groups=2), nn.Linear(300, 200, bias=False), nn.BatchNorm2d(4))
+    models.xavier_(net, rng(1))
+    for layer, (fan_in, fan_out) in zip(net, ((270, 450), (180, 540), (300, 200))):
+        std = (2 / (fan_in + fan_out)) ** 0.5
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.02)
+        assert layer.weight.abs().max().item() == pytest.approx(std * 3**0.5, rel=1e-2)  # uniform
+        assert layer.bias is None or not layer.bias.any()
+    again = models.xavier_(nn.Sequential(nn.Conv2d(30, 50, 3).double()), rng(1))
+    assert torch.equal(again[0].weight.float(), net[0].weight)  # of any dtype
+    assert not torch.equal(models.xavier_(nn.Conv2d(30, 50, 3), rng(2)).weight, net[0].weight)
