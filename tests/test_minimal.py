@@ -15,12 +15,13 @@ import sys
 hidden = set("torchvision matplotlib seaborn sklearn scipy tqdm papermill nbformat nbclient nbval jupyterlab ipywidgets "
              "IPython ipykernel traitlets PIL pytest hypothesis".split())
 
-class Hide:
+class Hide:  # what is hidden is not there: nothing is found, nothing raises but the import itself
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in hidden:
-            raise ModuleNotFoundError(f"{name} is hidden")
+        return None if name.partition(".")[0] in hidden else self.finder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, Hide())
+sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
 
 import torch
 import fa
