@@ -194,7 +194,7 @@ def read(experiment: str, mode: str = "record") -> pd.DataFrame:
 
 
 def sidecar(experiment: str, mode: str = "record") -> dict[str, Any]:
-    """What made the table: configs, statuses, environment, wall seconds, commit, fingerprints.
+    """What made the table: configs, statuses, environments, wall seconds, fingerprints; and the table's sha256.
 
     Raises:
         UserError: there is none.
@@ -227,5 +227,6 @@ def write(experiment: str, mode: str, table: pd.DataFrame, about: dict[str, Any]
         path = write_bytes(folder / f"{experiment}.csv.gz", gzip.compress(content, mtime=0))
     else:
         path = write_bytes(folder / f"{experiment}.csv", content)
+    about = {**about, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     write_bytes(folder / f"{experiment}.json", (json.dumps(about, indent=1, sort_keys=True) + "\n").encode())
     return path
