@@ -390,6 +390,7 @@ def save(fig: Figure, name: str, caption: str, folder: Path, **trail) -> Path:
         path of the PDF.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    caption = " ".join(caption.split())
     with style():
         fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Title": name, "Subject": caption})
         fig.savefig(folder / f"{name}.png", dpi=300, metadata={"Software": None, "Title": name, "Description": caption})

@@ -49,7 +49,7 @@ def test_no_record_is_outgrown(experiment: str) -> None:
 def test_a_figure_is_drawn_from_the_present_table(path: Path) -> None:
     figure = json.loads(path.read_text())
     table = ROOT / figure["table"]
-    assert hashlib.sha256(table.read_bytes()).hexdigest() == figure["table_sha256"], f"{path.stem} is older than {table.name}"
+    assert hashlib.sha256(table.read_bytes()).hexdigest() == figure["sha256"], f"{path.stem} is older than {table.name}"
 
 
 def test_a_missing_record_says_how_to_make_it() -> None:
