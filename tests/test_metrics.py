@@ -1,0 +1,205 @@
+"""Angles, ratios and concordance against numpy; what the two kinds of error angles mean; that measuring changes nothing."""
+
+import copy
+
+import numpy as np
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import grads, randn
+from torch import nn
+
+import fa
+from fa import metrics
+
+
+def degrees(a, b):
+    """numpy's word on an angle."""
+    a, b = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
+    return np.degrees(np.arccos(np.clip(a @ b / np.sqrt((a @ a) * (b @ b)), -1, 1)))
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 10**6), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+def test_angle_is_numpys(shape, seed, dtype):
+    a, b = randn(*shape, seed=seed).to(dtype), randn(*shape, seed=seed + 1).to(dtype)
+    assert metrics.angle(a, b) == pytest.approx(degrees(a.double(), b.double()), abs=1e-5)
+    assert metrics.angle(a, b) == metrics.angle(b, a)
+    assert metrics.angle(a, 3 * a.double()) == pytest.approx(0, abs=1e-4)
+    assert metrics.angle(a, -a) == pytest.approx(180, abs=1e-4)
+
+
+def test_angle_is_taken_in_float64_and_clipped():
+    a = torch.full((10_000,), 0.1)
+    assert metrics.angle(a, a) < 1e-4  # in float32 the cosine of so long a vector with itself misses 1 by far more
+    tilted = a.double().clone()
+    tilted[0] += 1e-3
+    assert metrics.angle(a.double(), tilted) == pytest.approx(degrees(a.double(), tilted), rel=1e-4)
+    assert 0 < metrics.angle(a.double(), tilted) < 0.1
+    assert np.isnan(metrics.angle(a, torch.zeros_like(a)))
+    big = torch.tensor([1e200, 0.0], dtype=torch.float64)
+    assert metrics.angle(big, torch.tensor([1e-200, 0.0], dtype=torch.float64)) == pytest.approx(0, abs=1e-4)
+
+
+def test_sample_angle_is_the_mean_over_samples():
+    a, b = randn(7, 3, 4, seed=1), randn(7, 3, 4, seed=2)
+    assert metrics.sample_angle(a, b) == pytest.approx(np.mean([degrees(x, y) for x, y in zip(a, b)]), abs=1e-10)
+    a[2] = 0  # a sample without error says nothing
+    rest = [degrees(x, y) for i, (x, y) in enumerate(zip(a, b)) if i != 2]
+    assert metrics.sample_angle(a, b) == pytest.approx(np.mean(rest), abs=1e-10)
+    assert metrics.sample_angle(a, -3 * a) == pytest.approx(180, abs=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["fa", "usf", "kp", "pfa", "pfa_o", "frsf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_alignment_is_numpys(rule, dtype):
+    net, _, _ = oracles.resnet(dtype)
+    fa.convert(net, rule, seed=2)
+    with torch.no_grad():
+        net.fc.weight[0, :4] = 0  # zeros have a sign too
+    table = fa.alignment(net)
+    names = ["stem", "block1.conv1", "block1.conv2", "block2.conv1", "block2.conv2", "block2.short", "fc"]
+    assert table.layer.tolist() == names and table.depth.tolist() == list(range(1, 8))
+    layers = dict(net.named_modules())
+    for row in table.itertuples():
+        W = layers[row.layer].weight.detach().numpy().astype(np.float64)
+        K = fa.feedback_weight(layers[row.layer]).numpy().astype(np.float64)
+        assert K.shape == W.shape
+        assert row.angle_deg == pytest.approx(degrees(W, K), abs=1e-6)
+        assert row.norm_ratio == pytest.approx(np.linalg.norm(K) / np.linalg.norm(W), rel=1e-12)
+        assert row.sign_concordance == pytest.approx(np.mean(np.sign(W) == np.sign(K)), abs=1e-12)
+        assert row.weight_norm == pytest.approx(np.linalg.norm(W), rel=1e-12)
+    if rule == "usf":
+        assert (table.sign_concordance == 1).all()
+
+
+def test_alignment_of_backprop_is_empty():
+    assert fa.alignment(nn.Linear(3, 2)).empty
+    with pytest.raises(fa.UserError, match="no feedback"):
+        fa.feedback_weight(nn.Linear(3, 2))
+
+
+def test_feedback_weight_is_detached_and_leaves_no_graph():
+    layer = fa.convert(nn.Linear(4, 3), "pfa")
+    K = fa.feedback_weight(layer)
+    assert not K.requires_grad
+    K.zero_()
+    assert fa.feedback_weight(layer).abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------------------ gradients
+
+
+def test_exact_backprop_gives_backprops_gradients_for_a_while():
+    net, x, y = oracles.resnet()
+    theirs = copy.deepcopy(net.eval())
+    want = grads(theirs, x, y)
+    for rule in ("fa", "pfa", "kp", "usf", "dfa"):
+        fa.convert(net, rule)
+        under = grads(net, x, y)
+        with fa.exact_backprop(net):
+            got = grads(net, x, y)
+        assert all(torch.equal(got[k], want[k]) for k in want)
+        again = grads(net, x, y)
+        assert all(torch.equal(again[k], under[k]) for k in under)
+        assert not torch.equal(under["stem.weight"], want["stem.weight"])
+        with pytest.raises(ZeroDivisionError), fa.exact_backprop(net):
+            1 / 0
+        again = grads(net, x, y)
+        assert all(torch.equal(again[k], under[k]) for k in under)
+
+
+def test_angles_are_zero_where_the_feedback_is_the_weight():
+    net, x, y = oracles.resnet()
+    fa.convert(net, "frozen")
+    table = fa.gradient_angles(net, x, y, F.cross_entropy)
+    assert table.filter(like="_deg").max().max() < 1e-4 and len(table) == 7
+    fa.convert(net, "usf", norm="track")
+    table = fa.gradient_angles(net, x, y, F.cross_entropy)
+    assert table.delta_angle_global_deg.iloc[-1] < 1e-4  # nothing lies between the loss and the last layer's output
+    assert table.grad_angle_global_deg.iloc[-1] < 1e-4
+    assert (table.delta_angle_global_deg.iloc[:-1] > 5).all()
+
+
+@pytest.mark.parametrize("rule", ["fa", "pfa", "usf"])
+def test_angles_by_hand(rule):
+    net, x, y = oracles.mlp(6, 9, 7, 3)
+    fa.convert(net, rule)
+    table = fa.gradient_angles(net, x, y, F.cross_entropy).set_index("layer")
+    with torch.no_grad():
+        layers = [net[0], net[2], net[4]]
+        W, K = [m.weight for m in layers], [fa.feedback_weight(m) for m in layers]
+        z1 = F.linear(x, W[0], net[0].bias)
+        z2 = F.linear(z1.relu(), W[1], net[2].bias)
+        e = (F.linear(z2.relu(), W[2], net[4].bias).softmax(1) - F.one_hot(y, 3)) / len(y)
+
+        def deltas(M):
+            d2 = (e @ M[2]) * (z2 > 0)
+            return [(d2 @ M[1]) * (z1 > 0), d2, e]
+
+        under, exact = deltas(K), deltas(W)
+        mean = lambda a, b: np.nanmean([degrees(p, q) if p.any() and q.any() else np.nan for p, q in zip(a, b)])  # noqa: E731
+        below = [x, z1.relu(), z2.relu()]
+        for i, name in enumerate("024"):
+            row = table.loc[name]
+            assert row.depth == i + 1
+            assert row.delta_angle_global_deg == pytest.approx(mean(under[i], exact[i]), abs=1e-5)
+            assert row.delta_angle_local_deg == pytest.approx(mean(under[i] @ K[i], under[i] @ W[i]), abs=1e-5)
+            assert row.grad_angle_global_deg == pytest.approx(degrees(under[i].T @ below[i], exact[i].T @ below[i]), abs=1e-5)
+
+
+def test_local_angle_of_a_convolution_by_hand():
+    net, x, y = oracles.resnet()
+    fa.convert(net.eval(), "fa")
+    table = fa.gradient_angles(net, x, y, F.cross_entropy).set_index("layer")
+    kept = {}
+    conv = net.block2.conv1
+    handle = conv.register_forward_hook(lambda m, args, out: kept.update(x=args[0], out=out))
+    loss = F.cross_entropy(net(x), y)
+    delta = torch.autograd.grad(loss, kept["out"])[0]
+    handle.remove()
+    K, W = (
+        torch.nn.grad.conv2d_input(kept["x"].shape, k.detach(), delta, conv.stride, conv.padding)
+        for k in (fa.feedback_weight(conv), conv.weight)
+    )
+    assert table.loc["block2.conv1"].delta_angle_local_deg == pytest.approx(np.mean([degrees(a, b) for a, b in zip(K, W)]), abs=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["fa", "pfa", "kp", "dfa", "brsf", "ia"])
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_changes_nothing(rule, training):
+    net, x, y = oracles.resnet()
+    fa.convert(net, rule)
+    net.train(training)
+    grads(net, x, y)
+    opt = torch.optim.SGD(fa.param_groups(net, 0.1), momentum=0.9)
+    opt.step()
+    state = copy.deepcopy(net.state_dict())
+    held = {n: p.grad.clone() for n, p in net.named_parameters()}
+    rng = torch.get_rng_state()
+    calls = []
+    net.stem.register_forward_hook(lambda *a: calls.append(1))
+    table = fa.gradient_angles(net, x, y, F.cross_entropy)
+    with torch.no_grad():
+        again = fa.gradient_angles(net, x, y, F.cross_entropy)  # also where gradients are off
+    assert table.equals(again) and len(table) == 7
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert all(torch.equal(p.grad, held[n]) for n, p in net.named_parameters())
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(m.training == training for m in net.modules())
+    assert len(net.stem._forward_hooks) == 1 and calls
+    assert np.isnan(table.delta_angle_local_deg).all() == (rule == "dfa")
+    grads(net, x, y)  # and the network's own check is not upset
+
+
+def test_a_loss_that_fails_leaves_nothing_behind():
+    net, x, y = oracles.resnet()
+    fa.convert(net, "fa")
+    state = copy.deepcopy(net.state_dict())
+    hooks = {n: len(m._forward_hooks) for n, m in net.named_modules()}
+    with pytest.raises(ZeroDivisionError):
+        fa.gradient_angles(net, x, y, lambda out, y: 1 / 0)
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert {n: len(m._forward_hooks) for n, m in net.named_modules()} == hooks
