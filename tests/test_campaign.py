@@ -1,0 +1,322 @@
+"""Campaigns: what is trained, what is not trained again, when they stop; what collect refuses; bad input on the command line."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+import fa
+from fa import __main__ as command
+from fa import campaign, experiments, records, train
+from fa.records import Folder
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    """A run store and a place for tables of the test's own."""
+    monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.delenv("FA_WORKERS", raising=False)
+
+
+def plan(rules="bp,pfa", seeds=1, epochs=2):
+    return [replace(c, hidden="16,16") for c in experiments.plan("p3_fig2", "quick", seeds=seeds, epochs=epochs, rules=rules)]
+
+
+def run(configs, **options):
+    return campaign.run(configs, "quick", **{"workers": 1, "device": "cpu", "progress": False} | options)
+
+
+@contextlib.contextmanager
+def nothing_trains():
+    """Within the block an epoch of training is an error."""
+    real = train.steps
+
+    def steps(*a, **k):
+        raise AssertionError("trained again")
+
+    train.steps = steps
+    try:
+        yield
+    finally:
+        train.steps = real
+
+
+# ------------------------------------------------------------------------------------------ running
+
+
+def test_two_workers_give_the_numbers_of_one(monkeypatch, tmp_path):
+    configs = plan("bp,pfa,usf")
+    assert (run(configs, workers=1).done, len(configs)) == (3, 3)
+    alone = [Folder("quick", c).table() for c in configs]
+    monkeypatch.setenv("FA_RUNS", str(tmp_path / "other"))
+    summary = run(configs, workers=2)
+    assert (summary.before, summary.done, summary.left, summary.failed) == (0, 3, 0, [])
+    for config, want in zip(configs, alone):
+        pd.testing.assert_frame_equal(Folder("quick", config).table(), want, check_exact=True)
+
+
+def test_a_finished_run_is_never_trained_twice():
+    configs = plan("bp,fa")
+    first = run(configs[:1])
+    assert (first.before, first.done, first.left) == (0, 1, 0)
+    folder = Folder("quick", configs[0])
+    content = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.path.iterdir()}
+    assert content.keys() == {"config.json", "metrics.csv", "status.json", "lock"}
+    assert campaign.missing(configs, "quick") == configs[1:]
+    with nothing_trains():
+        again = run(configs[:1])
+    assert (again.before, again.done, again.left, again.failed) == (1, 0, 0, [])
+    second = run(configs)
+    assert (second.before, second.done, second.left) == (1, 1, 0)
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.path.iterdir()} == content
+    assert json.loads((folder.path / "config.json").read_text())["rule"] == "bp"
+
+
+def test_a_budget_stops_a_campaign_and_the_next_call_goes_on():
+    configs = plan("bp,pfa", epochs=3)
+    stopped = run(configs, budget=1e-6)
+    assert (stopped.before, stopped.done, stopped.left, stopped.failed) == (0, 0, 2, [])
+    assert all((Folder("quick", c).path / "checkpoint.pt").exists() for c in configs)
+    done = run(configs, budget=3600)
+    assert (done.before, done.done, done.left) == (0, 2, 0)
+    undisturbed = train.train(configs[1])
+    assert (Folder("quick", configs[1]).table().value.to_numpy() == undisturbed.value.to_numpy()).all()
+
+
+def test_runs_that_were_begun_come_first():
+    configs = plan("bp,fa,pfa")
+    Folder("quick", configs[2]).save({"epoch": 0})
+    assert campaign.missing(configs, "quick") == [configs[2], *configs[:2]]
+
+
+def test_a_run_that_another_process_trains_is_left_to_it():
+    configs = plan("bp,fa")
+    with Folder("quick", configs[0]).lock() as mine:
+        assert mine
+        summary = run(configs)
+    assert (summary.done, summary.left, summary.failed) == (1, 1, [])
+    assert run(configs).done == 1
+
+
+def test_a_run_without_its_status_is_not_finished():
+    """The status is written last: a process that died between table and status left an unfinished run."""
+    configs = plan("bp")
+    run(configs)
+    folder = Folder("quick", configs[0])
+    want = folder.table()
+    (folder.path / "status.json").unlink()
+    assert campaign.missing(configs, "quick") == configs
+    assert run(configs).done == 1
+    pd.testing.assert_frame_equal(folder.table(), want, check_exact=True)
+
+
+def test_a_run_that_fails_is_named_and_does_not_stop_the_others(monkeypatch, capsys):
+    configs = plan("bp,fa")
+    real = train.steps
+
+    def steps(net, opt, config, *a):
+        if config.rule == "bp":
+            raise ZeroDivisionError("by design")
+        return real(net, opt, config, *a)
+
+    monkeypatch.setattr(train, "steps", steps)
+    summary = run(configs)
+    assert (summary.done, summary.left) == (1, 1)
+    assert len(summary.failed) == 1 and configs[0].run in summary.failed[0] and "by design" in summary.failed[0]
+    assert "by design" in capsys.readouterr().err  # with its traceback
+
+
+def test_bad_input_stops_a_campaign_with_its_sentence():
+    with pytest.raises(fa.UserError, match="known options"):
+        run([replace(plan("bp")[0], rule="fa", options="inti=xavier")])
+
+
+def test_nothing_to_do_is_no_error():
+    summary = run([])
+    assert (summary.before, summary.done, summary.left) == (0, 0, 0)
+    assert "0 of 0 runs" in str(summary)
+
+
+@pytest.mark.parametrize("text, value", [("90", 90), ("90s", 90), ("9m", 540), ("1.5h", 5400), ("0.5", 0.5)])
+def test_times(text, value):
+    assert campaign.seconds(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3m", "9x", "m", "1h30m", "nan"])
+def test_bad_times(text):
+    with pytest.raises(fa.UserError, match="9m or 1.5h"):
+        campaign.seconds(text)
+
+
+def test_workers(monkeypatch):
+    assert campaign.pick_workers("auto") >= 1 and campaign.pick_workers("3") == 3 and campaign.pick_workers(2) == 2
+    monkeypatch.setenv("FA_WORKERS", "7")
+    assert campaign.pick_workers("auto") == 7
+    for bad in ("0", "-1", "many", 0, "1.5"):
+        with pytest.raises(fa.UserError, match="workers"):
+            campaign.pick_workers(bad)
+
+
+def test_clock():
+    assert [campaign.clock(s) for s in (7, 59.6, 185, 3725, 0)] == ["7s", "1m00s", "3m05s", "1h02m", "0s"]
+
+
+# ------------------------------------------------------------------------------------------ planning
+
+
+def test_plan_has_whole_seeds_first():
+    configs = experiments.plan("p3_fig2", "paper")
+    assert len(configs) == 30 and len({c.run for c in configs}) == 30
+    assert [c.seed for c in configs] == [s for s in range(5) for _ in range(6)]
+    assert {c.rule for c in configs[:6]} == set(experiments.P3_RULES)
+    assert {c.dataset for c in configs} == {"mnist"} and {c.epochs for c in configs} == {40}
+    assert {c.rule: (c.weight_decay, c.first_weight_decay) for c in configs} == {
+        "bp": (1e-4, 0), "fa": (1e-4, 0), "dfa": (1e-4, 0), "usf": (1e-4, 0), "pfa": (9e-5, 0.03), "pfa_o": (9e-5, 0.03),
+    }  # fmt: skip
+
+
+def test_plan_of_a_few_rules_is_part_of_the_whole():
+    whole = {c.run for c in experiments.plan("p3_fig2", "paper")}
+    part = {c.run for c in experiments.plan("p3_fig2", "paper", seeds=2, rules=" pfa , bp")}
+    assert len(part) == 4 and part < whole
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (dict(experiment="p3_fig1"), "p3_fig2"),
+        (dict(mode="record"), "quick, paper"),
+        (dict(mode="papr"), "quick, paper"),
+        (dict(rules="bp,pfaa"), "pfa_o"),
+        (dict(dataset="minst"), "mnist"),
+        (dict(seeds=-1), "negative"),
+        (dict(epochs=-1), "negative"),
+        (dict(expand=3), "expansion"),
+    ],
+)
+def test_plan_names_the_known(arguments, word):
+    with pytest.raises(fa.UserError, match=word):
+        experiments.plan(**{"experiment": "p3_fig2", "mode": "quick"} | arguments)
+
+
+# ------------------------------------------------------------------------------------------ collecting
+
+
+def test_collect_refuses_a_part_unless_it_is_told():
+    configs = plan("bp,fa", seeds=2)
+    with pytest.raises(fa.UserError, match="0 of 4 runs of p3_fig2.*python -m fa run p3_fig2 --mode quick"):
+        campaign.collect("p3_fig2", "quick", configs, partial=True)
+    run(configs[:3])
+    with pytest.raises(fa.UserError, match="3 of 4.*--partial"):
+        campaign.collect("p3_fig2", "quick", configs)
+    assert not records.record_path("p3_fig2", "quick").exists()
+    path = campaign.collect("p3_fig2", "quick", configs, partial=True)
+    about = records.sidecar("p3_fig2", "quick")
+    assert (about["partial"], about["planned"], about["finished"]) == (True, 4, 3)
+    assert path == records.record_path("p3_fig2", "quick")
+    run(configs)
+    campaign.collect("p3_fig2", "quick", configs)
+    about, table = records.sidecar("p3_fig2", "quick"), records.read("p3_fig2", "quick")
+    assert (about["partial"], about["finished"], len(about["configs"])) == (False, 4, 4)
+    assert table.columns.tolist() == records.COLUMNS and set(table.run) == {c.run for c in configs}
+    assert set(about["fingerprints"]) <= {c.run for c in configs} and len(about["fingerprints"]) == 2  # one a recipe
+    assert all(s["state"] == "finished" and "environment" not in s for s in about["status"].values())
+    assert about["environments"]
+    whole = table[table.layer == ""]
+    assert whole.depth.isna().all() and not table.duplicated(["run", "epoch", "layer", "metric"]).any()
+    first = path.read_bytes(), path.with_suffix(".json").read_bytes()
+    campaign.collect("p3_fig2", "quick", configs)
+    assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == first  # no time in it
+    campaign.collect("p3_fig2", "quick", configs[::-1])
+    assert path.read_bytes() == first[0]  # whatever the order
+
+
+def test_a_record_that_is_not_there():
+    with pytest.raises(fa.UserError, match="mode='quick' or 'paper'"):
+        records.read("p3_fig2", "quick")
+    with pytest.raises(fa.UserError, match="mode='quick' or 'paper'"):
+        records.sidecar("p3_fig2", "quick")
+
+
+def test_a_large_table_is_packed_and_the_small_one_goes():
+    columns = {c: "x" for c in records.COLUMNS} | {"metric": "m" * 250, "seed": 0, "epoch": 0, "depth": pd.NA}
+    small = pd.DataFrame([columns | {"value": 1 / 3}])
+    path = records.write("big", "quick", small, {})
+    assert path.name == "big.csv" and "0.33333333" in path.read_text()
+    large = pd.concat([small.assign(value=i / 7, epoch=i) for i in range(100)] * 80)
+    packed = records.write("big", "quick", large, {})
+    assert packed.name == "big.csv.gz" and not path.exists()
+    assert len(records.read("big", "quick")) == 8_000
+    content = packed.read_bytes()
+    assert records.write("big", "quick", large, {}).read_bytes() == content  # no time in it
+    assert records.write("big", "quick", small, {}) == path and not packed.exists()
+
+
+# ------------------------------------------------------------------------------------------ the command line
+
+
+BAD = {
+    "experiment": (["run", "p3_fig99"], "p3_fig2"),
+    "mode": (["run", "p3_fig2", "--mode", "quik"], "quick, paper"),
+    "record cannot train": (["run", "p3_fig2", "--mode", "record"], "quick, paper"),
+    "rule": (["run", "p3_fig2", "--rules", "bp,pfaa"], "pfa_o"),
+    "data set": (["run", "p3_fig2", "--dataset", "minst"], "mnist"),
+    "seeds": (["run", "p3_fig2", "--seeds", "-1"], "negative"),
+    "epochs": (["run", "p3_fig2", "--mode", "quick", "--epochs", "-2"], "negative"),
+    "budget": (["run", "p3_fig2", "--mode", "quick", "--budget", "9x"], "9m or 1.5h"),
+    "workers": (["run", "p3_fig2", "--mode", "quick", "--workers", "none"], "workers"),
+    "device": (["run", "p3_fig2", "--mode", "quick", "--device", "tpu"], "cpu, cuda"),
+    "no data": (["run", "p3_fig2", "--mode", "paper", "--budget", "1s"], "mnist"),
+    "nothing to train": (["run", "p3_fig3", "--epochs", "3"], "epochs"),
+    "wrong rule for it": (["run", "p3_fig3", "--rules", "fa"], "pfa_o"),
+    "nothing to collect": (["collect", "p3_fig2", "--mode", "quick"], "0 of 18"),
+    "parameter": (["reproduce", "-p", "seeds"], "NAME=VALUE"),
+    "grid": (["reproduce", "--grid", "seeds"], "NAME=VALUE"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_exit_status_2(case, monkeypatch, capsys, tmp_path):
+    arguments, word = BAD[case]
+    monkeypatch.setenv("FA_DATA", str(tmp_path / "empty"))
+    with nothing_trains():
+        assert command.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert word in err and err.startswith("fa: ") and err.count("\n") == 1 and not out
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_bad_input_from_the_shell(tmp_path):
+    def fa_(*arguments):
+        env = os.environ | {"FA_RUNS": str(tmp_path / "runs")}
+        return subprocess.run([sys.executable, "-m", "fa", *arguments], cwd=fa.ROOT, env=env, capture_output=True, text=True)
+
+    bad = fa_("run", "p3_fig2", "--rules", "pfaa")
+    assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1) and "pfa_o" in bad.stderr
+    unknown = fa_("run", "p3_fig2", "--seed", "3")
+    assert unknown.returncode == 2 and "--seed" in unknown.stderr and "Traceback" not in unknown.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_writes_nothing(capsys, tmp_path):
+    assert command.main(["run", "p3_fig2", "--mode", "quick", "--rules", "bp,pfa", "--seeds", "1", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("2 runs planned, 0 finished, 2 to train") and out.count("\n") == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_then_collect_from_the_command_line(capsys, monkeypatch):
+    monkeypatch.setattr(fa, "ROOT", records.ROOT)
+    grid = ["p3_fig2", "--mode", "quick", "--rules", "bp", "--seeds", "1", "--epochs", "1"]
+    assert command.main(["run", *grid, "--workers", "1", "--device", "cpu"]) == 0
+    assert "1 of 1 runs are finished, 1 of them now" in capsys.readouterr().out
+    assert command.main(["collect", *grid]) == 0
+    assert capsys.readouterr().out.strip() == "build/quick/p3_fig2.csv"
+    assert command.main(["list"]) == 0
+    assert "p3_fig2" in capsys.readouterr().out

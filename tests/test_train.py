@@ -1,0 +1,390 @@
+"""Training: what makes a run the same run, stopped or killed, here or there; and what its numbers are a function of."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import types
+from dataclasses import fields, replace
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fa
+from fa import data, records, train
+from fa.records import Folder
+from fa.train import Config
+
+TINY = Config("p3_fig2", "pfa", 0, "init=xavier implicit=true", "digits", hidden="16,16", epochs=5, batch=64, lr=0.05, lr_drops="2,4",
+              weight_decay=1e-3, first_weight_decay=0.1)  # fmt: skip
+
+
+class Clock:
+    """A clock that jumps at every look, in place of waiting."""
+
+    def __init__(self, jump):
+        self.now, self.jump = 0.0, jump
+
+    def monotonic(self):
+        self.now += self.jump
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("FA_RUNS", str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """Tables of runs that nobody stopped, by rule."""
+    made = {}
+
+    def get(rule):
+        if rule not in made:
+            made[rule] = train.train(replace(TINY, rule=rule, options=OPTIONS[rule]))
+        return made[rule]
+
+    return get
+
+
+OPTIONS = {"bp": "", "pfa": TINY.options, "kp": "init=xavier", "brsf": "", "dfa": "init=xavier", "fa": ""}
+
+
+def same(a, b):
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+
+
+# ------------------------------------------------------------------------------------------ stopping and going on
+
+
+@pytest.mark.parametrize("rule", ["bp", "pfa", "kp", "brsf"])
+def test_a_run_that_is_stopped_several_times_equals_one_that_is_not(rule, undisturbed, monkeypatch):
+    config = replace(TINY, rule=rule, options=OPTIONS[rule])
+    want, folder, stops = undisturbed(rule), Folder("quick", config), 0
+    while True:
+        torch.manual_seed(stops)  # the state of the global generator is none of a run's business
+        clock = Clock(1.0)
+        monkeypatch.setattr(train, "time", clock)
+        table = train.train(config, folder=folder, until=6.5)  # an epoch or two
+        monkeypatch.undo()
+        if table is not None:
+            break
+        stops += 1
+        assert stops < 10 and folder.checkpoint()["epoch"] >= 1 and not folder.finished
+    assert stops >= 2
+    same(table, want)
+    assert table.attrs["status"]["state"] == "finished"
+
+
+KILLED = """
+import os, signal, sys, types
+from dataclasses import replace
+from fa import campaign, train
+sys.path.insert(0, {tests!r})
+from test_train import TINY, Clock
+kill, steps = {kill}, train.steps
+def deadly(net, opt, config, split, epoch, limit=None):
+    if epoch == kill:
+        os.kill(os.getpid(), {signal})
+    return steps(net, opt, config, split, epoch, limit)
+if kill:
+    train.steps = deadly
+train.time = Clock(31.0)  # a checkpoint after every epoch
+summary = campaign.run([TINY], "quick", workers=1, device="cpu", progress=False)
+print(summary.done, summary.left)
+"""
+
+
+def test_a_process_that_is_killed_and_started_again_ends_with_the_same_numbers(undisturbed, tmp_path):
+    folder = Folder("quick", TINY)
+    for kill, epochs in ((3, 3), (0, None)):
+        code = KILLED.format(tests=os.path.dirname(__file__), kill=kill, signal=int(signal.SIGKILL))
+        done = subprocess.run([sys.executable, "-c", code], cwd=fa.ROOT, capture_output=True, text=True, timeout=300)
+        if kill:
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            assert folder.checkpoint()["epoch"] == epochs and not folder.finished
+        else:
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.split() == ["1", "0"]
+    assert folder.finished and folder.status["state"] == "finished"
+    assert not (folder.path / "checkpoint.pt").exists()
+    table, want = folder.table(), undisturbed("pfa")
+    assert set(table.columns) == set(records.COLUMNS)
+    want = want.assign(depth=want.depth.astype("Int64"))
+    same(table[want.columns], want)
+    assert [p.name for p in folder.path.glob(".*")] == []  # nothing half-written is left behind
+
+
+def test_training_twice_gives_the_same_table(undisturbed):
+    torch.manual_seed(17)
+    torch.rand(3)
+    same(train.train(TINY), undisturbed("pfa"))
+
+
+def test_the_number_of_threads_does_not_matter_and_is_restored(undisturbed):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        same(train.train(TINY), undisturbed("pfa"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_damaged_checkpoint_raises():
+    folder = Folder("quick", TINY)
+    assert folder.checkpoint() is None
+    folder.save({"epoch": 1, "rows": [], "seconds": 0.0, "net": {}, "optimizer": {}})
+    assert folder.checkpoint()["epoch"] == 1
+    path = folder.path / "checkpoint.pt"
+    whole = path.read_bytes()
+    for damaged in (whole[:-10], whole[:200] + bytes([whole[200] ^ 1]) + whole[201:], b"", whole[65:]):
+        path.write_bytes(damaged)
+        with pytest.raises(fa.UserError, match="checkpoint.pt.*checksum.*delete it"):
+            train.train(TINY, folder=folder)
+    path.unlink()
+    assert folder.checkpoint() is None
+
+
+def test_a_run_that_diverges_is_recorded_as_such():
+    config = replace(TINY, rule="bp", options="", lr=1e30)
+    table = train.train(config)
+    status = table.attrs["status"]
+    assert status["state"] == "diverged" and status["epoch"] == 1
+    assert set(table.epoch) == {0} and table.value.notna().all()
+    folder = Folder("quick", config)
+    folder.finish(table, status)
+    assert folder.finished and folder.status["state"] == "diverged"
+
+
+def test_progress_is_told_after_every_epoch():
+    told = []
+    train.train(replace(TINY, epochs=3), on_epoch=lambda epoch, values: told.append((epoch, values)))
+    assert [e for e, _ in told] == [1, 2, 3]
+    assert all({"train_loss", "test_accuracy"} <= values.keys() for _, values in told)
+
+
+# ------------------------------------------------------------------------------------------ what the numbers are a function of
+
+
+def test_the_same_seed_gives_the_same_start_and_the_same_batches_under_every_rule():
+    """With a learning rate of zero the loss of every batch tells its images and the initial weights."""
+    digits = data.load("digits").train
+
+    def losses(rule, seed):
+        config = replace(TINY, rule=rule, seed=seed, options="", lr=0.0, weight_decay=0.0, first_weight_decay=0.0)
+        net = train.seed_network(config, (1, 8, 8), 10)
+        W = [m.weight.detach().clone() for m in train.weighted(net).values()]
+        with train.one_thread():
+            return W, torch.cat([train.steps(net, train.sgd(net, config), config, digits, epoch, 6) for epoch in (0, 1)])
+
+    W, want = losses("bp", 0)
+    assert not torch.equal(want[:6], want[6:])  # every epoch has an order of its own
+    for rule in ("fa", "dfa", "usf", "kp", "pfa", "pfa_o"):
+        weights, got = losses(rule, 0)
+        assert all(torch.equal(a, b) for a, b in zip(weights, W)) and len(weights) == 3
+        assert torch.equal(got, want), rule
+    weights, got = losses("bp", 1)
+    assert not torch.equal(weights[0], W[0]) and not torch.equal(got, want)
+
+
+def test_an_epoch_sees_every_image_once():
+    seen = []
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(1, 2)
+
+        def forward(self, x):
+            seen.extend(x.flatten().tolist())
+            return self.fc(x)
+
+    split = data.Split(torch.arange(50.0).view(-1, 1), torch.zeros(50, dtype=torch.int64))
+    net, config = Net(), replace(TINY, batch=8, lr=0.0)
+    losses = train.steps(net, train.sgd(net, config), config, split, 0)
+    assert len(losses) == 6 and len(seen) == 48 == len(set(seen))  # the last, smaller batch is dropped
+    assert seen != sorted(seen)
+
+
+def test_first_steps_by_hand():
+    """SGD with momentum and decay as torch documents it, on the network that ``seed_network`` makes, without ``fa.train``'s loop."""
+    config = replace(TINY, rule="bp", options="")
+    digits = data.load("digits", dtype=torch.float64).train
+    net = train.seed_network(config, (1, 8, 8), 10, torch.float64)
+    other = train.seed_network(config, (1, 8, 8), 10, torch.float64)
+    assert all(m.bias.abs().max() == 0 for m in train.weighted(net).values())
+    std = [m.weight.std().item() * (sum(m.weight.shape) / 2) ** 0.5 for m in train.weighted(net).values()]
+    assert std == pytest.approx([1, 1, 1], rel=0.12)  # Xavier
+    losses = train.steps(net, train.sgd(net, config), config, digits, 0, 3)
+    order = torch.randperm(len(digits), generator=fa.layers.generator(0, "order", 0))
+    speed = {n: torch.zeros_like(p) for n, p in other.named_parameters()}
+    for i in range(3):
+        index = order[64 * i : 64 * (i + 1)]
+        other.zero_grad()
+        loss = F.cross_entropy(other(digits.x[index]), digits.y[index])
+        assert losses[i].item() == pytest.approx(loss.item(), rel=1e-12)
+        loss.backward()
+        with torch.no_grad():
+            for n, p in other.named_parameters():
+                speed[n] = 0.9 * speed[n] + p.grad + 0.1 * p  # the first epoch's decay
+                p -= 0.05 * speed[n]
+    assert all((p - q).abs().max() < 1e-13 for p, q in zip(net.parameters(), other.parameters()))
+
+
+def test_schedule():
+    told = [train.schedule(TINY, e) for e in range(5)]
+    assert [s["lr"] for s in told] == pytest.approx([0.05, 0.05, 0.025, 0.025, 0.0125])
+    assert [s["weight_decay"] for s in told] == [0.1, 1e-3, 1e-3, 1e-3, 1e-3]
+    constant = replace(TINY, lr_drops="", first_weight_decay=0.0)
+    assert all(train.schedule(constant, e) == {"lr": 0.05, "weight_decay": 1e-3} for e in range(5))
+    paper = Config("p3_fig2", "pfa", 0, weight_decay=9e-5, first_weight_decay=0.03)  # p3 section 1.6 and 5
+    assert train.schedule(paper, 0) == {"lr": 0.01, "weight_decay": 0.03}
+    assert train.schedule(paper, 1) == {"lr": 0.01, "weight_decay": 9e-5}
+    assert train.schedule(paper, 20) == {"lr": 0.005, "weight_decay": 9e-5}
+    assert train.schedule(paper, 39) == {"lr": 0.0025, "weight_decay": 9e-5}
+
+
+def test_what_is_measured_when():
+    assert train.layer_epochs(40) == {*range(11), 15, 20, 25, 30, 35, 40}
+    assert train.layer_epochs(12) == {*range(11), 12}
+    assert train.layer_epochs(3) == {0, 1, 2, 3}
+    table = train.train(replace(TINY, epochs=2))
+    whole = table[table.layer == ""]
+    assert set(whole[whole.metric == "train_loss"].epoch) == {1, 2}
+    assert set(whole[whole.metric == "test_accuracy"].epoch) == {0, 1, 2}
+    assert set(whole[whole.metric == "train_accuracy"].epoch) == {0, 2}
+    assert whole.depth.isna().all()
+    layers = table[table.layer != ""]
+    assert layers.groupby("layer").depth.unique().map(list).to_dict() == {"fc1": [1], "fc2": [2], "fc": [3]}
+    assert set(layers.metric) == {
+        "angle_deg", "norm_ratio", "sign_concordance", "weight_norm", "delta_angle_local_deg", "delta_angle_global_deg",
+        "grad_angle_global_deg",
+    }  # fmt: skip
+    final = whole[(whole.metric == "test_accuracy") & (whole.epoch == 2)].value.item()
+    assert 20 < final <= 100  # percent; guessing has 10
+
+
+def test_accuracy_by_hand():
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            assert not self.training
+            return F.one_hot(x[:, 0].long(), 4).float()
+
+    net = Net().train()
+    split = data.Split(torch.tensor([[0.0], [1.0], [2.0], [3.0], [0.0]]), torch.tensor([0, 1, 3, 3, 1]))
+    assert train.accuracy(net, split, batch=2) == 60.0
+    assert net.training
+
+
+# ------------------------------------------------------------------------------------------ identity and fingerprint
+
+
+def test_identity_is_the_hash_of_the_canonical_json():
+    digest = hashlib.sha256(b'{"experiment":"e","lr":0.5,"rule":"bp","seed":3}').hexdigest()
+    assert Config("e", "bp", 3, lr=0.5).run == digest[:12]
+
+
+def test_identity_does_not_know_how_a_default_was_said():
+    plain = Config("e", "bp", 0)
+    said = Config("e", "bp", 0, **{f.name: f.default for f in fields(Config) if f.name not in ("experiment", "rule", "seed")})
+    assert said.run == plain.run
+    assert Config(seed=0, rule="bp", experiment="e").run == plain.run
+
+
+CHANGED = dict(
+    rule="kp", seed=1, options="init=match implicit=true", batch=32, lr=0.04, lr_drops="1", lr_factor=0.3, momentum=0.8,
+    weight_decay=2e-3, first_weight_decay=0.2, epochs=6,
+)  # fmt: skip
+
+
+def test_identity_knows_every_field():
+    names = {f.name for f in fields(Config)}
+    other = CHANGED | dict(experiment="e", dataset="mnist", model="cnn", hidden="16,17", revision=2)
+    assert other.keys() == names  # a new field must be listed here, and thought about
+    runs = {replace(TINY, **{name: value}).run for name, value in other.items()} | {TINY.run}
+    assert len(runs) == len(names) + 1
+
+
+def test_fingerprint_is_stable_and_knows_every_field_of_the_recipe():
+    first = train.fingerprint(TINY)
+    assert train.fingerprint(TINY) == first and len(first) == 20
+    assert train.fingerprint(replace(TINY, hidden="512,512", dataset="mnist", experiment="e")) == first  # it is narrowed
+    for name, value in CHANGED.items():
+        changed = {name: value} | ({"options": ""} if name == "rule" else {})
+        assert train.fingerprint(replace(TINY, **changed)) != first, name
+
+
+def test_fingerprint_does_not_know_the_threads():
+    before = torch.get_num_threads()
+    first = train.fingerprint(TINY)
+    torch.set_num_threads(2)
+    try:
+        assert train.fingerprint(TINY) == first
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "text, options",
+    [
+        ("", {}),
+        ("init=xavier", {"init": "xavier"}),
+        ("init=0.25  expansion=10 implicit=true clamp_forward=false", dict(init=0.25, expansion=10, implicit=True, clamp_forward=False)),
+    ],
+)
+def test_options_are_parsed(text, options):
+    assert train.parse_options(text) == options
+
+
+def test_bad_options_raise():
+    with pytest.raises(fa.UserError, match="NAME=VALUE"):
+        train.parse_options("init xavier")
+    with pytest.raises(fa.UserError, match="known options"):
+        train.seed_network(replace(TINY, options="initt=xavier"), (1, 8, 8), 10)
+    with pytest.raises(fa.UserError, match="known models: mlp"):
+        train.seed_network(replace(TINY, model="cnn"), (1, 8, 8), 10)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "table.csv"
+    records.write_bytes(path, b"old")
+    real = os.replace
+
+    def no_disk(*a, **k):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_disk)
+    with pytest.raises(OSError):
+        records.write_bytes(path, b"new, longer")
+    assert path.read_bytes() == b"old"
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "replace", no_disk)
+    with pytest.raises(OSError):
+        records.write_bytes(path, b"new, longer")
+    assert path.read_bytes() == b"old" and os.replace is not real
+    monkeypatch.undo()
+    records.write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_numbers_survive_the_store_to_the_last_bit():
+    folder = Folder("quick", TINY)
+    table = train.train(replace(TINY, epochs=1))
+    folder.finish(table, table.attrs["status"])
+    back = folder.table()
+    assert (back.value.to_numpy() == table.value.to_numpy()).all()
+    assert back.layer.tolist() == table.layer.tolist()
+    assert set(back.run) == {TINY.run} and set(back.rule) == {"pfa"} and set(back.seed) == {0}
+    assert {"torch", "cuda", "gpu", "cpu", "python", "system", "commit"} == folder.status["environment"].keys()
+
+
+def test_modules_under_test_are_the_real_ones():
+    assert isinstance(train.time, types.ModuleType)  # a test that replaced the clock put it back
