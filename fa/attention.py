@@ -58,7 +58,7 @@ class RowsLinear(_Converted, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., in) -> (..., embed)."""
-        if self.feedback.exact or not torch.is_grad_enabled():
+        if self.feedback.plain():
             return F.linear(x, self.weight, self.bias)
         return self.feedback.forward(x, self.weight, self.bias)
 
@@ -112,6 +112,8 @@ class FeedbackAttention(nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        if is_causal and attn_mask is None:
+            raise RuntimeError("attention: is_causal is a hint about attn_mask, and there is none")
         batched = query.dim() == 3
         if not batched:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))
@@ -148,8 +150,10 @@ class FeedbackAttention(nn.MultiheadAttention):
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask to add to the scores; True in a boolean one means "not allowed"."""
-    if mask is None or mask.dtype != torch.bool:
+    if mask is None or mask.is_floating_point():
         return mask
+    if mask.dtype != torch.bool:
+        raise RuntimeError(f"attention: a mask is boolean or floating point, not {mask.dtype}")
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 

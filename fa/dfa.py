@@ -134,7 +134,7 @@ class Tape:
         if not isinstance(out, Tensor):
             raise UserError(f"dfa needs a network whose output is one tensor, not {type(out).__name__}")
         if out.shape[-1] != taps[0][1].shape[0]:
-            raise UserError(f"dfa: the output has {out.shape[-1]} entries, its feedback {taps[0][1].shape[0]}; "
+            raise UserError(f"dfa: the output's last axis has {out.shape[-1]} entries, its feedback {taps[0][1].shape[0]}; "
                             f"convert(..., classes={out.shape[-1]})")  # fmt: skip
         return _Broadcast.apply(out, len(taps), *(x for x, _ in taps), *(S for _, S in taps))
 
@@ -194,15 +194,23 @@ class DirectFeedback(nn.Module):
 
     def tap(self, x: Tensor, layer: nn.Module | None = None) -> Tensor:
         """Cut the graph at the layer's input, to be handed B e when the output error is known."""
-        if self.exact or not torch.is_grad_enabled():
+        self.traced = True  # seen by its own forward
+        if self.plain():
             return x
-        self.traced = True
         if not self.tape.recording:
-            raise RuntimeError(f"layer {self.layer_name!r} is under dfa: call the whole network that was converted, not a part of it")
+            raise RuntimeError(
+                f"layer {self.layer_name!r} is under dfa: call the whole network that was converted, not a part of it, and "
+                "leave gradient checkpointing off, which runs parts again"
+            )
         if x.requires_grad:
             spread = isinstance(layer, nn.Conv2d) and self.rule.form == "kernel"
-            self.tape.taps.append((x, self.spread(layer, x) if spread else self.B))
+            # a view, so that two layers which read one tensor have a gradient each under torch.compile as well
+            self.tape.taps.append((x.view_as(x), self.spread(layer, x) if spread else self.B))
         return x.detach()
+
+    def plain(self) -> bool:
+        """Whether the forward pass at hand is the stock layer's."""
+        return self.exact or not torch.is_grad_enabled()
 
     def forward(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """A tapped linear layer whose weight another module owns (see fa.attention)."""

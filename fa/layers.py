@@ -34,6 +34,7 @@ class _Map:
     """What both kinds of linear map have: sizes of a sample's input and output where known, and noise of their own."""
 
     sizes: tuple[torch.Size, torch.Size] | None = field(default=None, kw_only=True)
+    pad: tuple[int, ...] = field(default=(), kw_only=True)  # what was added to x before this map
     gen: torch.Generator | None = field(default=None, kw_only=True)
 
     def noise(self, like: Tensor, kind: str) -> Tensor:
@@ -109,22 +110,23 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, feedback: Feedback, *state: Tensor) -> Tensor:
-        ctx.feedback = feedback
-        if not feedback.keeps_y:
-            ctx.save_for_backward(x, W, None, *state)
-            return feedback.op.forward(x, W.to(x.dtype), b)
-        y = feedback.op.forward(x, W.to(x.dtype))
-        ctx.save_for_backward(x, W, y, *state)
-        return y if b is None else y + b.view(-1, *[1] * (W.dim() - 2))
+        out = feedback.op.forward(x, W.to(x.dtype), b)
+        ctx.feedback, ctx.out, saved = feedback, None, None
+        if feedback.keeps_y and torch.compiler.is_compiling():
+            saved = out
+        elif feedback.keeps_y:  # not saved as autograd does: the next layer may work in place, and is then found out
+            ctx.out = (out.detach(), out._version)
+        ctx.save_for_backward(x, W, b if feedback.keeps_y else None, saved, *state)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         fb = ctx.feedback
-        x, W, y, *state = ctx.saved_tensors
+        x, W, b, out, *state = ctx.saved_tensors
         need_x, need_W, need_b, _, *need_state = ctx.needs_input_grad
         rule, op, learns = fb.rule, fb.op, any(need_state)
-        known = dict(zip(fb.names, state), W=W, op=op, dy=dy, x=x, y=y)
+        known = dict(zip(fb.names, state), W=W, op=op, dy=dy, x=x, y=None)
         dx = None
         if need_x and fb.transport_args:
             dx = rule.transport(**{n: known[n] for n in fb.transport_args})
@@ -135,6 +137,12 @@ class _Local(torch.autograd.Function):
             known["dW"] = dW = dW.to(W.dtype)
         grads: dict[str, Tensor] = {}
         if learns:
+            if fb.keeps_y:
+                if out is None and ctx.out[0]._version == ctx.out[1]:
+                    out = ctx.out[0]
+                elif out is None:
+                    out = op.forward(x, W.to(x.dtype), b)
+                known["y"] = out if b is None else out - b.view(-1, *[1] * (W.dim() - 2))
             grads = rule.feedback_grad(**{n: known[n] for n in fb.grad_args})
         fb.mark_backward()
         return (
@@ -165,6 +173,8 @@ class Feedback(nn.Module):
     def __init__(self, rule: Rule, op: LinearMap | ConvMap, layer: nn.Module, name: str, seed: int) -> None:
         super().__init__()
         self.rule, self.op, self.layer_name, self.seed = rule, op, name, seed
+        if rule.sgd_only and not layer.weight.requires_grad:
+            raise UserError(f"implicit feedback moves with its weight, and that of layer {name!r} is frozen; leave implicit out")
         W = layer.weight.detach()
         state = rule.draw(op, W, generator(seed, name))
         for key, value in state.items():
@@ -226,6 +236,12 @@ class Feedback(nn.Module):
         self.steps = None
         super()._load_from_state_dict(*args, **kwargs)
 
+    def plain(self) -> bool:
+        """Whether the forward pass at hand is the stock layer's: none to differentiate, or exact backprop asked for."""
+        if self.exact:
+            self.backward_ran = True  # the gradient to come is meant
+        return self.exact or not torch.is_grad_enabled()
+
     def mark_backward(self) -> None:
         """Note that the layer's own backward ran (the check of :func:`_watch` reads it)."""
         if not torch.compiler.is_compiling():
@@ -262,6 +278,9 @@ class _Converted:
 
     feedback: Feedback
 
+    rows = slice(None)
+    """Which rows of ``held`` are the layer's weight."""
+
     @property
     def held(self) -> nn.Parameter:
         """The parameter that an optimizer holds."""
@@ -277,7 +296,7 @@ class FeedbackLinear(_Converted, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., in) -> (..., out), as ``nn.Linear``."""
-        if self.feedback.exact or not torch.is_grad_enabled():
+        if self.feedback.plain():
             return super().forward(x)
         return self.feedback.forward(x, self.weight, self.bias)
 
@@ -287,7 +306,7 @@ class FeedbackConv2d(_Converted, nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Shapes: x (n, in, h, w) or (in, h, w), as ``nn.Conv2d``."""
-        if self.feedback.exact or not torch.is_grad_enabled():
+        if self.feedback.plain():
             return super()._conv_forward(x, weight, bias)
         pad = _explicit_padding(self)
         if pad:  # an ordinary operation before the layer's linear map; autograd sends the error through it exactly
@@ -313,7 +332,9 @@ def _linear_map(layer: nn.Module, sizes: tuple[torch.Size, torch.Size] | None = 
         padding = (layer._reversed_padding_repeated_twice[2], layer._reversed_padding_repeated_twice[0])
     else:
         padding = layer.padding
-    return ConvMap(layer.stride, padding, layer.dilation, layer.groups, sizes=sizes)
+    return ConvMap(
+        layer.stride, padding, layer.dilation, layer.groups, sizes=sizes, pad=tuple(_explicit_padding(layer))
+    )
 
 
 def _watch(layer: nn.Module) -> None:
@@ -434,11 +455,11 @@ def converted(net: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in net.named_modules() if isinstance(m, _Converted)}
 
 
-def _targets(net: nn.Module, skip: Iterable[str]) -> dict[str, nn.Module]:
+def _targets(net: nn.Module, skip: str | Iterable[str]) -> dict[str, nn.Module]:
     """The layers to convert; raises for what cannot be, all at once."""
     from . import attention
 
-    skip = set(skip)
+    skip = {skip} if isinstance(skip, str) else set(skip)
     names = {name for name, _ in net.named_modules()}
     if unknown := skip - names:
         raise UserError(f"skip names no module: {', '.join(sorted(unknown))}")
@@ -484,7 +505,7 @@ def convert(
     rule: str | Rule,
     *,
     seed: int = 0,
-    skip: Iterable[str] = (),
+    skip: str | Iterable[str] = (),
     sample: Tensor | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -498,7 +519,7 @@ def convert(
         rule: a name of :data:`fa.RULES`, or a rule object.
         seed: of the feedback's random draws (default 0). Every layer draws from a generator of its own, made of this seed and
             the layer's name; the global generator is not touched.
-        skip: qualified names of modules that stay plain backprop, with all that is inside them.
+        skip: qualified names of modules (or one name) that stay plain backprop, with all that is inside them.
         sample: a batch of inputs (n, ...), for rules that need the sizes of the maps (``form="dense"``): the network is run on it
             once, in eval mode. Default None.
         options: the rule's own, e.g. ``expansion=10`` for ``pfa``.

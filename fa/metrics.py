@@ -99,7 +99,7 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
         One row a converted layer: ``layer``, ``depth``, and in degrees ``delta_angle_local_deg`` (the error at the layer's input
         through B_eff against that through W, from the same error at its output; nan under dfa), ``delta_angle_global_deg`` (the
         error at the layer's output under the rule against exact backprop through the whole network), both means over
-        samples, and ``grad_angle_global_deg`` (the batch's dW under the rule against exact backprop).
+        samples, and ``grad_angle_global_deg`` (the batch's dW under the rule against exact backprop; nan for a frozen weight).
     """
     layers = converted(net)
     buffers = {k: v.clone() for k, v in net.named_buffers()}
@@ -113,13 +113,15 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
         try:
             with torch.enable_grad():
                 value = loss(net(x), y)
-                names = list(outputs)
-                wanted = [outputs[n] for n in names] + [layers[n].weight for n in names]
+                names = [n for n, out in outputs.items() if out.requires_grad]
+                moving = [n for n in names if layers[n].held.requires_grad]
+                wanted = [outputs[n] for n in names] + [layers[n].held for n in moving]
                 grads = torch.autograd.grad(value, wanted)
         finally:
             for handle in handles:
                 handle.remove()
-        return inputs, dict(zip(names, grads)), dict(zip(names, grads[len(names) :]))
+        of_weights = {n: g[layers[n].rows] for n, g in zip(moving, grads[len(names) :])}
+        return inputs, dict(zip(names, grads)), of_weights
 
     try:
         inputs, delta, dW = backward()
@@ -147,6 +149,6 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
             "depth": depth,
             "delta_angle_local_deg": local,
             "delta_angle_global_deg": sample_angle(delta[name], delta_bp[name]),
-            "grad_angle_global_deg": angle(dW[name], dW_bp[name]),
+            "grad_angle_global_deg": angle(dW[name], dW_bp[name]) if name in dW else float("nan"),
         })  # fmt: skip
     return pd.DataFrame(rows)

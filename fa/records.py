@@ -221,12 +221,12 @@ def write(experiment: str, mode: str, table: pd.DataFrame, about: dict[str, Any]
     table = table.sort_values(["rule", *swept, "seed", "run", "epoch", "depth", "metric"], na_position="first", kind="stable")
     content = table.to_csv(index=False, lineterminator="\n", float_format="%.8g").encode()
     folder = record_path(experiment, mode).parent
-    for stale in folder.glob(f"{experiment}.csv*"):
-        stale.unlink()
+    plain, packed = folder / f"{experiment}.csv", folder / f"{experiment}.csv.gz"
     if len(content) > 2_000_000:
-        path = write_bytes(folder / f"{experiment}.csv.gz", gzip.compress(content, mtime=0))
+        path, stale = write_bytes(packed, gzip.compress(content, mtime=0)), plain
     else:
-        path = write_bytes(folder / f"{experiment}.csv", content)
+        path, stale = write_bytes(plain, content), packed
+    stale.unlink(missing_ok=True)
     about = {**about, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     write_bytes(folder / f"{experiment}.json", (json.dumps(about, indent=1, sort_keys=True) + "\n").encode())
     return path

@@ -34,6 +34,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
@@ -188,9 +189,13 @@ class FA(Rule):
             raise UserError("fa: form='dense' has no kernel of the weight's shape")
         return B
 
-    def transport(self, x, dy, W, B):
+    def transport(self, op, dy, W, B):
         """dx through a dense matrix between flattened maps; None where B is a kernel."""
-        return None if B.shape == W.shape else (dy.flatten(1) @ B.to(dy.dtype)).view_as(x)
+        if B.shape == W.shape:
+            return None
+        if dy[0].numel() != B.shape[0]:
+            raise UserError(f"fa: form='dense' was made for maps of sizes {op.sizes}; the input has another size")
+        return F.pad((dy.flatten(1) @ B.to(dy.dtype)).view(-1, *op.sizes[0]), op.pad)
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,7 @@ class USF(Rule):
                 s = math.sqrt(2 / sum(fans(W)))
             case number:
                 s = float(number)
-        state = {"s": torch.tensor(s).to(W)}
+        state = {"s": torch.tensor(s, dtype=torch.float64).to(W)}
         return state if self.density == 1 else state | {"mask": bernoulli(W.shape, self.density, W, gen)}
 
     def kernel(self, W, s, mask=None):
@@ -277,7 +282,8 @@ class PFA(Rule):
         implicit: keep ``c`` in place of R, where R = B^T W + c D_0 and D_0 = R_0 - B^T W_0. Exact for SGD whose learning
             rate, momentum and decay are the same for W and R (p3 section 1.2): the mismatch D receives no gradient, so that
             one number, moved by the optimizer exactly as it moves R, says what is left of it. No R in memory, and no
-            weight-sized product in a linear layer. Default ``False``; an optimizer that it does not fit raises.
+            weight-sized product in a linear layer. Clipping the gradient's norm must leave the feedback out of the norm, for c's
+            gradient is 0 where R's is not. Default ``False``; an optimizer that it does not fit raises.
         init: of R; B always has the scale above. ``"match"``: the RMS of W, so that the path's gain is 1.
 
     Source: Li & Benna 2024 (arXiv 2405.20594); authors' code layers/tfa_constructor, autograd/tfa.
@@ -294,8 +300,8 @@ class PFA(Rule):
         super().__post_init__()
         if not self.expansion > 0:
             raise UserError(f"{self.name}: expansion={self.expansion!r} must be positive")
-        if self.implicit and self.density < 1:
-            raise UserError(f"{self.name}: implicit=True holds for dense feedback only; leave implicit out or set density=1")
+        if self.implicit and (self.density < 1 or self.clamp_forward):
+            raise UserError(f"{self.name}: implicit=True holds with density=1 and without clamp_forward; leave it out")
 
     @property
     def learned(self):
@@ -307,7 +313,7 @@ class PFA(Rule):
 
     def fixed(self, out: int, groups: int, like: Tensor, gen: torch.Generator) -> Tensor:
         """The fixed matrix B, (out, mid), or (groups, out / groups, mid / groups)."""
-        mid = int(self.expansion * out / groups)
+        mid = int(self.expansion * out / groups + 1e-9)
         if mid < 1:
             raise UserError(f"{self.name}: expansion={self.expansion} leaves a layer of {out // groups} outputs a group no population")
         shape = (out, mid) if groups == 1 else (groups, out // groups, mid)
@@ -343,15 +349,16 @@ class PFA(Rule):
         """dx of a linear layer along the drawn path, where the batch is too small for the product to pay; else None."""
         if W.dim() > 2 or self.norm != "fixed" or dy.numel() // W.shape[0] >= W.shape[0]:
             return None
+        t = dy.dtype  # that of autocast, where it is on
         if not self.implicit:
-            return (dy @ B) @ masked(R, mask)
-        return None if BBt is None else (dy @ BBt) @ W + c * (dy @ BD)
+            return (dy @ B.to(t)) @ masked(R, mask).to(t)
+        return None if BBt is None else (dy @ BBt.to(t)) @ W.to(t) + c.to(t) * (dy @ BD.to(t))
 
     def feedback_grad(self, op, x, dy, dW, W, B=None, c=None):
         if self.implicit:
             return {"c": torch.zeros_like(c)}
         if W.dim() == 2 and dy.numel() // W.shape[0] < W.shape[0]:
-            return {"R": op.correlate(x, dy @ B)}
+            return {"R": op.correlate(x, dy @ B.to(dy.dtype)).to(B.dtype)}
         return {"R": mix(B.mT, dW)}
 
 
@@ -423,7 +430,7 @@ class BRSF(FRSF):
 
     def draw(self, op, W, gen):
         std = self.std(W)
-        state = {"M": uniform(W.shape, std, W, gen), "std": torch.tensor(std).to(W)}
+        state = {"M": uniform(W.shape, std, W, gen), "std": torch.tensor(std, dtype=torch.float64).to(W)}
         return state if self.density == 1 else state | {"mask": bernoulli(W.shape, self.density, W, gen)}
 
     def kernel(self, W, M, mask=None):
@@ -459,11 +466,11 @@ class Frozen(Rule):
             raise UserError(f"frozen: every={self.every} must not be negative, part={self.part} must lie in (0, 1]")
 
     def draw(self, op, W, gen):
-        B = W.detach().clone()
-        return {"B": B if self.density == 1 else B * bernoulli(W.shape, self.density, W, gen)}
+        state = {"B": W.detach().clone()}
+        return state if self.density == 1 else state | {"mask": bernoulli(W.shape, self.density, W, gen)}
 
-    def kernel(self, B):
-        return B
+    def kernel(self, B, mask=None):
+        return masked(B, mask)
 
     def after_step(self, gen, W, B, step):
         if self.every == 0 or step % self.every:
@@ -535,8 +542,9 @@ class Primitives(Rule):
         """What the local objective sees in place of the layer's input."""
         if self.input != "data":
             x = op.noise(x, self.input) * self.input_std
-        if self.center or self.normalize:  # a sample's features: all but the batch axis, as p2's code
-            flat = x.flatten(1) - x.flatten(1).mean(1, keepdim=True)
+        if self.center or self.normalize:  # over a sample's features, as p2's code; a linear layer's tokens are samples
+            flat = x.reshape(-1, x.shape[-1]) if x.dim() < 4 else x.flatten(1)
+            flat = flat - flat.mean(1, keepdim=True)
             x = (flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True) if self.normalize else flat).view_as(x)
         return x
 

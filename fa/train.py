@@ -80,6 +80,11 @@ class Config:
     first_weight_decay: float = 0.0
     revision: int = 1
 
+    def __post_init__(self) -> None:
+        for f in fields(self):  # 1 and 1.0 are one setting, and so one run
+            if f.type == "float":
+                object.__setattr__(self, f.name, float(getattr(self, f.name)))
+
     @property
     def run(self) -> str:
         """Identity, see :func:`identity`."""

@@ -635,3 +635,32 @@ def test_importing_and_fixed_feedback_register_no_global_hook():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=fa.ROOT).stdout
     assert out.split() == ["0", "0", "2", "2"]
+
+
+def test_implicit_feedback_cannot_be_had_with_a_clamped_forward_norm():
+    with pytest.raises(fa.UserError, match="clamp_forward"):
+        fa.convert(nn.Linear(3, 2), "pfa", implicit=True, clamp_forward=True)
+
+
+def test_skip_may_be_one_name():
+    net = fa.convert(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), "fa", skip=["0"])
+    net.stem = nn.Linear(3, 3)
+    fa.convert(net, "fa", skip="stem")
+    assert "stem" not in fa.layers.converted(net)
+
+
+def test_implicit_feedback_needs_a_weight_that_moves():
+    layer = nn.Linear(3, 2)
+    layer.weight.requires_grad_(False)
+    with pytest.raises(fa.UserError, match="frozen"):
+        fa.convert(layer, "pfa", implicit=True)
+
+
+def test_a_loss_made_under_exact_backprop_may_be_differentiated_later():
+    net, x, y = oracles.mlp(6, 9, 3)
+    plain = oracles.grads(copy.deepcopy(net), x, y)
+    fa.convert(net, "fa")
+    with fa.exact_backprop(net):
+        loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    assert all(torch.equal(p.grad, plain[n]) for n, p in net.named_parameters() if n in plain)

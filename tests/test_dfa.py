@@ -355,3 +355,21 @@ def test_it_learns():
         grads(net, x, y)
         opt.step()
     assert F.cross_entropy(net(x), y).item() < first / 20
+
+
+def test_a_compiled_pass_sends_every_tap_its_error_also_where_two_layers_read_one_tensor():
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.a, self.b, self.out = nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = torch.tanh(self.one(x))
+            return self.out(torch.tanh(self.a(h) + self.b(h)))
+
+    net = fa.convert(oracles.fixed_weights(Fork().double()), "dfa")
+    x, y = randn(4, 6, seed=1), torch.arange(4) % 3
+    want = grads(net, x, y)
+    torch.compiler.reset()
+    got = grads(torch.compile(net, backend="aot_eager", fullgraph=True), x, y)
+    assert all(apart(got["_orig_mod." + k], g) < 1e-12 for k, g in want.items())

@@ -203,3 +203,11 @@ def test_a_loss_that_fails_leaves_nothing_behind():
         fa.gradient_angles(net, x, y, lambda out, y: 1 / 0)
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert {n: len(m._forward_hooks) for n, m in net.named_modules()} == hooks
+
+
+def test_gradient_angles_with_a_frozen_layer():
+    net, x, y = oracles.mlp(6, 9, 3)
+    fa.convert(net, "fa")
+    net[0].weight.requires_grad_(False)
+    table = fa.gradient_angles(net, x, y, F.cross_entropy)
+    assert table.layer.tolist()[-1] == "2"

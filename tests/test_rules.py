@@ -21,7 +21,10 @@ RULES = {
     "fa xavier": ("fa", {"init": "xavier"}),
     "fa kaiming track": ("fa", {"init": "kaiming", "norm": "track"}),
     "fa 0.3 sparse": ("fa", {"init": 0.3, "density": 0.5}),
+    "usf": ("usf", {}),
+    "usf xavier": ("usf", {"scale": "xavier"}),
     "usf track": ("usf", {"scale": "track"}),
+    "usf 0.2 sparse": ("usf", {"scale": 0.2, "density": 0.5}),
     "usf norm": ("usf", {"scale": 3.0, "norm": "track"}),
     "frsf": ("frsf", {}),
     "frsf sparse": ("frsf", {"density": 0.5}),
@@ -223,7 +226,7 @@ def match(net):
     return net
 
 
-EXACT = {"fa": {}, "kp": {}, "pfa": {"expansion": 1}, "pfa_o": {}, "frozen": {}, "sa": {}, "aa": {}}
+EXACT = {"fa": {}, "kp": {}, "pfa": {"expansion": 1}, "pfa_o": {}, "frozen": {}, "sa": {}, "aa": {}, "ia": {}, "wm": {}}
 exact = pytest.mark.parametrize("rule", EXACT)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
@@ -469,7 +472,6 @@ PATHS = {  # how the gradients are had, and how near they must be to those of an
 @pytest.mark.parametrize("path, rule", [
     pytest.param(path, rule, marks=pytest.mark.slow if path == "inductor" else ())
     for path in PATHS for rule in ([*RANDOM, *SIGNED] if path != "inductor" else ["fa", "pfa"])
-    if not (path == "autocast" and rule.startswith("pfa"))
 ])  # fmt: skip
 def test_no_rule_is_backprop_in_disguise(path, rule):
     run, near = PATHS[path]

@@ -388,3 +388,8 @@ def test_numbers_survive_the_store_to_the_last_bit():
 
 def test_modules_under_test_are_the_real_ones():
     assert isinstance(train.time, types.ModuleType)  # a test that replaced the clock put it back
+
+
+def test_equal_configs_are_one_run():
+    a, b = Config("e", "bp", 0, lr=1), Config("e", "bp", 0, lr=1.0)
+    assert a == b and a.run == b.run
