@@ -1,11 +1,12 @@
 """Learning without weight transport: every rule, on any network, and the papers' figures rebuilt."""
 
+from . import dfa  # noqa: F401  (registers "dfa")
 from .errors import UserError
+from .layers import convert, feedback_parameters, param_groups
+from .metrics import alignment, exact_backprop, feedback_weight, gradient_angles
 from .paths import ROOT
 from .rules import RULES, Rule
-from . import dfa  # noqa: F401  (registers "dfa")
-from .layers import after_step, convert, feedback_parameters, param_groups
-from .metrics import alignment, exact_backprop, feedback_weight, gradient_angles
+from .steps import after_step
 
 __all__ = [
     "ROOT", "RULES", "Rule", "UserError", "after_step", "alignment", "convert", "exact_backprop", "feedback_parameters",

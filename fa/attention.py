@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import _CONVERTED, _Converted, _watch
+from .steps import Converted, watch
 
 
-class RowsLinear(_Converted, nn.Module):
+class RowsLinear(Converted, nn.Module):
     """A linear layer on some rows of a parameter that another module owns; made by ``convert``, never constructed."""
 
     def __init__(self, owner: nn.MultiheadAttention, key: str, parameter: str, rows: slice, bias_rows: slice) -> None:
@@ -94,7 +94,7 @@ class FeedbackAttention(nn.MultiheadAttention):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for projection in (self.q, self.k, self.v):
-            _watch(projection)
+            watch(projection)
 
     def forward(
         self,
@@ -155,6 +155,3 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask.dtype != torch.bool:
         raise RuntimeError(f"attention: a mask is boolean or floating point, not {mask.dtype}")
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
-
-
-_CONVERTED[RowsLinear] = RowsLinear

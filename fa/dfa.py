@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import layers as L
 from .errors import UserError
+from .feedback import ConvMap, generator
+from .layers import put_on
 from .rules import RULES, Rule, bernoulli, rms, uniform
+from .steps import Converted
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,10 @@ class DFA(Rule):
 
         def attach() -> None:
             for name, layer in layers.items():
-                L.put_on(layer, feedback[name], next((new for old, new in _DIRECT.items() if isinstance(layer, old)), type(layer)))
+                put_on(layer, feedback[name], next((new for old, new in _DIRECT.items() if isinstance(layer, old)), type(layer)))
             tape.put_on(net)
             for block in blocks:
-                first = next(m for m in block.modules() if isinstance(m, L._Converted))
+                first = next(m for m in block.modules() if isinstance(m, Converted))
                 tape.handles.append(block.register_forward_pre_hook(BlockTap(first)))
 
         return attach
@@ -185,7 +187,7 @@ class DirectFeedback(nn.Module):
                 std = math.sqrt(1 / (3 * inputs * receptive))
             case number:
                 std = float(number)
-        gen = L.generator(seed, name)
+        gen = generator(seed, name)
         B = uniform(shape, std, W, gen)
         self.register_buffer("B", B if rule.density == 1 else B * bernoulli(shape, rule.density, W, gen))
         self.exact = False
@@ -226,7 +228,7 @@ class DirectFeedback(nn.Module):
             grown = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip((h, w), layer.dilation, kernel, layer.stride)]
             ones = self.B.new_ones(1, classes, *grown)
             like = self.B.new_empty(1, classes * inputs, h, w)
-            op = L.ConvMap(layer.stride, (0, 0), layer.dilation, classes)  # a group a class
+            op = ConvMap(layer.stride, (0, 0), layer.dilation, classes)  # a group a class
             S = op.transpose(ones, self.B, like).view(classes, inputs, h, w)
             self._spread[size] = S[..., top : h - bottom, left : w - right].contiguous()
         return self._spread[size]
@@ -240,7 +242,7 @@ class DirectFeedback(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-class DirectLinear(L._Converted, nn.Linear):
+class DirectLinear(Converted, nn.Linear):
     """``nn.Linear`` under DFA; made by ``convert``, never constructed."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -248,7 +250,7 @@ class DirectLinear(L._Converted, nn.Linear):
         return super().forward(self.feedback.tap(x, self))
 
 
-class DirectConv2d(L._Converted, nn.Conv2d):
+class DirectConv2d(Converted, nn.Conv2d):
     """``nn.Conv2d`` under DFA; made by ``convert``, never constructed."""
 
     def forward(self, x: Tensor) -> Tensor:

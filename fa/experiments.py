@@ -18,7 +18,7 @@ import torch
 
 from . import data
 from .errors import UserError
-from .layers import generator
+from .feedback import generator
 from .metrics import angle
 from .rules import RULES, PFAo, bernoulli, uniform
 from .train import Config, identity, one_thread, train

@@ -1,297 +1,27 @@
-"""Put a learning rule on a network: the one autograd function, ``convert``, and the once-per-step hook.
+"""Put a learning rule on a network: ``convert``, and what becomes of its layers.
 
 Conversion changes a layer's class in place and adds one submodule, ``layer.feedback``, that holds the rule and its tensors. The
-parameters, their names, hooks, device, dtype and mode stay; an optimizer made before still holds the live weights. In the backward
-pass the kernel takes the weight's place in a single ``convolution_backward`` call, which returns dx through the kernel together
-with the exact dW and db, at the price of plain backprop.
+parameters, their names, hooks, device, dtype and mode stay; an optimizer made before still holds the live weights.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from . import rules
+from . import attention, rules
 from .errors import UserError
+from .feedback import ConvMap, Feedback, LinearMap, NoisyFeedback
 from .rules import Rule
-
-# ------------------------------------------------------------------------------------ a layer's linear map
-
-
-@dataclass
-class _Map:
-    """What both kinds of linear map have: sizes of a sample's input and output where known, and noise of their own."""
-
-    sizes: tuple[torch.Size, torch.Size] | None = field(default=None, kw_only=True)
-    pad: tuple[int, ...] = field(default=(), kw_only=True)  # what was added to x before this map
-    gen: torch.Generator | None = field(default=None, kw_only=True)
-
-    def noise(self, like: Tensor, kind: str) -> Tensor:
-        """Standard noise, "normal" or "uniform", of a tensor's shape, dtype and place."""
-        if torch.compiler.is_compiling():
-            return torch.randn_like(like) if kind == "normal" else (torch.rand_like(like) - 0.5) * 12**0.5
-        if self.gen is None or self.gen.device != like.device:
-            self.gen = torch.Generator(like.device).manual_seed(0 if self.gen is None else self.gen.initial_seed())
-        out = torch.empty_like(like)
-        return out.normal_(generator=self.gen) if kind == "normal" else out.uniform_(-(3**0.5), 3**0.5, generator=self.gen)
+from .steps import Converted, converted, unwatch, watch
 
 
-@dataclass
-class LinearMap(_Map):
-    """y = K x on the last axis. Shapes: x (..., in), y (..., out), K (out, in)."""
-
-    groups = 1
-
-    def forward(self, x: Tensor, K: Tensor, bias: Tensor | None = None) -> Tensor:
-        """K x (+ bias)."""
-        return F.linear(x, K, bias)
-
-    def transpose(self, y: Tensor, K: Tensor, like: Tensor) -> Tensor:
-        """K^T y, of the shape of ``like``."""
-        return y @ K
-
-    def correlate(self, x: Tensor, y: Tensor, like: Tensor | None = None) -> Tensor:
-        """sum y x^T over all leading axes: the gradient of <y, K x> by K."""
-        return y.reshape(-1, y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-
-    def backward(self, dy: Tensor, x: Tensor, K: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
-        """(K^T dy, dW, db) where ``mask`` asks for them."""
-        return (
-            dy @ K if mask[0] else None,
-            self.correlate(x, dy) if mask[1] else None,
-            dy.reshape(-1, dy.shape[-1]).sum(0) if mask[2] else None,
-        )
-
-
-@dataclass
-class ConvMap(_Map):
-    """y = K * x, a 2-D cross-correlation. Shapes: x (n, in, h, w), y (n, out, h', w'), K (out, in / groups, kh, kw)."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def forward(self, x: Tensor, K: Tensor, bias: Tensor | None = None) -> Tensor:
-        """K * x (+ bias)."""
-        return F.conv2d(x, K, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def transpose(self, y: Tensor, K: Tensor, like: Tensor) -> Tensor:
-        """Transposed convolution of y, of the shape of ``like``."""
-        return self.backward(y, like, K, [True, False, False])[0]
-
-    def correlate(self, x: Tensor, y: Tensor, like: Tensor) -> Tensor:
-        """The gradient of <y, K * x> by K, of the shape of ``like``."""
-        return self.backward(y, x, like, [False, True, False])[1]
-
-    def backward(self, dy: Tensor, x: Tensor, K: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
-        """(transposed convolution of dy by K, dW, db) where ``mask`` asks for them, in one call."""
-        return torch.ops.aten.convolution_backward(
-            dy, x, K, [K.shape[0]], self.stride, self.padding, self.dilation, False, (0, 0), self.groups, mask
-        )
-
-
-# ------------------------------------------------------------------------------------ the autograd function
-
-
-class _Local(torch.autograd.Function):
-    """Forward y = W x + b; backward through the rule's kernel. State tensors come last and get the rule's gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, feedback: Feedback, *state: Tensor) -> Tensor:
-        out = feedback.op.forward(x, W.to(x.dtype), b)
-        ctx.feedback, ctx.out, saved = feedback, None, None
-        if feedback.keeps_y and torch.compiler.is_compiling():
-            saved = out
-        elif feedback.keeps_y:  # not saved as autograd does: the next layer may work in place, and is then found out
-            ctx.out = (out.detach(), out._version)
-        ctx.save_for_backward(x, W, b if feedback.keeps_y else None, saved, *state)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        fb = ctx.feedback
-        x, W, b, out, *state = ctx.saved_tensors
-        need_x, need_W, need_b, _, *need_state = ctx.needs_input_grad
-        rule, op, learns = fb.rule, fb.op, any(need_state)
-        known = dict(zip(fb.names, state), W=W, op=op, dy=dy, x=x, y=None)
-        dx = None
-        if need_x and fb.transport_args:
-            dx = rule.transport(**{n: known[n] for n in fb.transport_args})
-        K = fb.kernel_from(known).to(dy.dtype) if need_x and dx is None else W.to(dy.dtype)
-        mask = [need_x and dx is None, need_W or (learns and "dW" in fb.grad_args), need_b]
-        through, dW, db = op.backward(dy, x, K, mask)
-        if dW is not None:
-            known["dW"] = dW = dW.to(W.dtype)
-        grads: dict[str, Tensor] = {}
-        if learns:
-            if fb.keeps_y:
-                if out is None and ctx.out[0]._version == ctx.out[1]:
-                    out = ctx.out[0]
-                elif out is None:
-                    out = op.forward(x, W.to(x.dtype), b)
-                known["y"] = out if b is None else out - b.view(-1, *[1] * (W.dim() - 2))
-            grads = rule.feedback_grad(**{n: known[n] for n in fb.grad_args})
-        fb.mark_backward()
-        return (
-            through if dx is None else dx,
-            dW if need_W else None,
-            db,
-            None,
-            *(grads[n] if need else None for n, need in zip(fb.names, need_state)),
-        )
-
-
-@lru_cache(maxsize=None)
-def _arguments(method: Any, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``names`` that a rule's method asks for; an argument that nothing can fill raises."""
-    wanted = inspect.signature(method).parameters
-    for name, p in list(wanted.items())[1:]:
-        if name not in names and p.default is p.empty:
-            raise UserError(f"{method.__qualname__} asks for {name!r}; it can have {', '.join(names)}")
-    return tuple(n for n in wanted if n in names)
-
-
-class Feedback(nn.Module):
-    """What a converted layer keeps beside its own parameters: ``layer.feedback``.
-
-    Buffers and parameters carry the names that the rule gave them (``layer.feedback.B``, ...).
-    """
-
-    def __init__(self, rule: Rule, op: LinearMap | ConvMap, layer: nn.Module, name: str, seed: int) -> None:
-        super().__init__()
-        self.rule, self.op, self.layer_name, self.seed = rule, op, name, seed
-        if rule.sgd_only and not layer.weight.requires_grad:
-            raise UserError(f"implicit feedback moves with its weight, and that of layer {name!r} is frozen; leave implicit out")
-        W = layer.weight.detach()
-        state = rule.draw(op, W, generator(seed, name))
-        for key, value in state.items():
-            if key in rule.learned:
-                self.register_parameter(key, nn.Parameter(value))
-            else:
-                self.register_buffer(key, value)
-        self.names = tuple(state)
-        self.kernel_args = _arguments(type(rule).kernel, ("W", *state))
-        local = ("W", "op", "x", "y", "dy", "dW", *state)
-        self.grad_args = _arguments(type(rule).feedback_grad, local) if rule.learned else ()
-        self.keeps_y = "y" in self.grad_args and rule.needs_y
-        transport = getattr(type(rule), "transport", None)
-        self.transport_args = _arguments(transport, ("W", "op", "x", "dy", *state)) if transport else ()
-        if rule.clamp_forward:
-            self.register_buffer("forward_norm", torch.linalg.vector_norm(W))
-        after = getattr(type(rule), "after_step", None)
-        self.after_args = _arguments(after, ("W", "gen", "step", *state)) if after else None
-        if after:
-            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.steps: int | None = None  # the buffer's value, so that it is read, and the device waited for, once only
-        self.exact = False  # True: plain backprop for the moment (fa.exact_backprop)
-        self.backward_ran = self.traced = False
-        self.steps_alone = 0  # optimizer steps of the weight without its learned feedback
-
-    def forward(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """The layer's output, y = W x + b; x, W, b as the layer holds them."""
-        if torch.compiler.is_compiling():
-            self.traced = True
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, b = x.to(dtype), b if b is None else b.to(dtype)
-        return _Local.apply(x, W, b, self, *(getattr(self, n) for n in self.names))
-
-    def kernel(self, W: Tensor) -> Tensor:
-        """The effective kernel, of W's shape."""
-        return self.kernel_from({"W": W, **{n: getattr(self, n) for n in self.names}})
-
-    def kernel_from(self, known: dict[str, Any]) -> Tensor:
-        """The effective kernel from tensors at hand."""
-        K = self.rule.kernel(**{n: known[n] for n in self.kernel_args})
-        if self.rule.norm == "track":
-            K = K * (torch.linalg.vector_norm(known["W"]) / torch.linalg.vector_norm(K))
-        return K
-
-    def after_step(self, W: Tensor) -> None:
-        """What the rule does once per optimizer step."""
-        self.steps = (int(self.step) if self.steps is None else self.steps) + 1
-        self.step.fill_(self.steps)
-
-        def gen() -> torch.Generator:
-            return generator(self.seed, self.layer_name, "step", self.steps, device=W.device)
-
-        known = {"W": W, "gen": gen, "step": self.steps, **{n: getattr(self, n) for n in self.names}}
-        for name, value in self.rule.after_step(**{n: known[n] for n in self.after_args}).items():
-            getattr(self, name).copy_(value)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.steps = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def plain(self) -> bool:
-        """Whether the forward pass at hand is the stock layer's: none to differentiate, or exact backprop asked for."""
-        if self.exact:
-            self.backward_ran = True  # the gradient to come is meant
-        return self.exact or not torch.is_grad_enabled()
-
-    def mark_backward(self) -> None:
-        """Note that the layer's own backward ran (the check of :func:`_watch` reads it)."""
-        if not torch.compiler.is_compiling():
-            self.backward_ran = True
-
-
-class NoisyFeedback(Feedback):
-    """Feedback that learns from noise: the noise has a generator of its own, whose state is saved with the rest."""
-
-    def __init__(self, rule: Rule, op: LinearMap | ConvMap, layer: nn.Module, name: str, seed: int) -> None:
-        super().__init__(rule, op, layer, name, seed)
-        op.gen = generator(seed, name, "noise", device=layer.weight.device)
-
-    def get_extra_state(self) -> Tensor:
-        """State of the generator, so that a resumed run goes on with its noise."""
-        return self.op.gen.get_state()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """See :meth:`get_extra_state`."""
-        self.op.gen.set_state(state.cpu())
-
-
-def generator(seed: int, *labels: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for (seed, labels), so that no draw depends on what was drawn before."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *labels))).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-# ------------------------------------------------------------------------------------ converted layers
-
-
-class _Converted:
-    """What the converted classes share: they watch their weight, also after a deepcopy."""
-
-    feedback: Feedback
-
-    rows = slice(None)
-    """Which rows of ``held`` are the layer's weight."""
-
-    @property
-    def held(self) -> nn.Parameter:
-        """The parameter that an optimizer holds."""
-        return self.weight
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        _watch(self)
-
-
-class FeedbackLinear(_Converted, nn.Linear):
+class FeedbackLinear(Converted, nn.Linear):
     """``nn.Linear`` whose error goes down through ``self.feedback``; made by :func:`convert`, never constructed."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -301,7 +31,7 @@ class FeedbackLinear(_Converted, nn.Linear):
         return self.feedback.forward(x, self.weight, self.bias)
 
 
-class FeedbackConv2d(_Converted, nn.Conv2d):
+class FeedbackConv2d(Converted, nn.Conv2d):
     """``nn.Conv2d`` whose error goes down through ``self.feedback``; made by :func:`convert`, never constructed."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -337,108 +67,11 @@ def _linear_map(layer: nn.Module, sizes: tuple[torch.Size, torch.Size] | None = 
     )
 
 
-def _watch(layer: nn.Module) -> None:
-    """Raise when the weight gets a gradient that the layer's own backward did not make.
-
-    Such a layer's parent reads ``layer.weight`` and goes around its forward: it would train by backprop, unnoticed.
-    """
-    fb = layer.feedback
-    if fb.rule.learned:
-        _unheld.add(layer)
-        _register_hooks()
-    if fb.rule.clamp_forward or hasattr(fb.rule, "after_step"):
-        _stepping.add(layer)
-        _register_hooks()
-    if not layer.held.requires_grad:
-        return
-    ref = weakref.ref(layer)
-
-    def check(weight: Tensor) -> None:
-        layer = ref()
-        fb = getattr(layer, "feedback", None)
-        if fb is None or fb.exact:
-            return
-        if not (fb.backward_ran or fb.traced):
-            raise RuntimeError(
-                f"the weight of layer {fb.layer_name!r} got a gradient, but the layer's own backward did not run: another module "
-                f"reads it directly, so that it would train by backprop; leave it out with convert(..., skip=[{fb.layer_name!r}])"
-            )
-        fb.backward_ran = False
-
-    _watches[layer] = layer.held.register_post_accumulate_grad_hook(check)
-
-
-# ------------------------------------------------------------------------------------ once per optimizer step
-
-_watches: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # layer -> handle of its check
-_unheld: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose learned feedback no optimizer has stepped yet
-_stepping: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers with something to do after every step
-_hooks: list[Any] = []
-
-
-def _register_hooks() -> None:
-    """One pair of global optimizer hooks, made by the first layer that needs it; never at import."""
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_step))
-        _hooks.append(register_optimizer_step_post_hook(_after_step))
-
-
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Learned feedback must be in an optimizer, and implicit feedback in one that moves it as it moves W."""
-    if not _unheld:
-        return
-    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    lacking = 0
-    for layer in list(_unheld):
-        fb, W = layer.feedback, id(layer.held)
-        learned = [id(p) for p in fb.parameters()]
-        if all(p in group_of for p in learned):
-            if fb.rule.sgd_only and not (type(optimizer) is torch.optim.SGD and {group_of[p] for p in learned} == {group_of.get(W)}):
-                raise RuntimeError(
-                    f"implicit feedback of layer {fb.layer_name!r} is exact only for torch.optim.SGD with the weight and its "
-                    f"feedback in one parameter group, not {type(optimizer).__name__}; convert with implicit=False"
-                )
-            _unheld.discard(layer)
-        elif W in group_of:
-            lacking += fb.steps_alone > 0
-            fb.steps_alone += 1
-    if lacking:
-        raise RuntimeError(
-            f"no optimizer holds the feedback of {lacking} layers; convert first, or "
-            f"optimizer.add_param_group({{'params': fa.feedback_parameters(net)}})"
-        )
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _stepping:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for layer in list(_stepping):
-            if id(layer.held) in held:
-                _step(layer)
-
-
-@torch.no_grad()
-def _step(layer: nn.Module) -> None:
-    fb, W = layer.feedback, layer.weight
-    if fb.rule.clamp_forward:
-        W.mul_(fb.forward_norm / torch.linalg.vector_norm(W))
-    if fb.after_args is not None:
-        fb.after_step(W)
-
-
-def after_step(net: nn.Module) -> None:
-    """Do once what follows an optimizer step, for loops without a ``torch.optim`` optimizer or with a captured graph.
-
-    Ordinary optimizers need no such call: converted layers hear of their steps by themselves.
-    """
-    for layer in converted(net).values():
-        if layer in _stepping:
-            _step(layer)
-
-
-# ------------------------------------------------------------------------------------ conversion
-
-_CONVERTED = {nn.Linear: FeedbackLinear, nn.Conv2d: FeedbackConv2d}  # fa.attention adds the projections of an attention
+_CONVERTED = {
+    nn.Linear: FeedbackLinear,
+    nn.Conv2d: FeedbackConv2d,
+    attention.RowsLinear: attention.RowsLinear,
+}
 
 _REFUSED = (  # layers with a matrix that errors pass through, for which there is no feedback here
     nn.modules.conv._ConvNd,
@@ -450,15 +83,8 @@ _REFUSED = (  # layers with a matrix that errors pass through, for which there i
 _REFUSED_NAMES = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")  # torchvision's Swin reads its layers' weights itself
 
 
-def converted(net: nn.Module) -> dict[str, nn.Module]:
-    """Qualified name -> converted layer, in the order of the network's modules."""
-    return {name: m for name, m in net.named_modules() if isinstance(m, _Converted)}
-
-
 def _targets(net: nn.Module, skip: str | Iterable[str]) -> dict[str, nn.Module]:
     """The layers to convert; raises for what cannot be, all at once."""
-    from . import attention
-
     skip = {skip} if isinstance(skip, str) else set(skip)
     names = {name for name, _ in net.named_modules()}
     if unknown := skip - names:
@@ -485,7 +111,7 @@ def _targets(net: nn.Module, skip: str | Iterable[str]) -> dict[str, nn.Module]:
             continue
         if isinstance(m, nn.modules.lazy.LazyModuleMixin):
             problems.append(f"{name} (lazy: run the network once first)")
-        elif type(m) not in _CONVERTED and not isinstance(m, _Converted):
+        elif type(m) not in _CONVERTED and not isinstance(m, Converted):
             problems.append(f"{name} ({type(m).__name__}: a subclass with behaviour of its own)")
         elif not isinstance(m._parameters.get("weight"), nn.Parameter):
             problems.append(f"{name} (its weight is computed from other parameters)")
@@ -588,16 +214,13 @@ def put_on(layer: nn.Module, feedback: nn.Module, cls: type) -> None:
     layer.__class__ = cls
     if hasattr(layer, "install"):
         layer.install()
-    _watch(layer)
+    watch(layer)
 
 
 def revert(net: nn.Module) -> nn.Module:
     """Take every rule off the network, in place; returns it. The same as ``convert(net, "bp")``."""
     for layer in converted(net).values():
-        if handle := _watches.pop(layer, None):
-            handle.remove()
-        _unheld.discard(layer)
-        _stepping.discard(layer)
+        unwatch(layer)
         if hasattr(layer.feedback, "tape"):
             layer.feedback.tape.remove()
         if hasattr(layer, "remove"):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .layers import Feedback, converted
+from .feedback import Feedback
+from .steps import converted
 
 
 def angle(a: Tensor, b: Tensor) -> float:

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from . import data, models
 from .errors import UserError
-from .layers import convert, converted, generator, param_groups
+from .feedback import generator
+from .layers import convert, param_groups
 from .metrics import alignment, gradient_angles
 from .rules import rule as make_rule
+from .steps import converted
 
 
 def identity(config: Any) -> str:

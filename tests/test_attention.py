@@ -10,7 +10,7 @@ from oracles import apart, cosine, fixed_weights, grads, randn
 from torch import nn
 
 import fa
-from fa.layers import converted
+from fa.steps import converted
 
 E, HEADS, N, T, S = 8, 2, 3, 4, 5  # embedding, heads, samples, queries, keys
 

@@ -12,7 +12,7 @@ from oracles import apart, grads, randn
 from torch import nn
 
 import fa
-from fa.layers import converted
+from fa.steps import converted
 
 FIXED = ["fa", "usf", "brsf", "frsf", "frozen", "dfa"]
 LEARNED = ["kp", "pfa", "pfa_o"]
@@ -646,7 +646,7 @@ def test_skip_may_be_one_name():
     net = fa.convert(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), "fa", skip=["0"])
     net.stem = nn.Linear(3, 3)
     fa.convert(net, "fa", skip="stem")
-    assert "stem" not in fa.layers.converted(net)
+    assert "stem" not in fa.steps.converted(net)
 
 
 def test_implicit_feedback_needs_a_weight_that_moves():

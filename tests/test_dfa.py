@@ -10,7 +10,7 @@ from oracles import apart, cosine, grads, randn
 from torch import nn
 
 import fa
-from fa.layers import converted
+from fa.steps import converted
 
 
 def softmax_error(logits, y):

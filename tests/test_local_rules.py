@@ -16,7 +16,7 @@ from oracles import apart, grads, randn
 from torch import nn
 
 import fa
-from fa.layers import converted
+from fa.steps import converted
 
 # ------------------------------------------------------------------------------------------ the published regularisers
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision import models
 
 import fa
-from fa.layers import converted
+from fa.steps import converted
 
 CLASSES = 10
 SMALL = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "vit"]
@@ -98,8 +98,8 @@ def test_family(family, monkeypatch):
     fa.convert(net, "fa", seed=1)
 
     ran = set()
-    mark = fa.layers.Feedback.mark_backward
-    monkeypatch.setattr(fa.layers.Feedback, "mark_backward", lambda fb: (ran.add(fb.layer_name), mark(fb)))
+    mark = fa.feedback.Feedback.mark_backward
+    monkeypatch.setattr(fa.feedback.Feedback, "mark_backward", lambda fb: (ran.add(fb.layer_name), mark(fb)))
     random = {n: g.clone() for n, g in gradients(net, x, y).items()}
     assert ran == set(converted(net))
     held = {id(layer.held) for layer in converted(net).values()}

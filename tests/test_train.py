@@ -221,7 +221,7 @@ def test_first_steps_by_hand():
     std = [m.weight.std().item() * (sum(m.weight.shape) / 2) ** 0.5 for m in train.weighted(net).values()]
     assert std == pytest.approx([1, 1, 1], rel=0.12)  # Xavier
     losses = train.steps(net, train.sgd(net, config), config, digits, 0, 3)
-    order = torch.randperm(len(digits), generator=fa.layers.generator(0, "order", 0))
+    order = torch.randperm(len(digits), generator=fa.feedback.generator(0, "order", 0))
     speed = {n: torch.zeros_like(p) for n, p in other.named_parameters()}
     for i in range(3):
         index = order[64 * i : 64 * (i + 1)]

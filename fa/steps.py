@@ -1,0 +1,144 @@
+"""What a converted layer is held to: its weight is watched, and it hears of every optimizer step.
+
+Both work without a call in the user's loop. A layer finds out when another module reads its weight and so goes around its rule; a pair
+of global optimizer hooks, registered by the first layer that needs them, checks that learned feedback is optimized at all and does
+what a rule does once per step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .feedback import Feedback
+
+_watches: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # layer -> handle of its check
+_unheld: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose learned feedback no optimizer has stepped yet
+_stepping: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers with something to do after every step
+_hooks: list[Any] = []
+
+
+class Converted:
+    """What the converted classes share: they watch their weight, also after a deepcopy."""
+
+    feedback: Feedback
+
+    rows = slice(None)
+    """Which rows of ``held`` are the layer's weight."""
+
+    @property
+    def held(self) -> nn.Parameter:
+        """The parameter that an optimizer holds."""
+        return self.weight
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        watch(self)
+
+
+def converted(net: nn.Module) -> dict[str, nn.Module]:
+    """Qualified name -> converted layer, in the order of the network's modules."""
+    return {name: m for name, m in net.named_modules() if isinstance(m, Converted)}
+
+
+def watch(layer: nn.Module) -> None:
+    """Raise when the weight gets a gradient that the layer's own backward did not make.
+
+    Such a layer's parent reads ``layer.weight`` and goes around its forward: it would train by backprop, unnoticed.
+    """
+    fb = layer.feedback
+    if fb.rule.learned:
+        _unheld.add(layer)
+        _register_hooks()
+    if fb.rule.clamp_forward or hasattr(fb.rule, "after_step"):
+        _stepping.add(layer)
+        _register_hooks()
+    if not layer.held.requires_grad:
+        return
+    ref = weakref.ref(layer)
+
+    def check(weight: Tensor) -> None:
+        layer = ref()
+        fb = getattr(layer, "feedback", None)
+        if fb is None or fb.exact:
+            return
+        if not (fb.backward_ran or fb.traced):
+            raise RuntimeError(
+                f"the weight of layer {fb.layer_name!r} got a gradient, but the layer's own backward did not run: another module "
+                f"reads it directly, so that it would train by backprop; leave it out with convert(..., skip=[{fb.layer_name!r}])"
+            )
+        fb.backward_ran = False
+
+    _watches[layer] = layer.held.register_post_accumulate_grad_hook(check)
+
+
+def unwatch(layer: nn.Module) -> None:
+    """Let go of a layer that is about to lose its feedback."""
+    if handle := _watches.pop(layer, None):
+        handle.remove()
+    _unheld.discard(layer)
+    _stepping.discard(layer)
+
+
+def _register_hooks() -> None:
+    """One pair of global optimizer hooks, made by the first layer that needs it; never at import."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Learned feedback must be in an optimizer, and implicit feedback in one that moves it as it moves W."""
+    if not _unheld:
+        return
+    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    lacking = 0
+    for layer in list(_unheld):
+        fb, W = layer.feedback, id(layer.held)
+        learned = [id(p) for p in fb.parameters()]
+        if all(p in group_of for p in learned):
+            if fb.rule.sgd_only and not (type(optimizer) is torch.optim.SGD and {group_of[p] for p in learned} == {group_of.get(W)}):
+                raise RuntimeError(
+                    f"implicit feedback of layer {fb.layer_name!r} is exact only for torch.optim.SGD with the weight and its "
+                    f"feedback in one parameter group, not {type(optimizer).__name__}; convert with implicit=False"
+                )
+            _unheld.discard(layer)
+        elif W in group_of:
+            lacking += fb.steps_alone > 0
+            fb.steps_alone += 1
+    if lacking:
+        raise RuntimeError(
+            f"no optimizer holds the feedback of {lacking} layers; convert first, or "
+            f"optimizer.add_param_group({{'params': fa.feedback_parameters(net)}})"
+        )
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if _stepping:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for layer in list(_stepping):
+            if id(layer.held) in held:
+                _step(layer)
+
+
+@torch.no_grad()
+def _step(layer: nn.Module) -> None:
+    fb, W = layer.feedback, layer.weight
+    if fb.rule.clamp_forward:
+        W.mul_(fb.forward_norm / torch.linalg.vector_norm(W))
+    if fb.after_args is not None:
+        fb.after_step(W)
+
+
+def after_step(net: nn.Module) -> None:
+    """Do once what follows an optimizer step, for loops without a ``torch.optim`` optimizer or with a captured graph.
+
+    Ordinary optimizers need no such call: converted layers hear of their steps by themselves.
+    """
+    for layer in converted(net).values():
+        if layer in _stepping:
+            _step(layer)
