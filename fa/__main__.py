@@ -128,7 +128,7 @@ def _collect(args: argparse.Namespace) -> int:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from . import notebooks
+    from . import batch
 
     def pairs(items: list[str]) -> dict[str, str]:
         for item in items:
@@ -137,7 +137,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         return dict(item.split("=", 1) for item in items)
 
     grid = {name: values.split(",") for name, values in pairs(args.grid).items()}
-    return notebooks.reproduce(args.notebooks, args.mode, pairs(args.parameters), grid, args.jobs)
+    return batch.reproduce(args.notebooks, args.mode, pairs(args.parameters), grid, args.jobs)
 
 
 def _report(args: argparse.Namespace) -> int:

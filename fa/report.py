@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import claims, experiments, records
+from . import claims, criteria, experiments, records
 from .errors import UserError
 from .paths import ROOT
 
@@ -68,7 +68,7 @@ published findings come back when they are implemented anew, and which do not.
 A claim *holds* when what is measured lies in the interval of its criterion. It holds *partly* when it misses it by
 less than one standard deviation over seeds, or for some of the layers or rules only; else it *fails*. It is *not
 tested* without a complete record of the paper's data set and recipe with as many seeds as the claim asks for.
-`data/claims.csv` has the criteria, `fa/claims.py` their grammar.
+`data/claims.csv` has the criteria, `fa/criteria.py` their grammar.
 
 {claims}
 
@@ -211,7 +211,7 @@ def _by_figure(table: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
 
 def _counts(table: pd.DataFrame) -> str:
     """How many claims hold, partly hold, fail and are not tested."""
-    n = table.verdict.value_counts().reindex(claims.VERDICTS, fill_value=0)
+    n = table.verdict.value_counts().reindex(criteria.VERDICTS, fill_value=0)
     return (f"Of {len(table)} claims, {n['holds']} hold, {n['partly']} hold partly, {n['fails']} fail and "
             f"{n['not tested']} are not tested.")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fa import claims, records
+from fa import claims, criteria, records
 from fa.errors import UserError
 
 BP, FA = [98.0, 98.2, 98.4], [97.5, 98.1, 97.8]  # by seed; means 98.2 and 97.8, sds 0.2 and 0.3
@@ -62,10 +62,10 @@ def judge(criterion: str, target: str = "none", tolerance: str = "none", n_min: 
                         beside or sidecar(), planned)
 
 
-def measured(number: str) -> claims.Value:
+def measured(number: str) -> criteria.Value:
     """The value of a number of the language over the table above."""
-    compiler = claims._Compiler("c1", "criterion")
-    return compiler.number(compiler.parse(number))(claims.Scope(table(), REFERENCE, sidecar()))
+    compiler = criteria.Compiler("c1", "criterion")
+    return compiler.number(compiler.parse(number))(criteria.Scope(table(), REFERENCE, sidecar()))
 
 
 @pytest.mark.parametrize("number, mean, sd, n", [

@@ -17,7 +17,7 @@ import papermill
 import pytest
 
 import fa
-from fa import experiments, notebooks, records
+from fa import batch, experiments, notebooks, records
 
 PAGES = sorted((fa.ROOT / "notebooks").glob("*.ipynb"))
 PLAIN = {"mode": "record", "seeds": 0, "epochs": 0, "rules": "", "dataset": "", "device": "auto"}
@@ -84,7 +84,7 @@ def test_every_experiment_has_its_notebook_and_the_index_names_all():
     stems = {p.stem for p in PAGES}
     assert {e.notebook for e in experiments.EXPERIMENTS.values()} <= stems
     stored = "".join(str(o.get("data", "")) for c in read(notebooks.find(["00"])[0]).cells for o in c.get("outputs", []))
-    assert not [stem for stem in stems if stem not in stored], "run fa.notebooks.refresh(['00'])"
+    assert not [stem for stem in stems if stem not in stored], "run fa.batch.refresh(['00'])"
 
 
 # ------------------------------------------------------------------------------------------------------- parameters
@@ -239,9 +239,9 @@ def test_notebooks_are_found_by_their_beginning():
     ({"jobs": -1}, "jobs must be 0"),
 ])  # fmt: skip
 def test_batch_refuses_before_anything_runs(call, message, monkeypatch):
-    monkeypatch.setattr(notebooks, "_execute", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("it ran"))
     with pytest.raises(fa.UserError, match=message):
-        notebooks.reproduce(["32"], **call)
+        batch.reproduce(["32"], **call)
 
 
 def test_batch_goes_on_after_a_failure_and_counts_it(monkeypatch, tmp_path):
@@ -251,9 +251,9 @@ def test_batch_goes_on_after_a_failure_and_counts_it(monkeypatch, tmp_path):
         seen.append((job.name, job.parameters))
         return job, 1.0, "ValueError: no" if job.parameters["seeds"] == 2 else ""
 
-    monkeypatch.setattr(notebooks, "_execute", execute)
+    monkeypatch.setattr(batch, "_execute", execute)
     lines: list[str] = []
-    assert notebooks.reproduce(["32"], "record", {"rules": "bp"}, {"seeds": ["1", "2", "3"]}, jobs=1, say=lines.append) == 1
+    assert batch.reproduce(["32"], "record", {"rules": "bp"}, {"seeds": ["1", "2", "3"]}, jobs=1, say=lines.append) == 1
     assert [name for name, _ in seen] == [f"32_pfa_fig2_mnist__seeds={n}" for n in (1, 2, 3)]
     assert seen[0][1] == {"mode": "record", "rules": "bp", "seeds": 1}
     assert sum("FAILED" in line for line in lines) == 1 and "ValueError: no" in "".join(lines)
@@ -262,9 +262,9 @@ def test_batch_goes_on_after_a_failure_and_counts_it(monkeypatch, tmp_path):
 
 def test_the_variants_of_a_grid_keep_apart(monkeypatch, tmp_path):
     monkeypatch.setenv("FA_BUILD", str(tmp_path))
-    assert notebooks.build("quick") == tmp_path / "quick"
+    assert records.build("quick") == tmp_path / "quick"
     assert records.record_path("p3_fig2", "quick") == tmp_path / "quick" / "p3_fig2.csv"
-    jobs = [notebooks._Job(PAGES[0], "quick", {}, f"seeds={n}") for n in (1, 2)]
+    jobs = [batch._Job(PAGES[0], "quick", {}, f"seeds={n}") for n in (1, 2)]
     assert jobs[0].build != jobs[1].build and jobs[0].build.is_relative_to(tmp_path)
 
 
