@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,33 +123,35 @@ def run(
     begin = time.monotonic()
     device, todo = pick_device(device), missing(configs, mode)
     n = min(pick_workers(workers), len(todo))
-    before = len(configs) - len(todo)
-    bar = Progress(f"{configs[0].experiment} {mode}" if configs else mode, before, len(configs), todo) if progress and todo else None
     until = begin + budget if budget else float("inf")
+    before = len(configs) - len(todo)
+    bar = Progress(f"{configs[0].experiment} {mode}", before, len(configs), todo) if progress and todo else None
     done, failed = 0, []
-    for kind, config, detail in _events(todo, mode, device, until, n):
-        if kind == "done":
-            done += 1
-        elif kind == "failed":
-            failed.append(f"{config.rule} seed {config.seed} ({config.run}): {detail}")
-        elif kind == "error":
-            if bar:
-                bar.close()
+
+    def on(kind: str, config: Any, detail: Any) -> None:
+        nonlocal done
+        if kind == "error":
             raise UserError(detail)
+        done += kind == "done"
+        if kind == "failed":
+            failed.append(f"{config.rule} seed {config.seed} ({config.run}): {detail}")
         if bar:
             bar.event(kind, config, detail)
-    if bar:
-        bar.close()
+
+    try:
+        if n > 1:
+            _crew(todo, mode, device, until, n, on)
+        else:
+            for config in todo:
+                on(*_one(config, mode, device, until, on))
+    finally:
+        if bar:
+            bar.close()
     return Summary(before, done, len(todo) - done, failed, time.monotonic() - begin)
 
 
-def _events(todo: list[Any], mode: str, device: str, until: float, n: int) -> Any:
-    """(kind, config, detail) as they happen: "epoch", "done", "stopped", "busy", "failed", "error"."""
-    if n <= 1:
-        for config in todo:
-            seen: list[tuple[str, Any, Any]] = []  # epochs are passed on at the end of the run: one process, no bar between
-            yield from _one(config, mode, device, until, seen.append)
-        return
+def _crew(todo: list[Any], mode: str, device: str, until: float, n: int, on: Callable[..., None]) -> None:
+    """Train in ``n`` processes; ``on`` hears of events as they happen."""
     context = multiprocessing.get_context("spawn")
     tasks, events = context.SimpleQueue(), context.Queue()
     for task in [*todo, *[None] * n]:
@@ -160,13 +163,15 @@ def _events(todo: list[Any], mode: str, device: str, until: float, n: int) -> An
     try:
         while open_runs:
             try:
-                kind, config, detail = events.get(timeout=5)
+                event = events.get(timeout=5)
             except queue.Empty:
                 if not any(p.is_alive() for p in crew):
-                    raise RuntimeError("every worker process died; the runs go on from their checkpoints when started again") from None
+                    raise RuntimeError(
+                        "every worker process died; the runs go on from their checkpoints when started again"
+                    ) from None
                 continue
-            open_runs -= kind != "epoch"
-            yield kind, config, detail
+            open_runs -= event[0] != "epoch"
+            on(*event)
     finally:
         for process in crew:
             process.terminate()
@@ -180,36 +185,32 @@ def _work(tasks: Any, events: Any, mode: str, device: str, until: float) -> None
 
     threading.Thread(target=follow, daemon=True).start()
     while (config := tasks.get()) is not None:
-        for event in _one(config, mode, device, until, events.put):
-            events.put(event)
+        events.put(_one(config, mode, device, until, lambda *event: events.put(event)))
 
 
-def _one(config: Any, mode: str, device: str, until: float, emit: Any) -> Any:
-    """Train one run into its folder."""
+def _one(config: Any, mode: str, device: str, until: float, on: Callable[..., None]) -> tuple[str, Any, Any]:
+    """Train one run into its folder; returns the event that ends it: "done", "stopped", "busy", "failed" or "error"."""
     keep_pages()
     records.environment()
     folder = Folder(mode, config)
     try:
         with folder.lock() as mine:
             if not mine:
-                yield "busy", config, "another process trains it"
-                return
+                return "busy", config, "another process trains it"
             if folder.finished:  # by another process, meanwhile
-                yield "done", config, folder.status["seconds"]
-                return
+                return "done", config, folder.status["seconds"]
             table = experiments.find(config.experiment).run(
-                config, device, folder, until, lambda epoch, values: emit(("epoch", config, (epoch, values)))
+                config, device, folder, until, lambda epoch, values: on("epoch", config, (epoch, values))
             )
             if table is None:
-                yield "stopped", config, None
-                return
+                return "stopped", config, None
             folder.finish(table, table.attrs["status"])
-            yield "done", config, table.attrs["status"]["seconds"]
+            return "done", config, table.attrs["status"]["seconds"]
     except UserError as e:
-        yield "error", config, str(e)
+        return "error", config, str(e)
     except Exception as e:
         traceback.print_exc()
-        yield "failed", config, f"{type(e).__name__}: {e}"
+        return "failed", config, f"{type(e).__name__}: {e}"
 
 
 def collect(experiment: str, mode: str, configs: list[Any], partial: bool = False) -> Path:
@@ -271,7 +272,9 @@ class Progress:
 
     def __init__(self, label: str, before: int, planned: int, todo: list[Any]) -> None:
         self.label, self.runs, self.planned = label, before, planned
-        self.epochs, self.total = 0, sum(getattr(c, "epochs", 1) for c in todo)
+        self.total = sum(getattr(c, "epochs", 1) for c in todo)
+        self.reached: dict[str, int] = {}  # run -> its latest epoch, which may have been trained earlier
+        self.fresh = 0  # epochs trained since now
         self.began = self.written = time.monotonic()
         self.latest = ""
         self.bar = None
@@ -288,13 +291,16 @@ class Progress:
     def event(self, kind: str, config: Any, detail: Any) -> None:
         """Take note of one event."""
         if kind == "epoch":
-            self.epochs += 1
-            test = detail[1].get("test_accuracy")
-            self.latest = f"{config.rule} seed {config.seed} epoch {detail[0]}" + (f": {test:.2f} %" if test is not None else "")
+            epoch, values = detail
+            self.fresh += 1
+            self.reached[config.run] = epoch
+            test = values.get("test_accuracy")
+            self.latest = f"{config.rule} seed {config.seed} epoch {epoch}" + (f": {test:.2f} %" if test is not None else "")
         elif kind == "done":
             self.runs += 1
+            self.reached[config.run] = getattr(config, "epochs", 1)
         if self.bar:
-            self.bar.update(kind == "epoch")
+            self.bar.update(sum(self.reached.values()) - self.bar.n)
             self.bar.set_postfix_str(f"{self.runs}/{self.planned} runs, {self.latest}")
         elif time.monotonic() - self.written > 30:
             self.write()
@@ -302,10 +308,10 @@ class Progress:
     def write(self) -> None:
         """One line for a log."""
         self.written = time.monotonic()
-        spent = self.written - self.began
-        left = f", {clock(spent * (self.total - self.epochs) / self.epochs)} left" if self.epochs else ""
+        spent, epochs = self.written - self.began, sum(self.reached.values())
+        left = f", {clock(spent * (self.total - epochs) / self.fresh)} left" if self.fresh else ""
         sys.stderr.write(
-            f"{self.label}: {self.runs}/{self.planned} runs, {self.epochs}/{self.total} epochs, {clock(spent)}{left}  {self.latest}\n"
+            f"{self.label}: {self.runs}/{self.planned} runs, {epochs}/{self.total} epochs, {clock(spent)}{left}  {self.latest}\n"
         )
         sys.stderr.flush()
 
