@@ -52,11 +52,10 @@ def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def biotorch(name: str, mode: str) -> nn.Module:
-    """The same network under BioTorch (extra ``bench``)."""
+    """The same network under BioTorch (extra ``bench``): fa, usf, frsf or brsf."""
     from biotorch.module.biomodule import BioModule
 
-    net, _ = network(name)
-    return BioModule(net, mode={"fa": "fa", "usf": "usf", "frsf": "frsf", "brsf": "brsf", "dfa": "dfa"}[mode])
+    return BioModule(network(name)[0], mode=mode)
 
 
 def stepper(args: argparse.Namespace, rule: str) -> Callable[[], None]:
@@ -74,11 +73,10 @@ def stepper(args: argparse.Namespace, rule: str) -> Callable[[], None]:
     y = torch.randint(10, (args.batch,), generator=gen).to(args.device)
     run = torch.compile(net, fullgraph=True) if args.compile else net
     after = (lambda: None) if args.device == "cpu" else torch.cuda.synchronize
-    direct = name == "biotorch_dfa"  # its module wants the targets, and takes the output error from a second loss
 
     def step() -> None:
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            loss = F.cross_entropy(run(x, y, F.cross_entropy) if direct else run(x), y)
+            loss = F.cross_entropy(run(x), y)
         loss.backward()
         opt.step()
         opt.zero_grad()
