@@ -156,13 +156,9 @@ class _Broadcast(torch.autograd.Function):
         sent = []
         for shape, S in zip(ctx.shapes, ctx.saved_tensors):
             d = e @ S.flatten(1).to(e.dtype)
-            if d.dim() == len(shape):  # one error for each position of a linear layer, or none but the batch
-                d = d.reshape(shape)
-            elif S.dim() == 2:  # tokens share the error of their sample
+            if S.dim() == 2 and d.dim() < len(shape):  # tokens share the error of their sample
                 d = d.reshape(shape[0], *[1] * (len(shape) - 2), shape[-1]).expand(shape)
-            else:
-                d = d.reshape(shape)
-            sent.append(d)
+            sent.append(d.reshape(shape))
         return e, None, *sent, *(None for _ in sent)
 
 

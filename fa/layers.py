@@ -249,11 +249,13 @@ def param_groups(net: nn.Module, lr: float, weight_decay: float = 0.0, feedback_
         feedback_lr: learning rate of own-decay feedback (default: ``lr``).
 
     Returns:
-        One group, or two where there is own-decay feedback.
+        One group, or two where there is own-decay feedback; ``own_decay`` in a group says which it is, for schedules of the decay.
     """
     own = {id(p) for m in converted(net).values() if m.feedback.rule.own_decay for p in m.feedback.parameters()}
-    groups = [{"params": [p for p in net.parameters() if id(p) not in own], "lr": lr, "weight_decay": weight_decay}]
+    shared = [p for p in net.parameters() if id(p) not in own]
+    groups = [{"params": shared, "lr": lr, "weight_decay": weight_decay, "own_decay": False}]
     if own:
         rest = [p for p in net.parameters() if id(p) in own]
-        groups.append({"params": rest, "lr": lr if feedback_lr is None else feedback_lr, "weight_decay": 0.0})
+        feedback_lr = lr if feedback_lr is None else feedback_lr
+        groups.append({"params": rest, "lr": feedback_lr, "weight_decay": 0.0, "own_decay": True})
     return groups

@@ -194,8 +194,11 @@ def steps(
     net: nn.Module, opt: torch.optim.Optimizer, config: Config, train: data.Split, epoch: int, limit: int | None = None
 ) -> Tensor:
     """Train one epoch (or its first ``limit`` batches); the loss of every batch, float64, still on the device."""
+    now = schedule(config, epoch)
     for group in opt.param_groups:
-        group.update(schedule(config, epoch))
+        group["lr"] = now["lr"]
+        if not group["own_decay"]:  # feedback whose gradient holds its decay gets none from the optimizer, in no epoch
+            group["weight_decay"] = now["weight_decay"]
     order = torch.randperm(len(train), generator=generator(config.seed, "order", epoch)).to(train.y.device)
     batches = order[: len(order) // config.batch * config.batch].view(-1, config.batch)[:limit]
     losses = torch.empty(len(batches), dtype=torch.float64, device=train.y.device)

@@ -393,3 +393,17 @@ def test_modules_under_test_are_the_real_ones():
 def test_equal_configs_are_one_run():
     a, b = Config("e", "bp", 0, lr=1), Config("e", "bp", 0, lr=1.0)
     assert a == b and a.run == b.run
+
+
+@pytest.mark.parametrize("rule", ["sa", "kp"])
+def test_the_schedule_of_the_decay_leaves_feedback_with_its_own_alone(rule):
+    config = Config("e", rule, 0, dataset="digits", hidden="8,8", weight_decay=0.01, first_weight_decay=0.5)
+    digits = data.load("digits").train
+    net = train.seed_network(config, (1, 8, 8), 10)
+    opt = train.sgd(net, config)
+    learned = {id(p) for p in fa.feedback_parameters(net)}
+    for epoch, decay in enumerate((0.5, 0.01)):
+        train.steps(net, opt, config, digits, epoch, limit=1)
+        for group in opt.param_groups:
+            for p in group["params"]:
+                assert group["weight_decay"] == (0 if rule == "sa" and id(p) in learned else decay)
