@@ -93,15 +93,21 @@ def _targets(net: nn.Module, skip: str | Iterable[str]) -> dict[str, nn.Module]:
     for name, module in net.named_modules():
         for p in module.parameters(recurse=False):
             holders.setdefault(id(p), []).append(name)
+
+    def skipped(name: str) -> bool:
+        return any(name == s or name.startswith(s + ".") for s in skip)
+
     found, problems = {}, []
     for name, m in net.named_modules():
-        if any(name == s or name.startswith(s + ".") for s in skip):
+        if skipped(name):
             continue
         if isinstance(m, nn.MultiheadAttention):
             if why := attention.refusal(m):
                 problems.append(f"{name or 'the root'} ({type(m).__name__}: {why})")
             prefix = f"{name}." if name else ""
-            found |= {prefix + key: row for key, row in attention.rows(m).items()} | {prefix + "out_proj": m.out_proj}
+            found |= {prefix + key: row for key, row in attention.rows(m).items()}
+            if not skipped(prefix + "out_proj"):
+                found[prefix + "out_proj"] = m.out_proj
             continue
         if not isinstance(m, (nn.Linear, nn.Conv2d)):
             if isinstance(m, _REFUSED) or type(m).__name__ in _REFUSED_NAMES:

@@ -282,7 +282,7 @@ class PFA(Rule):
         implicit: keep ``c`` in place of R, where R = B^T W + c D_0 and D_0 = R_0 - B^T W_0. Exact for SGD whose learning
             rate, momentum and decay are the same for W and R (p3 section 1.2): the mismatch D receives no gradient, so that
             one number, moved by the optimizer exactly as it moves R, says what is left of it. No R in memory, and no
-            weight-sized product in a linear layer. Clipping the gradient's norm must leave the feedback out of the norm, for c's
+            weight-sized product in a linear layer under a small batch. Clipping the gradient's norm must leave the feedback out of the norm, for c's
             gradient is 0 where R's is not. Default ``False``; an optimizer that it does not fit raises.
         init: of R; B always has the scale above. ``"match"``: the RMS of W, so that the path's gain is 1.
 
@@ -368,7 +368,8 @@ class PFAo(PFA):
 
     .. math:: dx = (B R)^T dy, \qquad dR = B^T dW, \qquad B B^T = I
 
-    The path B R obeys the Kolen-Pollack update exactly, though neither matrix ever resembles W.
+    The path B R obeys the Kolen-Pollack update exactly, though neither matrix ever resembles W. Sparse (``density`` < 1) it
+    is masked and rescaled as PFA is, and then no longer orthogonal (ours; the paper's sparse feedback leaves PFA-o out).
     Source: Li & Benna 2024; authors' configuration ``expand_ratio: ortho``.
     """
 
@@ -387,10 +388,11 @@ class PFAo(PFA):
         draw = torch.randn((groups, n, n), generator=gen, dtype=torch.float64, device="cpu")
         Q, T = torch.linalg.qr(draw)
         B = (Q * T.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).to(like)  # signs of T: uniform over the orthogonal group
-        return B[0] if groups == 1 else B
+        B = B[0] if groups == 1 else B
+        return B if self.density == 1 else B * bernoulli(B.shape, self.density, like, gen) / math.sqrt(self.density)
 
     def square(self, B):
-        return None if self.density == 1 else B @ B.mT
+        return None  # dense, as implicit feedback always is
 
 
 @dataclass(frozen=True)

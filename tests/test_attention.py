@@ -354,3 +354,12 @@ def all_grads(net, called, x, y):
     net.zero_grad()
     F.cross_entropy(called(x), y).backward()
     return {n: p.grad.clone() for n, p in net.named_parameters()}
+
+
+def test_the_output_projection_may_be_skipped_alone():
+    attention = nn.MultiheadAttention(8, 2)
+    fa.convert(attention, "fa", skip="out_proj")
+    assert list(converted(attention)) == ["q", "k", "v"]
+    x = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
+    attention(x, x, x)[0].square().sum().backward()
+    assert all(p.grad is not None for p in attention.parameters())

@@ -733,3 +733,11 @@ def test_a_bad_option_is_refused_in_one_sentence(rule, options, word):
     with pytest.raises(fa.UserError, match=word) as e:
         fa.convert(layer, rule, **options)
     assert "\n" not in str(e.value) and type(layer) is nn.Linear
+
+
+def test_sparse_orthogonal_feedback_is_sparse_in_both_matrices():
+    layer = fa.convert(nn.Linear(60, 50).double(), "pfa_o", density=0.3)
+    B, mask = layer.feedback.B, layer.feedback.mask
+    assert (B != 0).double().mean().item() == pytest.approx(0.3, abs=0.04)
+    assert mask.mean().item() == pytest.approx(0.3, abs=0.04)
+    assert (B @ B.T).diagonal().mean().item() == pytest.approx(1, abs=0.1)  # rescaled, so that E[B B^T] = I
