@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--budget", default="", help="stop by itself after this time, e.g. 9m or 1.5h (default: no bound)")
     run.add_argument("--workers", default="auto", help="processes (default: auto, one for each core)")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    run.add_argument("--add", action="store_true", help="train only what neither the run store nor data/records holds")
     run.add_argument("--dry-run", action="store_true", help="say what would be trained, and stop")
 
     collect = command("collect", _collect, "merge finished runs into the record data/records/EXPERIMENT.csv")
@@ -98,19 +99,21 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from . import campaign, data
+    from . import campaign, data, records
 
     budget = campaign.seconds(args.budget) if args.budget else None
-    runs = [c for configs in _planned(args).values() for c in configs]
+    planned = _planned(args)
+    runs = list({c.run: c for configs in planned.values() for c in configs}.values())
+    held = {run for name in planned for run in records.held(name, args.mode)} if args.add else set()
     if args.dry_run:
-        left = campaign.missing(runs, args.mode)
+        left = campaign.missing(runs, args.mode, held)
         print(f"{len(runs)} runs planned, {len(runs) - len(left)} finished, {len(left)} to train")
         for c in left:
             print(f"  {c.run}  {c.experiment}  {c.rule}" + (f"  seed {c.seed}  {c.epochs} epochs" if hasattr(c, "seed") else ""))
         return 0
     for name in sorted({c.dataset for c in runs if hasattr(c, "dataset")}):
         data.load(name)  # a data set that is missing or damaged is found before any process starts
-    summary = campaign.run(runs, args.mode, budget, args.workers, args.device)
+    summary = campaign.run(runs, args.mode, budget, args.workers, args.device, held=held)
     print(summary)
     for failure in summary.failed:
         sys.stderr.write(f"fa: failed: {failure}\n")

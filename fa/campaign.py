@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,9 @@ def pick_workers(workers: str | int) -> int:
     return n
 
 
-def missing(configs: list[Any], mode: str) -> list[Any]:
-    """The runs that are not finished; those that were begun come first."""
-    left = [c for c in configs if not Folder(mode, c).finished]
+def missing(configs: list[Any], mode: str, held: Collection[str] = ()) -> list[Any]:
+    """The runs that are neither finished nor among ``held``, runs that a record holds; those that were begun come first."""
+    left = [c for c in configs if not Folder(mode, c).finished and c.run not in held]
     return sorted(left, key=lambda c: not (Folder(mode, c).path / "checkpoint.pt").exists())
 
 
@@ -106,6 +106,7 @@ def run(
     workers: str | int = "auto",
     device: str = "auto",
     progress: bool = True,
+    held: Collection[str] = (),
 ) -> Summary:
     """Train the missing runs.
 
@@ -116,12 +117,13 @@ def run(
         workers: processes, or "auto".
         device: "auto", "cpu" or "cuda".
         progress: show it.
+        held: identities of runs that a record holds and that are therefore not trained.
 
     Raises:
         UserError: from the first run that has one, e.g. a data set that is not there.
     """
     begin = time.monotonic()
-    device, todo = pick_device(device), missing(configs, mode)
+    device, todo = pick_device(device), missing(configs, mode, held)
     n = min(pick_workers(workers), len(todo))
     until = begin + budget if budget else float("inf")
     before = len(configs) - len(todo)
@@ -216,6 +218,8 @@ def _one(config: Any, mode: str, device: str, until: float, on: Callable[..., No
 def collect(experiment: str, mode: str, configs: list[Any], partial: bool = False) -> Path:
     """Merge the finished runs of an experiment into its record, and write what made it beside.
 
+    A planned run that the record holds and the run store does not, because another machine trained it, stays in the record.
+
     Args:
         experiment: a name of ``fa.experiments.EXPERIMENTS``.
         mode: "quick" writes build/quick, "paper" data/records.
@@ -225,29 +229,35 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
     Raises:
         UserError: runs are missing and ``partial`` is not set, or none is finished.
     """
-    folders = [Folder(mode, c) for c in configs]
-    done = [f for f in folders if f.finished]
-    if not done or (len(done) < len(folders) and not partial):
+    swept = experiments.find(experiment).swept
+    folders = [f for f in (Folder(mode, c) for c in configs) if f.finished]
+    tables = [f.table(swept(f.config)) for f in folders]
+    status = {f.config.run: f.status for f in folders}
+    environments = {json.dumps(s.pop("environment"), sort_keys=True) for s in status.values()}
+    if stays := [c for c in configs if c.run not in status and c.run in records.held(experiment, mode)]:
+        before, table = records.sidecar(experiment, mode), records.read(experiment, mode)
+        tables.append(table[table.run.isin([c.run for c in stays])])
+        status |= {c.run: before["status"][c.run] for c in stays}
+        environments |= {json.dumps(e, sort_keys=True) for e in before["environments"]}
+    done = [c for c in configs if c.run in status]
+    if not done or (len(done) < len(configs) and not partial):
         remedy = "" if not done else ", or collect with --partial what there is"
         raise UserError(
-            f"{len(done)} of {len(folders)} runs of {experiment} are finished; go on with: python -m fa run {experiment} --mode {mode}{remedy}"
+            f"{len(done)} of {len(configs)} runs of {experiment} are finished; go on with: python -m fa run {experiment} --mode {mode}{remedy}"
         )
-    status = {f.config.run: f.status for f in done}
-    environments = {json.dumps(s.pop("environment"), sort_keys=True) for s in status.values()}
-    configs = {f.config.run: asdict(f.config) for f in done}
     about = {
         "experiment": experiment,
         "mode": mode,
-        "partial": len(done) < len(folders),
-        "planned": len(folders),
+        "partial": len(done) < len(configs),
+        "planned": len(configs),
         "finished": len(done),
-        "configs": configs,
+        "configs": {c.run: asdict(c) for c in done},
         "status": status,
         "environments": [json.loads(e) for e in sorted(environments)],
-        "fingerprints": fingerprints([f.config for f in done]),
+        "fingerprints": fingerprints(done),
         "wall_seconds": round(sum(s["seconds"] for s in status.values()), 1),
     }
-    return records.write(experiment, mode, pd.concat([f.table() for f in done]), about)
+    return records.write(experiment, mode, pd.concat(tables), about)
 
 
 def fingerprints(configs: list[Any]) -> dict[str, list[str]]:

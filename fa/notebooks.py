@@ -236,6 +236,7 @@ class Notebook:
     def _train(self) -> pd.DataFrame:
         """Train what is missing, write the table, and read it back."""
         from . import RULES, campaign, records
+        from .experiments import find as experiment_of
 
         own_rule = any(RULES[c.rule].__module__ == "__main__" for c in self.runs)  # which no other process would know
         summary = campaign.run(self.runs, self.mode, workers=1 if own_rule else "auto", device=self.device)
@@ -244,7 +245,8 @@ class Notebook:
         if self.mode == "quick" or not self.chosen:
             campaign.collect(self.experiment, self.mode, self.runs, partial=True)
             return records.read(self.experiment, self.mode)
-        finished = [f.table() for f in (records.Folder(self.mode, c) for c in self.runs) if f.finished]
+        swept = experiment_of(self.experiment).swept
+        finished = [f.table(swept(f.config)) for f in (records.Folder(self.mode, c) for c in self.runs) if f.finished]
         records.write_bytes(self.path, pd.concat(finished).to_csv(index=False, lineterminator="\n").encode())
         empty = {"depth": [""], "value": [""]}
         return pd.read_csv(self.path, keep_default_na=False, na_values=empty, dtype={"run": str})

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
@@ -72,10 +72,10 @@ class Folder:
         """State, seconds, environment."""
         return json.loads((self.path / "status.json").read_text())
 
-    def table(self) -> pd.DataFrame:
-        """The run's rows, with its identity and swept parameters as columns."""
+    def table(self, swept: Mapping[str, Any]) -> pd.DataFrame:
+        """The run's rows, with its identity and swept parameters (column -> value) as columns."""
         rows = _read_csv(self.path / "metrics.csv")
-        for column, value in {"run": self.config.run, "rule": self.config.rule, **self.config.swept}.items():
+        for column, value in {"run": self.config.run, "rule": self.config.rule, **swept}.items():
             rows[column] = value
         if "seed" not in rows:
             rows["seed"] = self.config.seed
@@ -204,6 +204,11 @@ def sidecar(experiment: str, mode: str = "record") -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"there is no {path.relative_to(ROOT)}; set mode='quick' or 'paper' to make it")
     return json.loads(path.read_text())
+
+
+def held(experiment: str, mode: str = "record") -> set[str]:
+    """Identities of the runs that an experiment's table holds; none where there is no table."""
+    return set(sidecar(experiment, mode)["configs"]) if record_path(experiment, mode).exists() else set()
 
 
 def reference(experiment: str) -> pd.DataFrame:

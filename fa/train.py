@@ -97,11 +97,6 @@ class Config:
         """``options`` as keyword arguments."""
         return parse_options(self.options)
 
-    @property
-    def swept(self) -> dict[str, Any]:
-        """Columns of the record beside the standard ones."""
-        return {}
-
 
 @contextmanager
 def one_thread() -> Iterator[None]:

@@ -53,12 +53,12 @@ def nothing_trains():
 def test_two_workers_give_the_numbers_of_one(monkeypatch, tmp_path):
     configs = plan("bp,pfa,usf")
     assert (run(configs, workers=1).done, len(configs)) == (3, 3)
-    alone = [Folder("quick", c).table() for c in configs]
+    alone = [Folder("quick", c).table({}) for c in configs]
     monkeypatch.setenv("FA_RUNS", str(tmp_path / "other"))
     summary = run(configs, workers=2)
     assert (summary.before, summary.done, summary.left, summary.failed) == (0, 3, 0, [])
     for config, want in zip(configs, alone):
-        pd.testing.assert_frame_equal(Folder("quick", config).table(), want, check_exact=True)
+        pd.testing.assert_frame_equal(Folder("quick", config).table({}), want, check_exact=True)
 
 
 def test_a_finished_run_is_never_trained_twice():
@@ -86,7 +86,7 @@ def test_a_budget_stops_a_campaign_and_the_next_call_goes_on():
     done = run(configs, budget=3600)
     assert (done.before, done.done, done.left) == (0, 2, 0)
     undisturbed = train.train(configs[1])
-    assert (Folder("quick", configs[1]).table().value.to_numpy() == undisturbed.value.to_numpy()).all()
+    assert (Folder("quick", configs[1]).table({}).value.to_numpy() == undisturbed.value.to_numpy()).all()
 
 
 def test_runs_that_were_begun_come_first():
@@ -109,11 +109,11 @@ def test_a_run_without_its_status_is_not_finished():
     configs = plan("bp")
     run(configs)
     folder = Folder("quick", configs[0])
-    want = folder.table()
+    want = folder.table({})
     (folder.path / "status.json").unlink()
     assert campaign.missing(configs, "quick") == configs
     assert run(configs).done == 1
-    pd.testing.assert_frame_equal(folder.table(), want, check_exact=True)
+    pd.testing.assert_frame_equal(folder.table({}), want, check_exact=True)
 
 
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(monkeypatch, capsys):
@@ -174,7 +174,7 @@ def test_plan_has_whole_seeds_first():
     configs = experiments.plan("p3_fig2", "paper")
     assert len(configs) == 30 and len({c.run for c in configs}) == 30
     assert [c.seed for c in configs] == [s for s in range(5) for _ in range(6)]
-    assert {c.rule for c in configs[:6]} == set(experiments.P3_RULES)
+    assert {c.rule for c in configs[:6]} == set(experiments.p3_fig2.RULES)
     assert {c.dataset for c in configs} == {"mnist"} and {c.epochs for c in configs} == {40}
     assert {c.rule: (c.weight_decay, c.first_weight_decay) for c in configs} == {
         "bp": (1e-4, 0), "fa": (1e-4, 0), "dfa": (1e-4, 0), "usf": (1e-4, 0), "pfa": (9e-5, 0.03), "pfa_o": (9e-5, 0.03),

@@ -112,7 +112,7 @@ def test_a_process_that_is_killed_and_started_again_ends_with_the_same_numbers(u
             assert done.stdout.split() == ["1", "0"]
     assert folder.finished and folder.status["state"] == "finished"
     assert not (folder.path / "checkpoint.pt").exists()
-    table, want = folder.table(), undisturbed("pfa")
+    table, want = folder.table({}), undisturbed("pfa")
     assert set(table.columns) == set(records.COLUMNS)
     want = want.assign(depth=want.depth.astype("Int64"))
     same(table[want.columns], want)
@@ -379,7 +379,7 @@ def test_numbers_survive_the_store_to_the_last_bit():
     folder = Folder("quick", TINY)
     table = train.train(replace(TINY, epochs=1))
     folder.finish(table, table.attrs["status"])
-    back = folder.table()
+    back = folder.table({})
     assert (back.value.to_numpy() == table.value.to_numpy()).all()
     assert back.layer.tolist() == table.layer.tolist()
     assert set(back.run) == {TINY.run} and set(back.rule) == {"pfa"} and set(back.seed) == {0}

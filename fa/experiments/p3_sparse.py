@@ -1,0 +1,32 @@
+"""p3's sparse feedback (authors' ``exp_configs/mnist_ffn2_bsparse_sgd``): accuracy on MNIST by the density of the feedback."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..train import Config
+from . import p3_fig2
+from .experiment import Experiment
+
+RULES = ("bp", "fa", "dfa", "usf", "pfa_o", "kp", "pfa")  # pfa last: without density 1 its product is drawn, and costs ten steps
+
+DENSITIES = (0.05, 0.1, 0.17, 0.3, 0.5, 1.0)  # authors' script
+
+
+def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, **own: Any) -> list[Config]:
+    """Figure 2's recipe, with masks on the feedback; runs at density 1, and bp, are Figure 2's own."""
+    quick = mode == "quick"
+    runs = []
+    for config in p3_fig2.grid(mode, rules, seeds or (2 if quick else 5), epochs, dataset):
+        for density in DENSITIES if config.rule != "bp" else (1.0,):
+            sparse = f"{config.options.replace(' implicit=true', '')} density={density}"
+            whole = replace(config, experiment="p3_sparse" if quick else "p3_fig2")
+            runs.append(whole if density == 1 else replace(config, experiment="p3_sparse", options=sparse))
+    return runs
+
+
+EXPERIMENT = Experiment(
+    "p3_sparse", "Sparse feedback on MNIST", "p3", "36_pfa_sparse", RULES, grid,
+    swept=lambda config: {"density": config.rule_options.get("density", 1.0)},
+)  # fmt: skip
