@@ -46,6 +46,7 @@ class Probe:
         rule: a name of ``fa.RULES``.
         seed: as in :class:`fa.train.Config`, and of the scrambling.
         options: of the rule; product feedback stores R here.
+        measure: "circuit"; tells a probe's identity from that of an ordinary run.
         dataset: digits, whatever the mode.
         hidden: widths of the hidden layers.
         epochs: of training before (default 10, ours).
@@ -57,6 +58,7 @@ class Probe:
     rule: str
     seed: int
     options: str
+    measure: str
     dataset: str = "digits"
     hidden: str = "64,64"
     epochs: int = 10
@@ -71,8 +73,8 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
     quick, runs = mode == "quick", []
     for config in p3_fig2.grid(mode, rules, seeds or (2 if quick else 5), epochs, dataset):
         options = config.options or OPTIONS.get(config.rule, "")
-        if seeds or config.seed < 3:
-            runs.append(Probe("p3_table1", config.rule, config.seed, options.replace(" implicit=true", "")))
+        if seeds or config.seed < (1 if quick else 3):
+            runs.append(Probe("p3_table1", config.rule, config.seed, options.replace(" implicit=true", ""), "circuit"))
         if config.rule in SHARED:
             runs.append(config)
         elif seeds or config.seed < 3:
