@@ -1,7 +1,7 @@
 """Campaigns: train the runs that are missing, in several processes, within a time budget; collect what is finished.
 
-A finished run is never trained twice; one that was stopped, or killed, goes on from its checkpoint. Each run has one process and, on the
-CPU, one thread, so that its numbers do not depend on how many run beside it.
+A finished run is never trained twice; one that was stopped, or killed, goes on from its checkpoint. On the CPU each run has one process
+and one thread, so that its numbers do not depend on how many run beside it; on CUDA a process takes the steps of several runs in turn.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from . import experiments, records
+from . import data, engine, experiments, records
+from .engine import can_compile
 from .errors import UserError
 from .records import Folder
-from .train import Config, fingerprint
+from .train import Config, fingerprint, running, train
 
 
 @dataclass
@@ -79,8 +82,10 @@ def pick_device(device: str) -> str:
     return device
 
 
-def pick_workers(workers: str | int) -> int:
-    """ "auto" as ``$FA_WORKERS``, or else the number of processors that this process may use."""
+def pick_workers(workers: str | int, device: str = "cpu") -> int:
+    """ "auto" as ``$FA_WORKERS``, or else the number of processors that this process may use, and on CUDA one."""
+    if workers == "auto" and device != "cpu":
+        workers = 1
     if workers == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = os.environ.get("FA_WORKERS") or cores or 1
@@ -107,6 +112,8 @@ def run(
     device: str = "auto",
     progress: bool = True,
     held: Collection[str] = (),
+    together: int = 0,
+    compiled: bool | None = None,
 ) -> Summary:
     """Train the missing runs.
 
@@ -114,17 +121,22 @@ def run(
         configs: runs, from :func:`fa.experiments.plan`.
         mode: "quick" or "paper", a folder of the run store.
         budget: seconds of wall time after which to have stopped, with checkpoints written (default None: no bound).
-        workers: processes, or "auto".
+        workers: processes; "auto": one for each core, and on CUDA one.
         device: "auto", "cpu" or "cuda".
         progress: show it.
         held: identities of runs that a record holds and that are therefore not trained.
+        together: runs that a process takes in turn (default 0: one on the CPU, all of its share on CUDA).
+        compiled: train through ``torch.compile`` (default None: on CUDA where there is a compiler).
 
     Raises:
         UserError: from the first run that has one, e.g. a data set that is not there.
     """
     begin = time.monotonic()
     device, todo = pick_device(device), missing(configs, mode, held)
-    n = min(pick_workers(workers), len(todo))
+    n = min(pick_workers(workers, device), len(todo))
+    if compiled is None:
+        compiled = device != "cpu" and can_compile(device)
+    packs = pack(todo, together or (1 if device == "cpu" else -(-len(todo) // max(n, 1))))
     until = begin + budget if budget else float("inf")
     before = len(configs) - len(todo)
     bar = Progress(f"{configs[0].experiment} {mode}", before, len(configs), todo) if progress and todo else None
@@ -142,26 +154,38 @@ def run(
 
     try:
         if n > 1:
-            _crew(todo, mode, device, until, n, on)
+            _crew(packs, mode, device, until, compiled, n, on)
         else:
-            for config in todo:
-                on(*_one(config, mode, device, until, on))
+            for configs in packs:
+                _train(configs, mode, device, until, compiled, on)
     finally:
         if bar:
             bar.close()
     return Summary(before, done, len(todo) - done, failed, time.monotonic() - begin)
 
 
-def _crew(todo: list[Any], mode: str, device: str, until: float, n: int, on: Callable[..., None]) -> None:
+def pack(todo: list[Any], together: int) -> list[list[Any]]:
+    """The runs in packs of at most ``together``, in order; what is not trained by :func:`fa.train.train` is a pack of its own."""
+    packs: list[list[Any]] = []
+    for config in todo:
+        alone = experiments.find(config.experiment).run is not train
+        if packs and not alone and len(packs[-1]) < together and experiments.find(packs[-1][-1].experiment).run is train:
+            packs[-1].append(config)
+        else:
+            packs.append([config])
+    return packs
+
+
+def _crew(packs: list[list[Any]], mode: str, device: str, until: float, compiled: bool, n: int, on: Callable[..., None]) -> None:
     """Train in ``n`` processes; ``on`` hears of events as they happen."""
     context = multiprocessing.get_context("spawn")
     tasks, events = context.SimpleQueue(), context.Queue()
-    for task in [*todo, *[None] * n]:
+    for task in [*packs, *[None] * n]:
         tasks.put(task)
-    crew = [context.Process(target=_work, args=(tasks, events, mode, device, until), daemon=True) for _ in range(n)]
+    crew = [context.Process(target=_work, args=(tasks, events, mode, device, until, compiled), daemon=True) for _ in range(n)]
     for process in crew:
         process.start()
-    open_runs = len(todo)
+    open_runs = sum(map(len, packs))
     try:
         while open_runs:
             try:
@@ -180,39 +204,71 @@ def _crew(todo: list[Any], mode: str, device: str, until: float, n: int, on: Cal
             process.join()
 
 
-def _work(tasks: Any, events: Any, mode: str, device: str, until: float) -> None:
+def _work(tasks: Any, events: Any, mode: str, device: str, until: float, compiled: bool) -> None:
     def follow() -> None:  # a killed parent must not leave workers behind that train on, unseen
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    while (config := tasks.get()) is not None:
-        events.put(_one(config, mode, device, until, lambda *event: events.put(event)))
+    while (configs := tasks.get()) is not None:
+        _train(configs, mode, device, until, compiled, lambda *event: events.put(event))
 
 
-def _one(config: Any, mode: str, device: str, until: float, on: Callable[..., None]) -> tuple[str, Any, Any]:
-    """Train one run into its folder; returns the event that ends it: "done", "stopped", "busy", "failed" or "error"."""
+def _train(configs: list[Any], mode: str, device: str, until: float, compiled: bool, on: Callable[..., None]) -> None:
+    """Train a pack of runs into their folders; ``on`` hears of epochs and, for every run, of what ended it: "done", "stopped",
+    "busy", "failed" or "error"."""
     keep_pages()
     records.environment()
-    folder = Folder(mode, config)
-    try:
-        with folder.lock() as mine:
-            if not mine:
-                return "busy", config, "another process trains it"
-            if folder.finished:  # by another process, meanwhile
-                return "done", config, folder.status["seconds"]
-            table = experiments.find(config.experiment).run(
-                config, device, folder, until, lambda epoch, values: on("epoch", config, (epoch, values))
-            )
-            if table is None:
-                return "stopped", config, None
-            folder.finish(table, table.attrs["status"])
-            return "done", config, table.attrs["status"]["seconds"]
-    except UserError as e:
-        return "error", config, str(e)
-    except Exception as e:
-        traceback.print_exc()
-        return "failed", config, f"{type(e).__name__}: {e}"
+    with ExitStack() as locks:
+        mine = []
+        for config in configs:
+            folder = Folder(mode, config)
+            if not locks.enter_context(folder.lock()):
+                on("busy", config, "another process trains it")
+            elif folder.finished:  # by another process, meanwhile
+                on("done", config, folder.status["seconds"])
+            else:
+                mine.append((config, folder))
+        for i, table in _tables(mine, device, until, compiled, on):
+            config, folder = mine[i]
+            if isinstance(table, UserError):
+                on("error", config, str(table))
+            elif isinstance(table, Exception):
+                traceback.print_exception(table)
+                on("failed", config, f"{type(table).__name__}: {table}")
+            elif table is None:
+                on("stopped", config, None)
+            else:
+                status = table.attrs["status"]
+                folder.finish(table, status if len(mine) == 1 else {**status, "together": len(mine)})
+                on("done", config, status["seconds"])
+
+
+def _tables(
+    mine: list[tuple[Any, Folder]], device: str, until: float, compiled: bool, on: Callable[..., None]
+) -> Iterator[tuple[int, Any]]:
+    """(number in the pack, its table, None if time was up, or the exception that ended it), as each ends."""
+    sets: dict[str, Any] = {}
+    runs = []
+    for config, folder in mine:
+        e = experiments.find(config.experiment)
+        told = partial(_tell, on, config)
+        try:
+            if e.run is not train:
+                yield len(runs), e.run(config, device, folder, until, told)
+                return
+            if config.dataset not in sets:
+                sets[config.dataset] = data.load(config.dataset, device)
+        except Exception as error:
+            yield from ((i, error) for i in range(len(mine)))
+            return
+        extra = partial(e.extra, config) if e.extra else None
+        runs.append(running(config, device, folder, until, told, extra, compiled, sets[config.dataset]))
+    yield from engine.together(runs, device)
+
+
+def _tell(on: Callable[..., None], config: Any, epoch: int, values: dict[str, float]) -> None:
+    on("epoch", config, (epoch, values))
 
 
 def collect(experiment: str, mode: str, configs: list[Any], partial: bool = False) -> Path:

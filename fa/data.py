@@ -22,7 +22,7 @@ import os
 import pickle
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +53,14 @@ class Split:
     def __len__(self) -> int:
         return len(self.y)
 
+    def first(self, n: int) -> tuple[Tensor, Tensor]:
+        """The first ``n`` images and their classes, as they are."""
+        return self.x[:n], self.y[:n]
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images and their classes in order, ``size`` at a time, as they are."""
+        return zip(self.x.split(size), self.y.split(size))
+
 
 @dataclass(frozen=True)
 class Data:
@@ -63,6 +71,11 @@ class Data:
     train: Split
     val: Split | None
     test: Split | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height and width of an image."""
+        return tuple(self.train.first(1)[0].shape[1:])
 
 
 @dataclass(frozen=True)
@@ -208,21 +221,35 @@ def augment(x: Tensor, generator: torch.Generator, pad: int = 4, fill: Sequence[
 
     Source: Li & Benna 2024, authors' code ``datasets/cifar.py`` (flip, crop 32 with padding 4).
     """
-    n, channels, height, width = x.shape
     fill = SETS["cifar10"].black if fill is None else fill
-    if len(fill) not in (1, channels):
-        raise UserError(f"augment: fill has {len(fill)} values for {channels} channels; "
+    if len(fill) not in (1, x.shape[1]):
+        raise UserError(f"augment: fill has {len(fill)} values for {x.shape[1]} channels; "
                         "pass fill=fa.data.SETS[name].black for the data set at hand")
-    where = dict(generator=generator, device=generator.device)
-    down, right = torch.randint(2 * pad + 1, (2, n), **where).to(x.device)  # (n,) each, corner of the crop
-    mirrored = torch.randint(2, (n, 1, 1, 1), **where).to(x.device).bool()
+    return crop(x, draw_crops(len(x), generator, pad).to(x.device), torch.tensor(fill, device=x.device), pad)
 
-    border = torch.tensor(fill, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
-    padded = border.expand(n, channels, height + 2 * pad, width + 2 * pad).clone()
+
+def draw_crops(n: int, generator: torch.Generator, pad: int = 4) -> Tensor:
+    """What :func:`crop` shall do to n images: (3, n), int64: down and right, the corner in 0 ... 2 pad, and 1 where mirrored."""
+    where = dict(generator=generator, device=generator.device)
+    return torch.cat([torch.randint(2 * pad + 1, (2, n), **where), torch.randint(2, (1, n), **where)])
+
+
+def crop(x: Tensor, draws: Tensor, border: Tensor, pad: int = 4) -> Tensor:
+    """Crop every image, after ``pad`` pixels of border on each side, at its own corner, and mirror those drawn for it.
+
+    Args:
+        x: images (n, channels, height, width).
+        draws: (3, n), from :func:`draw_crops`, on the device of x.
+        border: value of the border, (channels,) or (1,), on the device of x.
+        pad: width of the border in pixels.
+    """
+    n, channels, height, width = x.shape
+    down, right, mirrored = draws
+    padded = border.to(x.dtype).view(1, -1, 1, 1).expand(n, channels, height + 2 * pad, width + 2 * pad).clone()
     padded[:, :, pad:pad + height, pad:pad + width] = x
     crops = padded.unfold(2, height, 1).unfold(3, width, 1)                 # (n, c, 2 pad + 1, 2 pad + 1, h, w), a view
     x = crops[torch.arange(n, device=x.device), :, down, right]             # (n, c, h, w)
-    return torch.where(mirrored, x.flip(-1), x)
+    return torch.where(mirrored.bool().view(n, 1, 1, 1), x.flip(-1), x)
 
 
 def download(name: str, root: str | Path | None = None) -> Path:

@@ -134,6 +134,11 @@ def _step(layer: nn.Module) -> None:
         fb.after_step(W)
 
 
+def acts_between_steps(net: nn.Module) -> bool:
+    """Whether a rule of this network has something to do after every optimizer step, which a captured graph would leave out."""
+    return any(layer in _stepping for layer in converted(net).values())
+
+
 def after_step(net: nn.Module) -> None:
     """Do once what follows an optimizer step, for loops without a ``torch.optim`` optimizer or with a captured graph.
 

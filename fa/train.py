@@ -1,4 +1,4 @@
-"""One flat training loop: ``train(config) -> table``, with checkpoint and resume.
+"""One flat training loop: ``train(config) -> table``, with checkpoint and resume; its steps are :mod:`fa.engine`'s.
 
 A run is a frozen dataclass of scalars. Everything random in it has a generator of its own, made of the seed and a word: the initial
 weights, the order of the batches in each epoch, the feedback. The same seed therefore gives the same initial weights and the same
@@ -11,8 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import data, models
+from .engine import Stepper, drain, on, stream
 from .errors import UserError
 from .feedback import generator
 from .layers import convert, param_groups
@@ -60,6 +60,9 @@ class Config:
         momentum: of SGD.
         weight_decay: L2, of all parameters, learned feedback and biases included.
         first_weight_decay: that of the first epoch (0: the same).
+        feedback_lr: learning rate of feedback that holds its own decay (wm, ia, sa, aa), dropped as ``lr`` is (0: ``lr``).
+        augment: random crops (4 pixels of padding) and mirrored images.
+        precision: "float32", or "bfloat16": forward and backward under autocast, weights and optimizer in float32.
         revision: of the recipe; raised by any fix that changes numbers.
 
     Defaults are p3's MNIST recipe (p3 section 5).
@@ -80,12 +83,17 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     first_weight_decay: float = 0.0
+    feedback_lr: float = 0.0
+    augment: bool = False
+    precision: str = "float32"
     revision: int = 1
 
     def __post_init__(self) -> None:
         for f in fields(self):  # 1 and 1.0 are one setting, and so one run
             if f.type == "float":
                 object.__setattr__(self, f.name, float(getattr(self, f.name)))
+        if self.precision not in ("float32", "bfloat16"):
+            raise UserError(f"unknown precision {self.precision!r}; known: float32, bfloat16")
 
     @property
     def run(self) -> str:
@@ -97,16 +105,12 @@ class Config:
         """``options`` as keyword arguments."""
         return parse_options(self.options)
 
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One CPU thread within the block: sums are then made in one order on every machine, and runs beside it are not held up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    def schedule(self, epoch: int) -> dict[str, float]:
+        """Learning rate and weight decay of epoch ``epoch``, counted from 0."""
+        drops = sum(epoch >= e for e in integers(self.lr_drops))
+        first = epoch == 0 and self.first_weight_decay > 0
+        decay = self.first_weight_decay if first else self.weight_decay
+        return {"lr": self.lr * self.lr_factor**drops, "weight_decay": decay}
 
 
 def parse_options(text: str) -> dict[str, Any]:
@@ -138,10 +142,10 @@ def seed_network(config: Config, shape: tuple[int, ...], classes: int, dtype: to
 
 @torch.no_grad()
 def accuracy(net: nn.Module, split: data.Split, batch: int = 1000) -> float:
-    """Percent of the split's images classified right, in eval mode."""
+    """Percent of the split's images classified right, in eval mode and the weights' own precision."""
     training = net.training
     net.eval()
-    right = sum((net(x).argmax(1) == y).sum() for x, y in zip(split.x.split(batch), split.y.split(batch)))
+    right = sum((net(x).argmax(1) == y).sum() for x, y in split.batches(batch))
     net.train(training)
     return 100 * right.item() / len(split)
 
@@ -156,7 +160,7 @@ def layer_epochs(epochs: int) -> set[int]:
     return {e for e in range(epochs + 1) if e <= 10 or e % 5 == 0 or e == epochs}
 
 
-def measure(net: nn.Module, config: Config, sets: data.Data, epoch: int) -> list[list[Any]]:
+def measure(net: nn.Module, config: Config, sets: data.Data, epoch: int, extra: Extra | None = None) -> list[list[Any]]:
     """Rows (epoch, layer, depth, metric, value) of the network after ``epoch`` epochs."""
     rows: list[list[Any]] = []
     splits = {"val_accuracy": sets.val, "test_accuracy": sets.test}
@@ -168,47 +172,20 @@ def measure(net: nn.Module, config: Config, sets: data.Data, epoch: int) -> list
         tables = [pd.DataFrame({"layer": list(norms), "depth": range(1, len(norms) + 1), "weight_norm": list(norms.values())})]
         if converted(net):
             tables.append(alignment(net).drop(columns="weight_norm"))
-            tables.append(gradient_angles(net, sets.train.x[:512], sets.train.y[:512], F.cross_entropy))
+            tables.append(gradient_angles(net, *sets.train.first(512), F.cross_entropy))
         for table in tables:
             long = table.melt(["layer", "depth"], var_name="metric").dropna()
             rows += [[epoch, r.layer, r.depth, r.metric, float(r.value)] for r in long.itertuples()]
-    return rows
-
-
-def schedule(config: Config, epoch: int) -> dict[str, float]:
-    """Learning rate and weight decay of epoch ``epoch``, counted from 0."""
-    drops = sum(epoch >= e for e in integers(config.lr_drops))
-    first = epoch == 0 and config.first_weight_decay > 0
-    return {
-        "lr": config.lr * config.lr_factor**drops,
-        "weight_decay": config.first_weight_decay if first else config.weight_decay,
-    }
-
-
-def steps(
-    net: nn.Module, opt: torch.optim.Optimizer, config: Config, train: data.Split, epoch: int, limit: int | None = None
-) -> Tensor:
-    """Train one epoch (or its first ``limit`` batches); the loss of every batch, float64, still on the device."""
-    now = schedule(config, epoch)
-    for group in opt.param_groups:
-        group["lr"] = now["lr"]
-        if not group["own_decay"]:  # feedback whose gradient holds its decay gets none from the optimizer, in no epoch
-            group["weight_decay"] = now["weight_decay"]
-    order = torch.randperm(len(train), generator=generator(config.seed, "order", epoch)).to(train.y.device)
-    batches = order[: len(order) // config.batch * config.batch].view(-1, config.batch)[:limit]
-    losses = torch.empty(len(batches), dtype=torch.float64, device=train.y.device)
-    for i, index in enumerate(batches):
-        loss = F.cross_entropy(net(train.x[index]), train.y[index])
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        losses[i] = loss.detach()
-    return losses
+    return rows + (extra(net, epoch) if extra else [])
 
 
 def sgd(net: nn.Module, config: Config) -> torch.optim.SGD:
     """The optimizer of every run here: SGD with momentum on all parameters, learned feedback included."""
     return torch.optim.SGD(param_groups(net, config.lr, config.weight_decay), momentum=config.momentum, fused=True)
+
+
+Extra = Callable[[nn.Module, int], list[list[Any]]]
+"""What an experiment measures beside: (network, epoch) -> rows (epoch, layer, depth, metric, value)."""
 
 
 def train(
@@ -217,6 +194,8 @@ def train(
     folder: Any = None,
     until: float = math.inf,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    extra: Extra | None = None,
+    compiled: bool = False,
 ) -> pd.DataFrame | None:
     """Train one run, from its checkpoint if there is one.
 
@@ -226,19 +205,33 @@ def train(
         folder: a :class:`fa.records.Folder` to keep checkpoints in (default None: nothing is written).
         until: ``time.monotonic()`` at which to have stopped; a checkpoint is written and None returned if an epoch would not fit.
         on_epoch: called after every epoch with its number and the latest whole-network metrics.
+        extra: called whenever the network is measured, epoch 0 and after every epoch; its rows join the table.
+        compiled: train through ``torch.compile`` (default False).
 
     Returns:
         The run's table: ``epoch, layer, depth, metric, value``; epoch 0 is the untrained network. Its ``attrs["status"]``
         says ``state`` ("finished", or "diverged" with the epoch at which the loss was no longer finite) and ``seconds``.
     """
-    with one_thread() if torch.device(device).type == "cpu" else nullcontext():
-        return _train(config, device, folder, until, on_epoch)
+    with on(device), stream(device):
+        return drain(running(config, device, folder, until, on_epoch, extra, compiled))
 
 
-def _train(config: Config, device: str, folder: Any, until: float, on_epoch: Any) -> pd.DataFrame | None:
+def running(
+    config: Config,
+    device: str = "cpu",
+    folder: Any = None,
+    until: float = math.inf,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    extra: Extra | None = None,
+    compiled: bool = False,
+    sets: data.Data | None = None,
+) -> Generator[None, None, pd.DataFrame | None]:
+    """:func:`train` as a generator that yields after every step, for :func:`fa.engine.together`; ``sets``: data that runs share."""
     begin = time.monotonic()
-    sets = data.load(config.dataset, device)
-    net = seed_network(config, tuple(sets.train.x.shape[1:]), sets.classes).to(device)
+    sets = sets or data.load(config.dataset, device)
+    net = seed_network(config, sets.shape, sets.classes).to(device)
+    if torch.device(device).type == "cuda":
+        net = net.to(memory_format=torch.channels_last)
     opt = sgd(net, config)
     state, saved = {"epoch": 0, "rows": [], "seconds": 0.0}, begin
     if checkpoint := folder and folder.checkpoint():
@@ -246,8 +239,9 @@ def _train(config: Config, device: str, folder: Any, until: float, on_epoch: Any
         net.load_state_dict(checkpoint["net"])
         opt.load_state_dict(checkpoint["optimizer"])
     else:
-        state["rows"] = measure(net, config, sets, 0)
+        state["rows"] = measure(net, config, sets, 0, extra)
     before, status = state["seconds"], {"state": "finished"}
+    stepper = Stepper(net, opt, config, sets.train, compiled)
 
     def save() -> None:
         state["seconds"] = before + time.monotonic() - begin
@@ -260,12 +254,13 @@ def _train(config: Config, device: str, folder: Any, until: float, on_epoch: Any
         if now + 1.1 * last > until:
             save()
             return None
-        loss = steps(net, opt, config, sets.train, epoch).mean().item()
+        losses = yield from stepper.epoch(epoch)
+        loss = losses.mean().item()
         rows = [[epoch + 1, "", None, "train_loss", loss]]
         if not math.isfinite(loss):
             status = {"state": "diverged", "epoch": epoch + 1}
             break
-        rows += measure(net, config, sets, epoch + 1)
+        rows += measure(net, config, sets, epoch + 1, extra)
         state["rows"] += rows
         state["epoch"] = epoch + 1
         if on_epoch:
@@ -281,16 +276,19 @@ def _train(config: Config, device: str, folder: Any, until: float, on_epoch: Any
 
 
 def fingerprint(config: Config, batches: int = 20) -> list[str]:
-    """The first losses of the same recipe, narrowed: 32 units a layer, digits, float64, one CPU thread; 10 digits each.
+    """The first losses of the same recipe, narrowed: digits, float64, one CPU thread; 10 digits each.
 
-    A record whose fingerprint moved was made by a recipe that is no longer this one. The first half of the batches are trained with the
-    first epoch's schedule, the second half with the last epoch's.
+    An mlp has 32 units a layer, every other network is the ResNet of 8 layers. A record whose fingerprint moved was made by a recipe
+    that is no longer this one. The first half of the batches are trained with the first epoch's schedule, the second half with the
+    last epoch's.
     """
-    small = replace(config, dataset="digits", hidden=",".join("32" for _ in integers(config.hidden)))
-    with one_thread():
+    hidden = ",".join("32" for _ in integers(config.hidden))
+    model = "mlp" if config.model == "mlp" else "resnet8"
+    small = replace(config, dataset="digits", hidden=hidden, model=model, precision="float32")
+    with on("cpu"):
         sets = data.load("digits", dtype=torch.float64)
-        net = seed_network(small, tuple(sets.train.x.shape[1:]), sets.classes, torch.float64)
-        opt = sgd(net, small)
+        net = seed_network(small, sets.shape, sets.classes, torch.float64)
+        stepper = Stepper(net, sgd(net, small), small, sets.train)
         half = batches // 2
-        losses = [steps(net, opt, small, sets.train, e, half) for e in (0, config.epochs - 1)]
+        losses = [drain(stepper.epoch(e, half)).clone() for e in (0, config.epochs - 1)]
     return [f"{value:.10g}" for value in torch.cat(losses).tolist()]

@@ -12,7 +12,7 @@ import pytest
 
 import fa
 from fa import __main__ as command
-from fa import campaign, experiments, records, train
+from fa import campaign, engine, experiments, records, train
 from fa.records import Folder
 
 
@@ -35,16 +35,16 @@ def run(configs, **options):
 @contextlib.contextmanager
 def nothing_trains():
     """Within the block an epoch of training is an error."""
-    real = train.steps
+    real = engine.Stepper.begin
 
-    def steps(*a, **k):
+    def begin(*a, **k):
         raise AssertionError("trained again")
 
-    train.steps = steps
+    engine.Stepper.begin = begin
     try:
         yield
     finally:
-        train.steps = real
+        engine.Stepper.begin = real
 
 
 # ------------------------------------------------------------------------------------------ running
@@ -118,14 +118,14 @@ def test_a_run_without_its_status_is_not_finished():
 
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(monkeypatch, capsys):
     configs = plan("bp,fa")
-    real = train.steps
+    real = engine.Stepper.begin
 
-    def steps(net, opt, config, *a):
-        if config.rule == "bp":
+    def begin(self, epoch):
+        if self.config.rule == "bp":
             raise ZeroDivisionError("by design")
-        return real(net, opt, config, *a)
+        return real(self, epoch)
 
-    monkeypatch.setattr(train, "steps", steps)
+    monkeypatch.setattr(engine.Stepper, "begin", begin)
     summary = run(configs)
     assert (summary.done, summary.left) == (1, 1)
     assert len(summary.failed) == 1 and configs[0].run in summary.failed[0] and "by design" in summary.failed[0]

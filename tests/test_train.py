@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import fa
-from fa import data, records, train
+from fa import data, engine, records, train
 from fa.records import Folder
 from fa.train import Config
 
@@ -54,6 +54,11 @@ def undisturbed():
 OPTIONS = {"bp": "", "pfa": TINY.options, "kp": "init=xavier", "brsf": "", "dfa": "init=xavier", "fa": ""}
 
 
+def steps(net, opt, config, split, epoch, limit=None):
+    """The losses of an epoch, or of its first batches."""
+    return engine.drain(engine.Stepper(net, opt, config, split).epoch(epoch, limit)).clone()
+
+
 def same(a, b):
     pd.testing.assert_frame_equal(a, b, check_exact=True)
 
@@ -83,16 +88,16 @@ def test_a_run_that_is_stopped_several_times_equals_one_that_is_not(rule, undist
 KILLED = """
 import os, signal, sys, types
 from dataclasses import replace
-from fa import campaign, train
+from fa import campaign, engine, train
 sys.path.insert(0, {tests!r})
 from test_train import TINY, Clock
-kill, steps = {kill}, train.steps
-def deadly(net, opt, config, split, epoch, limit=None):
+kill, begin = {kill}, engine.Stepper.begin
+def deadly(self, epoch):
     if epoch == kill:
         os.kill(os.getpid(), {signal})
-    return steps(net, opt, config, split, epoch, limit)
+    return begin(self, epoch)
 if kill:
-    train.steps = deadly
+    engine.Stepper.begin = deadly
 train.time = Clock(31.0)  # a checkpoint after every epoch
 summary = campaign.run([TINY], "quick", workers=1, device="cpu", progress=False)
 print(summary.done, summary.left)
@@ -179,8 +184,8 @@ def test_the_same_seed_gives_the_same_start_and_the_same_batches_under_every_rul
         config = replace(TINY, rule=rule, seed=seed, options="", lr=0.0, weight_decay=0.0, first_weight_decay=0.0)
         net = train.seed_network(config, (1, 8, 8), 10)
         W = [m.weight.detach().clone() for m in train.weighted(net).values()]
-        with train.one_thread():
-            return W, torch.cat([train.steps(net, train.sgd(net, config), config, digits, epoch, 6) for epoch in (0, 1)])
+        with engine.on("cpu"):
+            return W, torch.cat([steps(net, train.sgd(net, config), config, digits, epoch, 6) for epoch in (0, 1)])
 
     W, want = losses("bp", 0)
     assert not torch.equal(want[:6], want[6:])  # every epoch has an order of its own
@@ -206,7 +211,7 @@ def test_an_epoch_sees_every_image_once():
 
     split = data.Split(torch.arange(50.0).view(-1, 1), torch.zeros(50, dtype=torch.int64))
     net, config = Net(), replace(TINY, batch=8, lr=0.0)
-    losses = train.steps(net, train.sgd(net, config), config, split, 0)
+    losses = steps(net, train.sgd(net, config), config, split, 0)
     assert len(losses) == 6 and len(seen) == 48 == len(set(seen))  # the last, smaller batch is dropped
     assert seen != sorted(seen)
 
@@ -220,7 +225,7 @@ def test_first_steps_by_hand():
     assert all(m.bias.abs().max() == 0 for m in train.weighted(net).values())
     std = [m.weight.std().item() * (sum(m.weight.shape) / 2) ** 0.5 for m in train.weighted(net).values()]
     assert std == pytest.approx([1, 1, 1], rel=0.12)  # Xavier
-    losses = train.steps(net, train.sgd(net, config), config, digits, 0, 3)
+    losses = steps(net, train.sgd(net, config), config, digits, 0, 3)
     order = torch.randperm(len(digits), generator=fa.feedback.generator(0, "order", 0))
     speed = {n: torch.zeros_like(p) for n, p in other.named_parameters()}
     for i in range(3):
@@ -237,16 +242,16 @@ def test_first_steps_by_hand():
 
 
 def test_schedule():
-    told = [train.schedule(TINY, e) for e in range(5)]
+    told = [TINY.schedule(e) for e in range(5)]
     assert [s["lr"] for s in told] == pytest.approx([0.05, 0.05, 0.025, 0.025, 0.0125])
     assert [s["weight_decay"] for s in told] == [0.1, 1e-3, 1e-3, 1e-3, 1e-3]
     constant = replace(TINY, lr_drops="", first_weight_decay=0.0)
-    assert all(train.schedule(constant, e) == {"lr": 0.05, "weight_decay": 1e-3} for e in range(5))
+    assert all(constant.schedule(e) == {"lr": 0.05, "weight_decay": 1e-3} for e in range(5))
     paper = Config("p3_fig2", "pfa", 0, weight_decay=9e-5, first_weight_decay=0.03)  # p3 section 1.6 and 5
-    assert train.schedule(paper, 0) == {"lr": 0.01, "weight_decay": 0.03}
-    assert train.schedule(paper, 1) == {"lr": 0.01, "weight_decay": 9e-5}
-    assert train.schedule(paper, 20) == {"lr": 0.005, "weight_decay": 9e-5}
-    assert train.schedule(paper, 39) == {"lr": 0.0025, "weight_decay": 9e-5}
+    assert paper.schedule(0) == {"lr": 0.01, "weight_decay": 0.03}
+    assert paper.schedule(1) == {"lr": 0.01, "weight_decay": 9e-5}
+    assert paper.schedule(20) == {"lr": 0.005, "weight_decay": 9e-5}
+    assert paper.schedule(39) == {"lr": 0.0025, "weight_decay": 9e-5}
 
 
 def test_what_is_measured_when():
@@ -298,13 +303,13 @@ def test_identity_does_not_know_how_a_default_was_said():
 
 CHANGED = dict(
     rule="kp", seed=1, options="init=match implicit=true", batch=32, lr=0.04, lr_drops="1", lr_factor=0.3, momentum=0.8,
-    weight_decay=2e-3, first_weight_decay=0.2, epochs=6,
+    weight_decay=2e-3, first_weight_decay=0.2, epochs=6, augment=True,
 )  # fmt: skip
 
 
 def test_identity_knows_every_field():
     names = {f.name for f in fields(Config)}
-    other = CHANGED | dict(experiment="e", dataset="mnist", model="cnn", hidden="16,17", revision=2)
+    other = CHANGED | dict(experiment="e", dataset="mnist", model="cnn", hidden="16,17", revision=2, feedback_lr=0.1, precision="bfloat16")
     assert other.keys() == names  # a new field must be listed here, and thought about
     runs = {replace(TINY, **{name: value}).run for name, value in other.items()} | {TINY.run}
     assert len(runs) == len(names) + 1
@@ -403,7 +408,7 @@ def test_the_schedule_of_the_decay_leaves_feedback_with_its_own_alone(rule):
     opt = train.sgd(net, config)
     learned = {id(p) for p in fa.feedback_parameters(net)}
     for epoch, decay in enumerate((0.5, 0.01)):
-        train.steps(net, opt, config, digits, epoch, limit=1)
+        steps(net, opt, config, digits, epoch, limit=1)
         for group in opt.param_groups:
             for p in group["params"]:
                 assert group["weight_decay"] == (0 if rule == "sa" and id(p) in learned else decay)

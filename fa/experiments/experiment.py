@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from ..train import train
 
@@ -25,6 +26,7 @@ class Experiment:
             figure has as well keeps that figure's name in its ``experiment``, and so is trained once.
         own: parameters of the notebook beside the common ones, with their defaults.
         run: what makes one run's table.
+        extra: what is measured beside whenever the network is: (run, network, epoch) -> rows (epoch, layer, depth, metric, value).
         swept: run -> the columns that its rows have in the record beside the standard ones, alike for every run of the figure.
     """
 
@@ -36,4 +38,5 @@ class Experiment:
     grid: Callable[..., list[Any]]
     own: dict[str, Any] = field(default_factory=dict)
     run: Callable[..., pd.DataFrame | None] = train
+    extra: Callable[[Any, nn.Module, int], list[list[Any]]] | None = None
     swept: Callable[[Any], dict[str, Any]] = lambda config: {}

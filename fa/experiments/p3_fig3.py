@@ -11,11 +11,12 @@ from typing import Any
 import pandas as pd
 import torch
 
+from ..engine import on
 from ..errors import UserError
 from ..feedback import generator
 from ..metrics import angle
 from ..rules import PFAo, bernoulli, uniform
-from ..train import identity, one_thread
+from ..train import identity
 from .experiment import Experiment
 
 RATIOS = tuple(10 ** (i / 5) for i in range(11))  # logspace(0, 2, 11)
@@ -48,7 +49,7 @@ class Expansion:
     run = property(identity)
 
 
-@one_thread()
+@on("cpu")
 def expand(config: Expansion, *_: Any) -> pd.DataFrame:
     """Angle and norm ratio of B R against W, and the eigenvalues of B^T B that are not zero by shape, at every expansion.
 

@@ -1,0 +1,198 @@
+"""Training steps that keep a device busy: the data lie on it, nothing waits for it within an epoch, and runs can share it.
+
+On the CPU a step is a step. On a CUDA device the first few are taken as they come, then one is captured as a graph, from the
+gathering of the batch to the optimizer, and replayed; a change of the schedule captures anew. Several runs take their steps in turn, each on
+a stream of its own: the kernels of one small network leave gaps that those of another fill, and every run computes what it would alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import data
+from .feedback import generator
+from .steps import acts_between_steps, converted
+
+if TYPE_CHECKING:
+    from .train import Config
+
+WARM = 3  # eager steps before a capture: they choose convolution algorithms, make the momenta, and compile
+
+
+class Stepper:
+    """Takes the training steps of one run, an epoch at a time.
+
+    Args:
+        net: the network, on its device.
+        opt: SGD on its parameters, in groups made by ``fa.param_groups``.
+        config: the run.
+        train: the training split, on the same device, or one that feeds batches from disk.
+        compiled: forward and backward through ``torch.compile`` (default False).
+        capture: replay steps as a CUDA graph (default: on CUDA, unless a rule acts between steps or the data come from disk).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        opt: torch.optim.Optimizer,
+        config: Config,
+        train: data.Split,
+        compiled: bool = False,
+        capture: bool | None = None,
+    ) -> None:
+        self.net, self.opt, self.config, self.train = net, opt, config, train
+        self.device = next(net.parameters()).device
+        self.forward = torch.compile(net, fullgraph=True) if compiled else net
+        resident = isinstance(train, data.Split)
+        self.captures = self.device.type == "cuda" and resident and not acts_between_steps(net) if capture is None else capture
+        self.per_epoch = len(train) // config.batch
+        self.at = torch.zeros(1, dtype=torch.int64, device=self.device)  # number of the step within the epoch
+        self.index = torch.zeros(self.per_epoch, config.batch, dtype=torch.int64, device=self.device)
+        self.draws = torch.zeros(self.per_epoch, 3, config.batch, dtype=torch.int64, device=self.device) if config.augment else None
+        self.border = torch.tensor(data.SETS[config.dataset].black, device=self.device) if config.augment else None
+        self.losses = torch.zeros(self.per_epoch, dtype=torch.float64, device=self.device)
+        self.feed: Iterator[tuple[Tensor, Tensor]] | None = None
+        self.replay: Callable[[], None] | None = None
+        self.taken, self.now = 0, {}
+
+    def begin(self, epoch: int) -> int:
+        """Set the schedule, the order and the augmentation of an epoch (from 0); the number of its steps.
+
+        All three are functions of (seed, epoch), drawn on the CPU, so that a resumed run and another device draw the same.
+        """
+        config = self.config
+        now = config.schedule(epoch)
+        if now != self.now:
+            self.now, self.replay = now, None
+        for group in self.opt.param_groups:
+            group["lr"] = config.feedback_lr * now["lr"] / config.lr if group["own_decay"] and config.feedback_lr else now["lr"]
+            if not group["own_decay"]:  # feedback whose gradient holds its decay gets none from the optimizer, in no epoch
+                group["weight_decay"] = now["weight_decay"]
+        order = torch.randperm(len(self.train), generator=generator(config.seed, "order", epoch))
+        index = order[: self.per_epoch * config.batch].view(-1, config.batch)
+        if isinstance(self.train, data.Split):
+            self.index.copy_(index)
+        else:
+            self.feed = self.train.feed(index, config.seed, epoch, config.augment)
+        if self.draws is not None:
+            draws = data.draw_crops(index.numel(), generator(config.seed, "augment", epoch))
+            self.draws.copy_(draws.view(3, -1, config.batch).transpose(0, 1))
+        self.at.zero_()
+        return self.per_epoch
+
+    def epoch(self, epoch: int, limit: int | None = None) -> Generator[None, None, Tensor]:
+        """Train one epoch, or its first ``limit`` batches; yields after every step, returns their losses, float64, on the device."""
+        steps = min(self.begin(epoch), self.per_epoch if limit is None else limit)
+        for _ in range(steps):
+            self.step()
+            yield
+        return self.losses[:steps]
+
+    def step(self) -> None:
+        """One batch: forward, loss, backward, optimizer. Nothing is read back from the device."""
+        if self.feed is not None:
+            self._learn(*next(self.feed))
+            return
+        if self.captures and self.replay is None and self.taken >= WARM:
+            self.replay = self._capture()
+        if self.replay is not None:
+            self.replay()
+        else:
+            self._take()
+        self.taken += 1
+
+    def _take(self) -> None:
+        rows = self.index.index_select(0, self.at)[0]
+        x, y = self.train.x[rows], self.train.y[rows]
+        if self.draws is not None:
+            x = data.crop(x, self.draws.index_select(0, self.at)[0], self.border)
+        self._learn(x, y)
+
+    def _learn(self, x: Tensor, y: Tensor) -> None:
+        if self.device.type == "cuda" and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, self.config.precision == "bfloat16", cache_enabled=False):
+            loss = F.cross_entropy(self.forward(x), y)
+        loss.backward()
+        self.opt.step()
+        self.opt.zero_grad()
+        self.losses.index_copy_(0, self.at, loss.detach().double().view(1))
+        self.at += 1
+
+    def _capture(self) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        for layer in converted(self.net).values():
+            if (gen := getattr(getattr(layer.feedback, "op", None), "gen", None)) is not None:
+                graph.register_generator_state(gen)
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            self._take()
+        return graph.replay
+
+
+@contextmanager
+def on(device: str | torch.device) -> Iterator[None]:
+    """Settings for training on a device: one thread on the CPU, so that sums are made in one order; on CUDA the fastest convolutions."""
+    if torch.device(device).type != "cpu":
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
+            yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def stream(device: str | torch.device) -> AbstractContextManager[Any]:
+    """A stream of its own on CUDA, entered with ``with`` as often as wanted; on the CPU nothing."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if torch.device(device).type == "cuda" else nullcontext()
+
+
+def together(runs: Iterable[Generator[None, None, Any]], device: str | torch.device) -> Iterator[tuple[int, Any]]:
+    """Take the steps of several runs in turn.
+
+    Args:
+        runs: generators that yield after every step they have asked of the device, as :func:`fa.train.running`.
+        device: theirs.
+
+    Yields:
+        (number of the run, what it returned or the exception that ended it), as each ends.
+    """
+    streams = [(i, run, stream(device)) for i, run in enumerate(runs)]
+    with ExitStack() as stack:
+        stack.enter_context(on(device))
+        while streams:
+            for member in list(streams):
+                i, run, own = member
+                try:
+                    with own:
+                        next(run)
+                except StopIteration as end:
+                    streams.remove(member)
+                    yield i, end.value
+                except Exception as error:  # one run's failure is not the others'
+                    streams.remove(member)
+                    yield i, error
+
+
+def drain(run: Generator[None, None, Any]) -> Any:
+    """Take all steps of one run; what it returns."""
+    while True:
+        try:
+            next(run)
+        except StopIteration as end:
+            return end.value
+
+
+def can_compile(device: str | torch.device) -> bool:
+    """Whether ``torch.compile`` has what it needs for this device: a C compiler, and on CUDA triton."""
+    return bool(shutil.which("cc") or shutil.which("gcc")) and (torch.device(device).type == "cpu" or find_spec("triton") is not None)
