@@ -11,7 +11,7 @@ anything else raises ``UserError`` with the claim's id and the position.
     STATISTIC :=  mean | min | max | best | sd (METRIC, AXIS=VALUES, ...)    from the record
                |  paired(METRIC, minus=RULE, AXIS=VALUES, ...)               rule minus RULE, seed by seed
                |  ref(METRIC, AXIS=VALUES, ...)                              from the published values
-    AXIS      :=  rule | layer | epoch | seed | expansion | density
+    AXIS      :=  rule | layer | epoch | seed | expansion | density | decay
     VALUES    :=  word | number | "text" | [several of these] | all | last (of epoch)
 
 **Statistics.** First every seed gives one number: the mean, smallest or largest of the rows selected (mostly one row);
@@ -39,7 +39,7 @@ import pandas as pd
 from .errors import UserError
 
 VERDICTS = ("holds", "partly", "fails", "not tested")
-SWEPT = ("expansion", "density")
+SWEPT = ("expansion", "density", "decay")
 AXES = ("rule", "layer", "epoch", "seed", *SWEPT)
 STATISTICS = {"mean": "mean", "sd": "mean", "min": "min", "max": "max", "best": "max"}
 EDGE = 1e-9  # a value on the bound counts as inside, whatever the last bits of the bound's own sum

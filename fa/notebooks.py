@@ -227,9 +227,10 @@ class Notebook:
     def _nothing(self) -> pd.DataFrame:
         """A table of no rows, with the columns that the record will have."""
         from . import records
+        from .experiments import find as experiment_of
 
         beside = [*records.COLUMNS, *records.REFERENCE_COLUMNS]
-        swept = records.reference(self.experiment).columns.difference(beside, sort=False)
+        swept = [*records.reference(self.experiment).columns.difference(beside, sort=False), *experiment_of(self.experiment).swept(self.runs[0])]
         dtypes = dict.fromkeys([*records.COLUMNS, *swept], float) | dict.fromkeys(("run", "rule", "layer", "metric"), str)
         return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in dtypes.items()})
 

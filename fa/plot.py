@@ -69,6 +69,7 @@ LABELS = {
     "grad_angle_global_deg": "Gradient angle (°)",
     "expansion": "Expansion ratio λ",
     "density": "Feedback density d",
+    "decay": "Weight decay of the first epoch",
     "epoch": "Epoch",
 }
 """Axis label of every metric and swept parameter."""

@@ -12,14 +12,15 @@ from .experiment import Experiment
 RULES = ("bp", "fa", "dfa", "usf", "pfa_o", "kp", "pfa")  # pfa last: without density 1 its product is drawn, and costs ten steps
 
 DENSITIES = (0.05, 0.1, 0.17, 0.3, 0.5, 1.0)  # authors' script
+QUICK = (0.1, 0.3, 1.0)
 
 
 def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, **own: Any) -> list[Config]:
-    """Figure 2's recipe, with masks on the feedback; runs at density 1, and bp, are Figure 2's own."""
+    """Figure 2's recipe, with masks on the feedback; runs at density 1, and bp, are Figure 2's own. Quick: three densities."""
     quick = mode == "quick"
     runs = []
-    for config in p3_fig2.grid(mode, rules, seeds or (2 if quick else 5), epochs, dataset):
-        for density in DENSITIES if config.rule != "bp" else (1.0,):
+    for config in p3_fig2.grid(mode, rules, seeds or (2 if quick else 5), epochs or (20 if quick else 0), dataset):
+        for density in (DENSITIES if not quick else QUICK) if config.rule != "bp" else (1.0,):
             sparse = f"{config.options.replace(' implicit=true', '')} density={density}"
             whole = replace(config, experiment="p3_sparse" if quick else "p3_fig2")
             runs.append(whole if density == 1 else replace(config, experiment="p3_sparse", options=sparse))

@@ -1,0 +1,60 @@
+"""Sparse feedback: the grid, and what masks do to the angle between a weight and its feedback."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import fa
+from fa import experiments
+from fa.experiments import p3_sparse
+
+
+def test_the_grid_is_the_authors_and_dense_runs_are_figure_2s() -> None:
+    runs = experiments.plan("p3_sparse", "paper")
+    assert len(runs) == 5 * (1 + 6 * 6) and len({c.run for c in runs}) == len(runs)
+    density = [p3_sparse.EXPERIMENT.swept(c)["density"] for c in runs]
+    assert Counter(density) == {1.0: 35} | dict.fromkeys(p3_sparse.DENSITIES[:-1], 30)
+    dense = {c.run for c, d in zip(runs, density) if d == 1}
+    assert dense == {c.run for c in experiments.plan("p3_fig2", "paper", rules=",".join(p3_sparse.RULES))}
+    assert {c.experiment for c, d in zip(runs, density) if d < 1} == {"p3_sparse"}
+    for c, d in zip(runs, density):  # implicit feedback holds for dense matrices only
+        assert ("implicit" in c.options) == (d == 1 and c.rule in ("pfa", "pfa_o"))
+
+
+@pytest.mark.parametrize("rule", p3_sparse.RULES)
+def test_quick_mode_trains_every_rule_at_three_densities(rule: str) -> None:
+    runs = experiments.plan("p3_sparse", "quick", rules=rule)
+    assert {p3_sparse.EXPERIMENT.swept(c)["density"] for c in runs} == ({1.0} if rule == "bp" else set(p3_sparse.QUICK))
+    assert {c.experiment for c in runs} == {"p3_sparse"} and {c.dataset for c in runs} == {"digits"}
+
+
+@pytest.mark.parametrize("density", p3_sparse.DENSITIES)
+def test_angles_of_masked_feedback_are_those_of_the_notebook(density: float) -> None:
+    """KP's copy of W ends at arccos sqrt(d), PFA's path at the formula of notebooks 33 and 36; 400 x 500 weights, R at its fixed point."""
+    n, λ = 400, 10
+    for rule, tan2 in (("kp", 1 / density - 1), ("pfa", (1 - 1 / n) / (λ * density) + (9 / 5 - density**2) / (λ * n * density**2))):
+        net = nn.Sequential(nn.Linear(500, n))
+        nn.init.xavier_uniform_(net[0].weight, generator=torch.Generator().manual_seed(1))
+        fb = fa.convert(net, rule, density=density, seed=0)[0].feedback
+        with torch.no_grad():
+            if rule == "kp":
+                fb.B.copy_(net[0].weight)
+            else:
+                fb.R.copy_(fb.B.T @ net[0].weight)
+        measured = fa.alignment(net).angle_deg.item()
+        assert measured == pytest.approx(math.degrees(math.atan(math.sqrt(tan2))), abs=0.4)
+
+
+def test_synapses_per_weight_of_the_notebook_are_those_of_the_tensors() -> None:
+    """Panel c counts lambda (in + out) out connections for PFA, in out for FA, each times d."""
+    fan_in, out, density = 300, 200, 0.3
+    expected = {"fa": fan_in * out, "pfa": 10 * out * (out + fan_in), "pfa_o": out * (out + fan_in)}
+    for rule, count in expected.items():
+        fb = fa.convert(nn.Sequential(nn.Linear(fan_in, out)), rule, density=density, seed=0)[0].feedback
+        there = (fb.B != 0).sum() + (fb.mask.sum() if rule != "fa" else 0)
+        assert there.item() == pytest.approx(density * count, rel=0.02)
