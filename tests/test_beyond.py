@@ -29,7 +29,7 @@ def test_the_grid_reuses_figure_2_and_no_point_has_two_runs() -> None:
     shared = {c.run for c in runs if c.experiment == "p3_fig2"}
     assert shared == {c.run for c in experiments.plan("p3_fig2", "paper", rules=",".join(p3_beyond.RULES))}
     points = [(c.rule, c.seed, *map(str, p3_beyond.swept(c).values())) for c in runs]
-    assert len(set(points)) == len(points) == 30 + 3 * (3 * len(p3_beyond.DECAYS) + len(p3_beyond.EXPANSIONS))
+    assert len(set(points)) == len(points) == 35 + 3 * (3 * len(p3_beyond.DECAYS) + len(p3_beyond.EXPANSIONS))
     assert sum(c.epochs for c in runs if c.experiment == "p3_beyond") == 294, "what this figure adds to the others' training"
 
 

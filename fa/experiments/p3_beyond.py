@@ -12,7 +12,7 @@ from ..train import Config
 from . import p3_fig2
 from .experiment import Experiment
 
-RULES = ("fa", "dfa", "usf", "kp", "pfa", "pfa_o")
+RULES = ("bp", "fa", "dfa", "usf", "kp", "pfa", "pfa_o")
 
 DECAYS = (0.0, 0.003, 0.01, 0.1)  # of the first epoch, beside Figure 2's 0.03; 0: the later epochs'
 EXPANSIONS = (0.25, 0.5, 1.0, 2.0, 5.0)  # beside Figure 2's 10
