@@ -269,7 +269,7 @@ class Notebook:
             have = {rule: table[table.rule == rule].seed.nunique() for rule in of}
             worst = min(of, key=lambda rule: have[rule] / of[rule])
             said += [f"{have[worst]} of {of[worst]} seeds"] if have[worst] < of[worst] else []
-        elif len(reached) < len(planned):
+        if "seeds" not in "".join(said) and not {c.run for c in there} <= set(reached.index):  # e.g. points of a sweep
             said.append(f"{len(reached)} of {len(planned)} runs")
         if short := {c.run: reached[c.run] for c in there if c.run in reached and reached[c.run] < getattr(c, "epochs", 0)}:
             run = min(short, key=short.__getitem__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 import fa
 from fa import experiments
 from fa.experiments import p3_sparse
+from fa.notebooks import Notebook
 
 
 def test_the_grid_is_the_authors_and_dense_runs_are_figure_2s() -> None:
@@ -58,3 +60,14 @@ def test_synapses_per_weight_of_the_notebook_are_those_of_the_tensors() -> None:
         fb = fa.convert(nn.Sequential(nn.Linear(fan_in, out)), rule, density=density, seed=0)[0].feedback
         there = (fb.B != 0).sum() + (fb.mask.sum() if rule != "fa" else 0)
         assert there.item() == pytest.approx(density * count, rel=0.02)
+
+
+def test_a_record_that_lacks_densities_is_partial() -> None:
+    """Dense runs of all five seeds come from Figure 2; the page must not take them for the whole."""
+    cfg = Notebook("p3_sparse", rules=["fa", "pfa"])
+    runs = [c for c in cfg.runs if "density" not in c.options]
+    rows = [{"run": c.run, "rule": c.rule, "seed": c.seed, "epoch": c.epochs} for c in runs]
+    cfg.__dict__["_table"] = pd.DataFrame(rows)
+    assert cfg.partial() == "10 of 60 runs"
+    cfg.__dict__["_table"] = pd.DataFrame(rows + [{"run": c.run, "rule": c.rule, "seed": c.seed, "epoch": c.epochs} for c in cfg.runs])
+    assert cfg.partial() == ""
