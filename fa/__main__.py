@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--workers", default="auto", help="processes (default: auto, one for each core)")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     run.add_argument("--add", action="store_true", help="train only what neither the run store nor data/records holds")
-    run.add_argument("--dry-run", action="store_true", help="say what would be trained, and stop")
+    run.add_argument("--together", type=int, default=0, help="runs that a process takes in turn (default: 1 on the CPU, else all)")
+    run.add_argument("--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile (auto: on CUDA, if it can)")
+    run.add_argument("--dry-run", action="store_true", help="say what would be trained and for how long, and stop")
 
     collect = command("collect", _collect, "merge finished runs into the record data/records/EXPERIMENT.csv")
     collect.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
@@ -110,10 +112,12 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{len(runs)} runs planned, {len(runs) - len(left)} finished, {len(left)} to train")
         for c in left:
             print(f"  {c.run}  {c.experiment}  {c.rule}" + (f"  seed {c.seed}  {c.epochs} epochs" if hasattr(c, "seed") else ""))
+        print(campaign.forecast(left, args.mode, budget, args.workers, args.device))
         return 0
     for name in sorted({c.dataset for c in runs if hasattr(c, "dataset")}):
         data.load(name)  # a data set that is missing or damaged is found before any process starts
-    summary = campaign.run(runs, args.mode, budget, args.workers, args.device, held=held)
+    summary = campaign.run(runs, args.mode, budget, args.workers, args.device, held=held,
+                           together=args.together, compiled={"auto": None}.get(args.compile, args.compile == "yes"))  # fmt: skip
     print(summary)
     for failure in summary.failed:
         sys.stderr.write(f"fa: failed: {failure}\n")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import platform
 import queue
+import statistics
 import sys
 import threading
 import time
@@ -162,6 +164,36 @@ def run(
         if bar:
             bar.close()
     return Summary(before, done, len(todo) - done, failed, time.monotonic() - begin)
+
+
+def forecast(todo: list[Any], mode: str, budget: float | None = None, workers: str | int = "auto", device: str = "auto") -> str:
+    """How long the missing runs will take, as those of the run store did on such a device, and in how many calls of ``budget`` seconds.
+
+    An epoch counts as long as one of the same rule, network and data did on average, whatever the figure.
+    """
+    device = pick_device(device)
+    spent: dict[Any, list[float]] = {}
+    for path in (records.runs_root() / mode).glob("*/*/status.json"):
+        status, config = json.loads(path.read_text()), json.loads((path.parent / "config.json").read_text())
+        on_gpu = bool(status["environment"]["gpu"])
+        if status["state"] == "finished" and on_gpu == (device != "cpu"):
+            per_epoch = status["seconds"] / status.get("together", 1) / config.get("epochs", 1)
+            spent.setdefault(_kind(config), []).append(per_epoch)
+    unknown = [c for c in todo if _kind(asdict(c)) not in spent]
+    total = sum(getattr(c, "epochs", 1) * statistics.fmean(spent[_kind(asdict(c))]) for c in todo if c not in unknown)
+    total /= min(pick_workers(workers, device), max(len(todo), 1))
+    text = f"about {clock(total)} by the finished runs of their kind" if len(unknown) < len(todo) else "nothing like them has been trained here yet"
+    if unknown and len(unknown) < len(todo):
+        text += f", and {len(unknown)} runs of a kind that has not been trained here yet"
+    calls = f"; {math.ceil(total / budget)} calls of {clock(budget)}" if budget and not unknown else ""
+    return f"{text}{calls}" if todo else "nothing is left to train"
+
+
+def _kind(config: dict[str, Any]) -> tuple[Any, ...]:
+    """What the time of an epoch depends on, roughly; sparse feedback costs more than dense."""
+    options, precision = config.get("options", ""), config.get("precision", "float32")
+    network = (config.get(k) for k in ("rule", "model", "dataset", "hidden"))
+    return *network, precision, "density" in options, "implicit" in options
 
 
 def pack(todo: list[Any], together: int) -> list[list[Any]]:

@@ -320,3 +320,25 @@ def test_run_then_collect_from_the_command_line(capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == "build/quick/p3_fig2.csv"
     assert command.main(["list"]) == 0
     assert "p3_fig2" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ forecast
+
+
+def test_a_forecast_goes_by_the_finished_runs_of_the_same_kind():
+    configs = plan("bp,fa", seeds=2)
+    assert "nothing like them" in campaign.forecast(configs, "quick", device="cpu")
+    run(configs[:2])
+    for config, seconds in zip(configs[:2], (60.0, 30.0)):
+        path = Folder("quick", config).path / "status.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": seconds}))
+    left = campaign.missing(configs, "quick")
+    assert [c.rule for c in left] == ["bp", "fa"]
+    assert campaign.forecast(left, "quick", budget=40.0, workers=1, device="cpu") == (
+        "about 1m30s by the finished runs of their kind; 3 calls of 40s"
+    )
+    assert "about 45s" in campaign.forecast(left, "quick", workers=2, device="cpu")
+    half = [replace(left[0], epochs=1), replace(left[1], hidden="9")]
+    said = campaign.forecast(half, "quick", budget=1.0, workers=1, device="cpu")
+    assert f"about {60 / configs[0].epochs:.0f}s" in said and "1 runs of a kind" in said and "calls" not in said
+    assert campaign.forecast([], "quick", device="cpu") == "nothing is left to train"
