@@ -31,14 +31,26 @@ class _Map:
     pad: tuple[int, ...] = field(default=(), kw_only=True)  # what was added to x before this map
     gen: torch.Generator | None = field(default=None, kw_only=True)
 
-    def noise(self, like: Tensor, kind: str) -> Tensor:
-        """Standard noise, "normal" or "uniform", of a tensor's shape, dtype and place."""
+    def noise(self, like: Tensor, kind: str, std: float = 1.0) -> Tensor:
+        """Noise, "normal" or "uniform", of mean 0 and standard deviation ``std``, of a tensor's shape, dtype and place.
+
+        On a CPU, where the generator is what noise costs, uniform noise has 2^16 equally likely, equally spaced values: four numbers a draw.
+        """
+        bound = 3**0.5 * std
         if torch.compiler.is_compiling():
-            return torch.randn_like(like) if kind == "normal" else (torch.rand_like(like) - 0.5) * 12**0.5
+            return std * torch.randn_like(like) if kind == "normal" else (torch.rand_like(like) - 0.5) * (2 * bound)
         if self.gen is None or self.gen.device != like.device:
             self.gen = torch.Generator(like.device).manual_seed(0 if self.gen is None else self.gen.initial_seed())
-        out = torch.empty_like(like)
-        return out.normal_(generator=self.gen) if kind == "normal" else out.uniform_(-(3**0.5), 3**0.5, generator=self.gen)
+        # half precision is rounded to: torch's own normal numbers in bfloat16 lack their tails
+        out = torch.empty_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+        if kind == "normal":
+            return out.normal_(0, std, generator=self.gen).to(like.dtype)
+        if out.device.type != "cpu":
+            return out.uniform_(-bound, bound, generator=self.gen).to(like.dtype)
+        n = out.numel()
+        words = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None, generator=self.gen)
+        out.as_strided((n,), (1,)).copy_(words.view(torch.int16)[:n])  # in the order of memory, which is dense
+        return out.add_(0.5).mul_(bound / 2**15).to(like.dtype)
 
 
 @dataclass

@@ -504,7 +504,7 @@ class Primitives(Rule):
             data. The sum makes AA and IA diverge on ResNet-20 at learning rate 0.1.
         input: ``"data"`` (default): the layer's own input; ``"normal"`` or ``"uniform"``: fresh noise of its shape in every
             backward pass, of mean 0 and standard deviation ``input_std``, drawn for each layer from a generator of its own whose
-            state is in ``state_dict`` (compiled: from the global one).
+            state is in ``state_dict`` (compiled: from the global one). On a CPU normal noise costs twice as much.
         input_std: see ``input`` (default 1, p2's code).
         center: subtract each sample's mean over features from the input. Default ``False``.
         normalize: centre, and scale each sample to length 1. Default ``False``.
@@ -543,7 +543,7 @@ class Primitives(Rule):
     def mirror(self, op: Any, x: Tensor) -> Tensor:
         """What the local objective sees in place of the layer's input."""
         if self.input != "data":
-            x = op.noise(x, self.input) * self.input_std
+            x = op.noise(x, self.input, self.input_std)
         if self.center or self.normalize:  # over a sample's features, as p2's code; a linear layer's tokens are samples
             flat = x.reshape(-1, x.shape[-1]) if x.dim() < 4 else x.flatten(1)
             flat = flat - flat.mean(1, keepdim=True)
@@ -559,28 +559,39 @@ class Primitives(Rule):
 
     @property
     def needs_y(self):
-        """Whether W x is used as the forward pass made it: not where a mirror has another input, nor where B x - W x will do."""
+        """Whether W x is used as the forward pass made it: not where a mirror has another input, nor where one pass makes B x - W x."""
         own = self.input == "data" and not (self.center or self.normalize)
         return own and bool(self.null or (self.amp and (self.activation or not self.sparse)))
 
     def feedback_grad(self, op, x, y, dy, W, B):
-        grad = 2 * self.decay * B - self.self_ * W
-        if not (self.amp or self.null or self.sparse):
-            return {"B": grad}
-        K, W, x = B.to(x.dtype), W.to(x.dtype), self.mirror(op, x)
-        if self.null or (self.amp and (self.activation or not self.sparse)):
-            y = op.forward(x, W) if y is None else y
+        a, n, p = self.amp, 2 * self.null, 2 * self.sparse
+        if not (a or n or p):
+            return {"B": 2 * self.decay * B - self.self_ * W}
+        x = self.mirror(op, x)
+
+        def up(kernel: Tensor) -> Tensor:
+            return op.forward(x, kernel.to(x.dtype))
+
+        # Coefficients multiply kernels, which are small, and not maps.
+        if y is None and not (n or self.activation):
+            data = op.correlate(x, up(p * B - a * W), W)  # both terms in one pass, by linearity
+        else:
+            y = up(W) if y is None else y
             y = torch.relu(y) if self.activation else y
-            data = op.correlate(2 * self.null * op.transpose(y, K, x) - self.amp * x, y, W) if self.null else None
-            up = op.forward(x, 2 * self.sparse * K) if self.sparse else 0.0
-            if not self.null:
-                data = op.correlate(x, up - self.amp * y, W)
-            elif self.sparse:
-                data = data + op.correlate(x, up, W)
-        else:  # 2p B x - a W x in one pass, by linearity
-            data = op.correlate(x, op.forward(x, 2 * self.sparse * K - self.amp * W), W)
+            if n:
+                data = op.correlate(op.transpose(y, (n * B).to(x.dtype), x).sub_(x, alpha=a), y, W)
+                data = data + op.correlate(x, up(p * B), W) if p else data
+            elif p:
+                data = op.correlate(x, up(p * B).sub_(y, alpha=a), W)
+            elif x.dtype == torch.float16:  # its range is too small for a sum over positions
+                data = op.correlate(x, -a * y, W)
+            else:
+                data = op.correlate(x, y, W).mul_(-a)
         every = self.positions == "mean" or W.dim() == 2  # samples (every token is one), or samples times output positions
-        return {"B": grad + data.to(B.dtype) / (dy.numel() // W.shape[0] if every else dy.shape[0])}
+        data = data.to(B.dtype).div_(dy.numel() // W.shape[0] if every else dy.shape[0])
+        if self.decay:
+            data.add_(B, alpha=2 * self.decay)
+        return {"B": data.sub_(W, alpha=self.self_) if self.self_ else data}
 
 
 @dataclass(frozen=True)

@@ -183,11 +183,7 @@ def test_noise_in_place_of_the_input(shape, kind, options):
     name, coefficients = COEFFICIENTS["all"]
     layer, x = make(shape)
     fa.convert(layer, name, seed=1, input=kind, input_std=0.4, **options, **coefficients)
-    gen = torch.Generator()
-    gen.set_state(layer.feedback.op.gen.get_state())
-    noise = torch.empty_like(seen(layer, x))
-    noise = noise.normal_(generator=gen) if kind == "normal" else noise.uniform_(-math.sqrt(3), math.sqrt(3), generator=gen)
-    noise *= 0.4
+    noise = copy.deepcopy(layer.feedback.op).noise(seen(layer, x), kind, 0.4)  # what the copy draws, the layer will
     noise = centred(noise, True) if options else noise
     first = learned_gradient(layer, x).clone()
     assert apart(first, regulariser_gradient(layer, noise)) <= oracles.RTOL
@@ -195,12 +191,43 @@ def test_noise_in_place_of_the_input(shape, kind, options):
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
-def test_noise_has_the_moments_that_it_is_said_to_have(kind):
-    layer = fa.convert(nn.Linear(3, 2).double(), "wm", input=kind, input_std=2.0)
-    noise = layer.feedback.rule.mirror(layer.feedback.op, torch.zeros(40_000, 3, dtype=torch.float64))
-    assert noise.mean().abs() < 0.03 and noise.std().item() == pytest.approx(2, rel=0.01)
-    fourth = (noise / 2).pow(4).mean().item()  # 3 for a normal, 9/5 for a uniform distribution
-    assert fourth == pytest.approx({"normal": 3, "uniform": 1.8}[kind], rel=0.03)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_noise_is_distributed_as_it_is_said_to_be(kind, dtype):
+    layer = fa.convert(nn.Linear(3, 2).to(dtype), "wm", input=kind, input_std=2.0)
+    noise = layer.feedback.rule.mirror(layer.feedback.op, torch.zeros(40_000, 3, dtype=dtype)).double() / 2
+    assert noise.mean().abs() < 0.015 and noise.std().item() == pytest.approx(1, rel=0.01)
+    assert noise.pow(4).mean().item() == pytest.approx({"normal": 3, "uniform": 1.8}[kind], rel=0.03)
+    below = torch.special.ndtr(noise) if kind == "normal" else noise / math.sqrt(12) + 0.5  # uniform in (0, 1) if the law is right
+    steps = torch.arange(1, noise.numel() + 1, dtype=torch.float64) / noise.numel()
+    assert (below.flatten().sort().values - steps).abs().max() < 1.95 / math.sqrt(noise.numel()) + (dtype == torch.bfloat16) * 2e-3
+    flat = noise.flatten()
+    for lag in (1, 2, 3, 4, 5):  # numbers that one draw of the generator makes do not know of each other
+        assert abs((flat[lag:] * flat[:-lag]).mean().item()) < 4.5 / math.sqrt(flat.numel())
+        assert abs((flat[lag:].square() * flat[:-lag].square()).mean().item() - 1) < 4.5 * 3 / math.sqrt(flat.numel())
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 7), (2, 3, 5, 5)])
+def test_noise_of_any_size_and_layout(shape):
+    like = torch.zeros(shape)
+    like = like.to(memory_format=torch.channels_last) if len(shape) == 4 else like.t()
+    noise = fa.convert(nn.Linear(3, 2), "wm", input="uniform").feedback.op.noise(like, "uniform")
+    assert noise.shape == like.shape and noise.stride() == like.stride()
+    assert noise.unique().numel() >= noise.numel() - 1 and noise.abs().max() <= 3**0.5  # every entry drawn, by itself
+
+
+def test_sums_in_float16_stay_in_range():
+    """A sum of x y over as many positions would overflow; scaled before it is summed it does not."""
+    layer, x = nn.Conv2d(2, 2, 3, padding=1), 4 + randn(4, 2, 64, 64, seed=3, dtype=torch.float32)
+    fa.convert(layer, "wm", decay=0.0, amp=1e-3)
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+    want = learned_gradient(layer, x).clone()
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.float16):
+        y = layer(x)
+    assert (4 * 64 * 64) * 4 * y.detach().mean() > torch.finfo(torch.float16).max
+    y.backward(torch.ones_like(y))
+    assert apart(layer.feedback.B.grad, want) < 0.01
 
 
 @pytest.mark.parametrize("rule", DEFAULTS)
