@@ -18,7 +18,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -27,6 +27,7 @@ from . import experiments, records
 from .criteria import SWEPT, Compiler, Number, Scope, Truth, Untested, Value, finite, show
 from .errors import UserError
 from .paths import ROOT
+from .train import Config
 
 COLUMNS = ("id", "paper", "figure", "claim", "target", "tolerance", "source of target", "criterion", "n_min",
            "experiment")
@@ -107,7 +108,8 @@ def _unfit(sidecar: dict, planned: list[dict]) -> str:
     """Why a table cannot speak about the paper's experiment; empty if it can."""
     if sidecar.get("partial"):
         return f"partial record: {sidecar['finished']} of {sidecar['planned']} runs"
-    for config in sidecar.get("configs", {}).values():
+    later = {f.name: f.default for f in fields(Config) if f.default is not MISSING}  # a field newer than the record had its default
+    for config in (later | config for config in sidecar.get("configs", {}).values()):
         plans = [plan for plan in planned if plan.get("rule") == config.get("rule")]
         others = ([f for f in plan if f not in FREE and config.get(f) != plan[f]] for plan in plans)
         differ = min(others, key=len, default=[])  # from the nearest planned run

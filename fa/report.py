@@ -293,17 +293,17 @@ def _gallery() -> str:
 
 
 def _readme_claims(table: pd.DataFrame) -> str:
-    """The verdicts in one table, long lists of values by their ends."""
-    def ends(text: str) -> str:
-        parts = text.split("; ")
-        return text if len(parts) <= 3 else f"{parts[0]}; …; {parts[-1]}"
-
-    shown = table.assign(figure=table.paper + ", " + table.figure, ours=table.ours.map(ends),
-                         target=table.target.map(ends))
-    shown.verdict = shown.verdict.where(shown.verdict != "not tested", "not tested: " + shown.why)
-    columns = {"figure": "figure", "claim": "claim", "target": "published or derived", "ours": "ours (mean ± sd)",
-               "n": "n", "verdict": "verdict"}
-    return f"{_counts(table)} Criteria, sources and reasons: [REPORT.md](REPORT.md).\n\n{_markdown(shown, columns)}"
+    """The verdicts counted figure by figure, and in words what does not hold."""
+    rows = []
+    for title, claimed in _by_figure(table):
+        known = experiments.EXPERIMENTS.get(claimed.experiment.iloc[0])
+        page = f"[{known.notebook[:2]}](notebooks/{known.notebook}.ipynb)" if known else ""
+        n = claimed.verdict.value_counts().reindex(criteria.VERDICTS, fill_value=0)
+        why = "; ".join(dict.fromkeys(claimed.why[claimed.verdict == "not tested"]))
+        rows.append([page, title, len(claimed), *n[:-1], f"{n['not tested']} ({why})" if n["not tested"] else 0])
+    columns = ["notebook", "figure", "claims", *criteria.VERDICTS]
+    counted = _markdown(pd.DataFrame(rows, columns=columns), {c: c for c in columns})
+    return f"{_counts(table)} Every claim, its criterion and its source: [REPORT.md](REPORT.md).\n\n{counted}\n\n{_discussion(table)}"
 
 
 def _markdown(frame: pd.DataFrame, columns: dict[str, str]) -> str:

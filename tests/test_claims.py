@@ -358,3 +358,15 @@ def test_the_mismatch_targets_follow_from_the_schedule() -> None:
     targets = {c.id: float(c.target) for c in claims.load() if "mismatch" in c.criterion}
     assert targets["p3_fig2_mismatch_epoch1"] == pytest.approx(after[1], abs=5e-6)
     assert targets["p3_fig2_mismatch_end"] == pytest.approx(after[40], abs=5e-6)
+
+
+def test_a_record_older_than_a_field_of_the_recipe_had_its_default() -> None:
+    from dataclasses import asdict
+
+    from fa.train import Config
+
+    planned = [asdict(Config("e", "bp", 0))]
+    older = {k: v for k, v in planned[0].items() if k not in ("feedback_lr", "augment", "precision")}
+    assert claims._unfit({"configs": {"a": older}}, planned) == ""
+    other = [planned[0] | {"precision": "bfloat16"}]
+    assert claims._unfit({"configs": {"a": older}}, other) == "this table has precision float32, the claim is about bfloat16"
