@@ -45,6 +45,9 @@ PAPERS = {
 }  # fmt: skip
 """The papers that are replicated, as one cites them."""
 
+DRAWN = {"p3_fig1": ("31_pfa_fig1_circuits", "fa/circuits.py")}
+"""Figures without runs and table: name to notebook, and to the code that they are drawn from."""
+
 
 # ------------------------------------------------------------------------------------------------------- parameters
 
@@ -167,7 +170,7 @@ class Notebook:
         """Whether this is another experiment than the paper's, and not only a part of it."""
         from .experiments import find as experiment_of
 
-        default = experiment_of(self.experiment).own
+        default = experiment_of(self.experiment).own if self.experiment else {}
         return bool(self.epochs or self.dataset) or any(default[n] != v for n, v in self.own.items())
 
     @property
@@ -342,16 +345,25 @@ class Notebook:
         short["id"] = short.id.str.removeprefix(f"{self.experiment}_")
         return short.to_string(index=False) + "\n\n" + counted(table.verdict)
 
-    def provenance(self) -> str:
-        """Text table: where the numbers come from, by file, hash, commit and machine."""
-        return "\n".join(f"{k:12s} {v}" for k, v in {"mode": self.mode, **self._trail()}.items() if v)
+    def provenance(self, name: str = "") -> str:
+        """Text table: where the numbers come from, by file, hash, commit and machine.
 
-    def _trail(self) -> dict[str, Any]:
+        Args:
+            name: of the figure, in a notebook without experiment.
+        """
+        return "\n".join(f"{k:12s} {v}" for k, v in {"mode": self.mode, **self._trail(name)}.items() if v)
+
+    def _trail(self, name: str) -> dict[str, Any]:
         """What leads from a figure back to its data, code and machine; nothing in it depends on the clock."""
         from . import records
         from .experiments import find as experiment_of
         from .plot import sha256
 
+        if not self.experiment:
+            stem, code = DRAWN[name]
+            paper = PAPERS[name.partition("_")[0]]
+            trail = {"paper": paper, "notebook": f"notebooks/{stem}.ipynb", "code": code, "sha256": sha256(ROOT / code)}
+            return trail | {"cite": f"{_title()}, figure {name}; after {paper}"}
         about, table, there = experiment_of(self.experiment), self.table(), self.path.exists()
         collected = there and self.path == records.record_path(self.experiment, self.mode)
         side = records.sidecar(self.experiment, self.mode) if collected else {}
@@ -376,13 +388,16 @@ class Notebook:
         """
         from . import plot
 
+        published = self.mode == "paper" and not self.chosen
+        folder = ROOT / "figures" if published else build(self.mode) / "figures"
+        if not self.experiment:
+            return plot.save(fig, name, caption, folder, **self._trail(name))
         words = [", ".join(["quick mode", *self.datasets]) + ": not the paper's scale"] if self.mode == "quick" else []
         if part := self.partial():
             words.append("no run yet: published values only" if self.table().empty else f"partial: {part}")
         if words:
             plot.stamp(fig, " · ".join(words))
-        published = self.mode == "paper" and not self.chosen
-        return plot.save(fig, name, caption, ROOT / "figures" if published else build(self.mode) / "figures", **self._trail())
+        return plot.save(fig, name, caption, folder, **self._trail(name))
 
 
 def relative(path: Path) -> str:

@@ -181,12 +181,12 @@ def probed(net: nn.Module, x: Tensor, y: Tensor, seed: int) -> list[tuple[str, i
 # --------------------------------------------------------------------------------------------------------------- table
 
 PROPERTIES = {
-    "no_sign_transport": ("No need to transport\nweight sign", "change of the error sent down · of what\nis learned, under random signs"),
-    "no_magnitude_transport": ("No need to transport\nweight magnitude", "the same, under permuted magnitudes"),
-    "no_separate_phase": ("No separate feedback-\nlearning phase", "passes that noise drives, not the data"),
-    "no_explicit_symmetry": ("No explicit weight symmetry\nafter training", "synapses that join a forward pair of\nneurons; their correlation with W"),
-    "accurate_path": ("Accurate approximation\nto BP", "widest angle of path and W · of the\ngradient and backprop's (°)"),
-    "bp_level": ("BP-level performance", "test accuracy minus BP's (points),\n± sd, paired by seed"),
+    "no_sign_transport": ("No need to transport weight sign", "change of the error sent down · of the\nfeedback's lesson, under random signs"),
+    "no_magnitude_transport": ("No need to transport weight magnitude", "the same, under permuted magnitudes"),
+    "no_separate_phase": ("No separate feedback-learning phase", "passes that noise drives, not the data"),
+    "no_explicit_symmetry": ("No explicit symmetry after training", "synapses that join a forward pair of\nneurons · highest correlation with W"),
+    "accurate_path": ("Accurate approximation to BP", "widest angle between path and W · be-\ntween the gradient and backprop's"),
+    "bp_level": ("BP-level task performance", "test accuracy minus BP's (points) · sd\nover seeds, which are paired"),
 }
 """Rows of the table, named as in data/reference/p3_table1.csv: the paper's property, and the number that we put behind it."""
 
@@ -241,9 +241,9 @@ def _measured(last: pd.DataFrame, table: pd.DataFrame, rule: str) -> dict[str, t
         values = [extreme(f"{verb}_{what}") for verb in ("send", "learn")]
         known = [v for v in values if not math.isnan(v)]
         met = float(max(known) < LIMITS["change"]) if known else math.nan
-        found[prop] = show(*values), met, f"send_{what}, learn_{what} (probes)"
+        found[prop] = show(*values), met, f"send_{what}, learn_{what} (probes); claims {what}_*"
     noise = extreme("noise_passes")
-    found["no_separate_phase"] = show(noise, form="{:.0%}"), math.nan if math.isnan(noise) else float(noise == 0), "noise_passes (probes)"
+    found["no_separate_phase"] = show(noise, form="{:.0%}"), math.nan if math.isnan(noise) else float(noise == 0), "noise_passes (probes); claims phase_*"
     found["no_explicit_symmetry"] = _symmetry(last, rule, show)
 
     path, grad, error = (extreme(m) for m in ("angle_deg", "grad_angle_global_deg", "delta_angle_global_deg"))
@@ -252,7 +252,8 @@ def _measured(last: pd.DataFrame, table: pd.DataFrame, rule: str) -> dict[str, t
         path, grad, told = 0.0, 0.0, "by definition: W carries the error"
     elif math.isnan(path):  # no path to compare: the error itself, against backprop's
         path, told = error, "delta_angle_global_deg, grad_angle_global_deg"
-    found["accurate_path"] = show(path, grad, form="{:.0f}"), math.nan if math.isnan(path) else float(path < LIMITS["angle"]), told
+    met = math.nan if math.isnan(path) else float(path < LIMITS["angle"])
+    found["accurate_path"] = show(path, grad, form="{:.0f}°"), met, f"{told}; claims path*"
 
     final = table[(table.metric == "test_accuracy") & (table.epoch == table[table.metric == "test_accuracy"].epoch.max())]
     final = final.pivot_table(index="seed", columns="rule", values="value")
@@ -260,8 +261,8 @@ def _measured(last: pd.DataFrame, table: pd.DataFrame, rule: str) -> dict[str, t
     ours, met = "", math.nan
     if len(gap):
         met = float(gap.mean() >= LIMITS["gap"])
-        ours = "0" if rule == "bp" else f"{gap.mean():+.2f}" + (f" ± {gap.std():.2f}" if len(gap) > 1 else "")
-    found["bp_level"] = ours, met, f"test_accuracy, n = {len(gap)}"
+        ours = "0" if rule == "bp" else f"{gap.mean():+.2f}" + (f" · {gap.std():.2f}" if len(gap) > 1 else "")
+    found["bp_level"] = ours, met, f"test_accuracy, n = {len(gap)}; claims level, below"
     return found
 
 
@@ -271,76 +272,107 @@ def _symmetry(last: pd.DataFrame, rule: str, show: Callable[..., str]) -> tuple[
     joined = {m.removesuffix("_reciprocal"): wide[m] for m in wide if m.endswith("_reciprocal")}
     if not joined:
         return "", math.nan, ""
-    same, evidence = {}, []
+    same = {}
     for matrix in joined:
         if f"{matrix}_correlation" in wide:
             same[matrix] = wide[f"{matrix}_correlation"]
         elif matrix == "W":
-            same[matrix] = joined[matrix] * 0 + 1.0
+            same[matrix] = joined[matrix].where(joined[matrix].isna(), 1.0)
         elif "angle_deg" in wide and len(joined) == 1:  # feedback of W's shape: the cosine, which without means is the correlation
             same[matrix] = wide.angle_deg.map(lambda a: math.cos(math.radians(a)))
-    met = float("nan")
+    met = math.nan
     fraction = pd.concat(joined.values()).mean()
     mirrored = [((joined[m] > 0) & (same[m].abs() >= LIMITS["correlation"])).any() for m in same]
     excess = [wide[m].max() for m in wide if m.endswith("_excess")]
     if mirrored or excess:
         met = float(not any(mirrored) and not any(e > LIMITS["excess"] for e in excess))
-    evidence = ["*_reciprocal (probes)", "*_correlation, *_excess" if excess else "" if rule == "bp" else "cos angle_deg"]
+    evidence = ["*_reciprocal (probes)", "*_correlation, *_excess" if excess else "W itself" if rule == "bp" else "cos angle_deg"]
     strongest = max((s.abs().max() for s in same.values()), default=math.nan)
-    return " · ".join(filter(None, [f"{fraction:.0%}", show(strongest)])), met, ", ".join(filter(None, evidence))
+    return " · ".join(filter(None, [f"{fraction:.0%}", show(strongest)])), met, f"{', '.join(evidence)}; claims symmetry_*"
 
 
 def listing(cells: pd.DataFrame) -> str:
-    """Text table of :func:`cells`: our numbers, our tick, the paper's; "*" where the two disagree."""
+    """Text table of :func:`cells`: our numbers, our tick / the paper's (y, n, a footnote's letter); "*" where the two disagree."""
     from ..plot import in_order, look
 
     mark = {1.0: "y", 0.0: "n"}
-    text = cells.assign(text=[
-        f"{c.ours or '-'} {mark.get(c.met, '-')}/{c.note or mark.get(c.paper, '-')}{'*' * (c.verdict == 'disagrees')}" for c in cells.itertuples()
-    ]).pivot(index="rule", columns="property", values="text")  # fmt: skip
-    text = text.loc[in_order(text.index), list(PROPERTIES)]
-    return text.set_axis([look(r).label for r in text.index]).rename_axis(index=None, columns=None).to_string()
+    text = [f"{c.ours or '-'} {mark.get(c.met, '-')}/{c.note or mark.get(c.paper, '-')}{'*' * (c.verdict == 'disagrees')}" for c in cells.itertuples()]
+    wide = cells.assign(text=text).pivot(index="rule", columns="property", values="text")
+    wide = wide.loc[in_order(wide.index), list(PROPERTIES)]
+    return wide.set_axis([look(r).label for r in wide.index]).rename_axis(index=None, columns=None).to_string()
+
+
+def evidence(cells: pd.DataFrame) -> str:
+    """Text table: the metrics of the record, and the claims, behind the cells of each property."""
+    from ..plot import in_order, look
+
+    def named(rules: pd.Series) -> str:
+        return " ".join(look(r).label for r in in_order(rules))
+
+    if not cells.ours.any():
+        return "no run yet"
+    rows = cells[cells.ours != ""].groupby(["property", "evidence"], sort=False).rule.agg(named).reset_index()
+    rows = rows.sort_values("property", key=lambda c: c.map(list(PROPERTIES).index), kind="stable")
+    return rows.to_string(index=False)
+
+
+def mirrors(table: pd.DataFrame) -> str:
+    """Text table of the symmetry of every feedback matrix that a trained network's record holds, means over seeds after training."""
+    from ..plot import in_order, look
+
+    names = ("correlation", "match", "mixed", "chance")
+    rows = table[table.metric.str.fullmatch(f"[BRK]_({'|'.join(names)})")]
+    if rows.empty:
+        return "no run yet"
+    rows = rows[rows.epoch == rows.groupby("run").epoch.transform("max")]
+    rows = rows.assign(matrix=rows.metric.str[0], metric=rows.metric.str[2:])
+    wide = rows.pivot_table(index=["rule", "depth", "layer", "matrix"], columns="metric", values="value").reindex(columns=names)
+    wide = wide.reset_index().sort_values(["rule", "depth", "matrix"], key=lambda c: c.map(in_order(c).index) if c.name == "rule" else c)
+    wide["rule"] = [look(r).label for r in wide.rule]
+    return wide.drop(columns="depth").to_string(index=False, float_format="{:.2f}".format, na_rep="-")
 
 
 def draw(cells: pd.DataFrame) -> Any:
-    """The table as a figure: in each cell our numbers, and beside them the paper's tick; shaded by whether the two agree."""
+    """The table as a figure: in each cell our numbers, and at their right the paper's tick; shaded by whether the two agree."""
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch, Rectangle
 
     from ..plot import WIDTH, in_order, look
 
     rules = in_order(cells.rule)
-    label, row, head, foot = 1.98, 0.42, 0.26, 0.2
-    height = head + row * len(PROPERTIES) + foot
-    fig = plt.figure(figsize=(WIDTH["double"], height))
-    ax = fig.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, WIDTH["double"]), ylim=(height, 0))
-    ax.axis("off")
-    width = (WIDTH["double"] - label - 0.02) / len(rules)
+    label, row, head, foot = 2.1, 0.46, 0.4, 0.24  # inches
+    page, height = WIDTH["double"], head + row * len(PROPERTIES) + foot
+    width = (page - label) / len(rules)
     shade = {"agrees": "#D4E6F1", "disagrees": "#F8D3BE", "not comparable": "#F0F0F0"}
+    frame = {"agrees": "none", "disagrees": "#B5460F", "not comparable": "none"}
+    fig = plt.figure(figsize=(page, height))
+    ax = fig.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, page), ylim=(height, 0))
+    ax.axis("off")
     for i, rule in enumerate(rules):
-        ax.text(label + (i + 0.5) * width, head / 2, look(rule).label, color=look(rule).color, fontweight="bold", fontsize=8, ha="center", va="center")
+        own = look(rule)
+        ax.text(label + (i + 0.5) * width, head - 0.11, own.label, color=own.color, fontweight="bold", fontsize=8, ha="center", va="center")
     for j, (prop, (title, number)) in enumerate(PROPERTIES.items()):
         top = head + j * row
         ax.axhline(top, color="0.6", lw=0.5)
-        ax.text(0.03, top + 0.05, title.replace("\n", " "), fontsize=6.6, fontweight="bold", va="top")
-        ax.text(0.03, top + 0.165, number, fontsize=5.6, color="0.3", va="top", linespacing=1.1)
+        ax.text(0.03, top + 0.05, title, fontsize=6.6, fontweight="bold", va="top")
+        ax.text(0.03, top + 0.18, number, fontsize=6.5, color="0.3", va="top", linespacing=1.1)
         for i, rule in enumerate(rules):
-            cell = cells[(cells.property == prop) & (cells.rule == rule)].iloc[0]
-            x = label + i * width
-            disagrees = cell.verdict == "disagrees"
-            ax.add_patch(Rectangle((x + 0.015, top + 0.02), width - 0.03, row - 0.04, facecolor=shade[cell.verdict],
-                                   edgecolor="#B5460F" if disagrees else "none", lw=0.8))  # fmt: skip
-            first, _, second = cell.ours.replace("-", "−").replace(" ± ", " · ± ").partition(" · ")
-            ax.text(x + 0.06, top + row / 2, "\n".join(filter(None, [first or "–", second])), fontsize=6.5, va="center", linespacing=1.15)
+            (cell,) = cells[(cells.property == prop) & (cells.rule == rule)].itertuples()
+            x, middle = label + i * width, top + row / 2
+            box = {"facecolor": shade[cell.verdict], "edgecolor": frame[cell.verdict], "lw": 0.8}
+            ax.add_patch(Rectangle((x + 0.015, top + 0.02), width - 0.03, row - 0.04, **box))
+            lines = (cell.ours or "–").replace("-", "−").split(" · ")
+            if prop == "bp_level" and len(lines) > 1:
+                lines[1] = f"± {lines[1]}"
+            ax.text(x + 0.05, middle, "\n".join(lines), fontsize=6.8, va="center", linespacing=1.15)
             tick = {1.0: "✓", 0.0: "✗"}.get(cell.paper, cell.note or "–")
-            ax.text(x + width - 0.05, top + row / 2, tick, fontsize=8, color="0.25", ha="right", va="center",
-                    fontstyle="italic" if cell.note else "normal")  # fmt: skip
+            ax.text(x + width - 0.05, middle, tick, fontsize=8, color="0.25", ha="right", va="center", fontstyle="italic" if cell.note else "normal")
     ax.axhline(head + row * len(PROPERTIES), color="0.6", lw=0.5)
-    handles = [Patch(facecolor=shade["agrees"], label="our number agrees with the paper's tick"),
-               Patch(facecolor=shade["disagrees"], edgecolor="#B5460F", label="it disagrees"),
-               Patch(facecolor=shade["not comparable"], label="not comparable: no tick, or a footnote (a, b, c)")]
-    ax.legend(handles=handles, loc="lower center", ncols=3, fontsize=6.3, borderaxespad=0.1, handlelength=1.4)
+    told = {"agrees": "our number agrees with the paper's tick", "disagrees": "it disagrees",
+            "not comparable": "not comparable: no tick, a footnote (a, b, c), or no number"}  # fmt: skip
+    handles = [Patch(facecolor=shade[v], edgecolor=frame[v], label=text) for v, text in told.items()]
+    ax.legend(handles=handles, loc="lower center", ncols=3, fontsize=6.5, borderaxespad=0.15, handlelength=1.4)
     return fig
 
 
