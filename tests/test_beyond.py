@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fa import experiments
+from fa import claims, experiments
 from fa.experiments import p3_beyond, p3_beyond_cifar
 from fa.train import seed_network, train
 
@@ -71,6 +72,16 @@ def test_what_is_left_of_the_mismatch_follows_the_recurrence(rule: str, decay: f
         assert shares == pytest.approx(expected, abs=2e-5)
         rows = table[(table.metric == "mismatch_left") & (table.layer == name)].sort_values("epoch").value
         assert rows.tolist() == (pytest.approx(expected, abs=2e-5) if implicit else [])
+
+
+def test_the_claims_about_decay_have_the_recurrences_targets() -> None:
+    """937 steps an epoch; each claim asks for a decay that the grid has."""
+    runs = {p3_beyond.swept(c)["decay"]: c for c in experiments.plan("p3_beyond", "paper", seeds=1, rules="kp")}
+    found = [c for c in claims.load() if c.id.startswith("p3_beyond_left_")]
+    for claim in found:
+        decay = float(re.search(r"decay=([0-9.]+)", claim.criterion)[1])
+        assert float(claim.target) == pytest.approx(recurrence(runs[decay], 60000 // 64)[1], abs=1e-6)
+    assert len(found) == len(p3_beyond.DECAYS)
 
 
 def test_the_cifar_grid_is_the_papers_recipe_in_fewer_epochs() -> None:
