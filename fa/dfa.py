@@ -40,13 +40,16 @@ class DFA(Rule):
         form: ``"kernel"`` (default; p3's figures): a convolution's B_l is (classes, in, kh, kw); e is spread over the output map and
             sent through the transposed convolution with the layer's own geometry. ``"dense"`` (Nokland's): B_l is (classes, in,
             h, w), one column for each unit; needs ``convert(..., sample=x)``. A linear layer's is (classes, in) in both.
+            ``"shared"`` (Launay et al.'s): as dense, but all are cut from one random matrix (classes, largest input): a layer takes
+            the first columns that it needs, times its own scale.
         blocks: class names of the modules that ``tap="block"`` cuts (default: those of the ResNets here and in torchvision).
         classes: length of the output error (default 0: that of the network's last linear or convolutional layer).
         init: scale of B_l. ``"match"``: the RMS of the layer's own W at conversion; ``"xavier"``: Xavier on B_l's shape (p3's).
-        density: fraction of entries of B_l that exist, without rescaling.
+        density: fraction of entries of B_l (of the shared matrix) that exist, without rescaling.
 
     ``feedback_weight`` raises and ``alignment`` leaves its layers out: no kernel of W's shape exists.
-    Source: Nokland 2016 (arXiv 1609.01596); this form: authors' code of p3 (a fork of BioTorch).
+    Source: Nokland 2016 (arXiv 1609.01596); the default form: authors' code of p3 (a fork of BioTorch); shared: after
+    Launay et al. 2019 (arXiv 1906.04554) and their TinyDFA; which columns a layer takes and how they are scaled is our reading.
     """
 
     name = "dfa"
@@ -62,8 +65,8 @@ class DFA(Rule):
         super().__post_init__()
         if self.tap not in ("input", "block"):
             raise UserError(f"dfa: tap={self.tap!r} is not one of input, block")
-        if self.form not in ("kernel", "dense"):
-            raise UserError(f"dfa: form={self.form!r} is not one of kernel, dense")
+        if self.form not in ("kernel", "dense", "shared"):
+            raise UserError(f"dfa: form={self.form!r} is not one of kernel, dense, shared")
         if self.norm != "fixed" or self.clamp_forward:
             raise UserError("dfa has no kernel of W's shape, so norm and clamp_forward do not apply")
 
@@ -71,12 +74,16 @@ class DFA(Rule):
         """Draw B_l for every layer; the function returned puts them in place and hooks the network's two ends."""
         classes = self.classes or next(reversed(layers.values())).weight.shape[0]
         tape = Tape()
-        if self.form == "dense" and set(layers) - set(sizes):
-            raise UserError("dfa: form='dense' needs the sizes of the maps; pass a batch of inputs, convert(..., sample=x)")
-        feedback = {
-            name: DirectFeedback(self, m, name, seed, classes, tape, sizes[name][0] if self.form == "dense" else None)
-            for name, m in layers.items()
-        }
+        if self.form != "kernel" and set(layers) - set(sizes):
+            raise UserError(f"dfa: form={self.form!r} needs the sizes of the maps; pass a batch of inputs, convert(..., sample=x)")
+        size = {name: None if self.form == "kernel" else sizes[name][0] for name in layers}
+        shared = None
+        if self.form == "shared":
+            gen, exact = generator(seed, "dfa", "shared"), torch.empty(0, dtype=torch.float64)
+            columns = max(size[name].numel() if m.weight.dim() > 2 else m.weight.shape[1] for name, m in layers.items())
+            shared = uniform((classes, columns), 1.0, exact, gen)
+            shared = shared if self.density == 1 else shared * bernoulli(shared.shape, self.density, exact, gen)
+        feedback = {name: DirectFeedback(self, m, name, seed, classes, tape, size[name], shared) for name, m in layers.items()}
         blocks = []
         if self.tap == "block":
             named = {b.strip() for b in self.blocks.split(",")}
@@ -166,8 +173,9 @@ class DirectFeedback(nn.Module):
     """What a layer under DFA keeps beside its own parameters: its B and the network's tape."""
 
     def __init__(
-        self, rule: DFA, layer: nn.Module, name: str, seed: int, classes: int, tape: Tape, size: torch.Size | None = None
-    ) -> None:
+        self, rule: DFA, layer: nn.Module, name: str, seed: int, classes: int, tape: Tape,
+        size: torch.Size | None = None, shared: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.rule, self.layer_name, self.tape = rule, name, tape
         W = layer.weight.detach()
@@ -183,9 +191,13 @@ class DirectFeedback(nn.Module):
                 std = math.sqrt(1 / (3 * inputs * receptive))
             case number:
                 std = float(number)
-        gen = generator(seed, name)
-        B = uniform(shape, std, W, gen)
-        self.register_buffer("B", B if rule.density == 1 else B * bernoulli(shape, rule.density, W, gen))
+        if shared is not None:
+            B = (std * shared[:, : math.prod(shape[1:])]).view(shape).to(W)
+        else:
+            gen = generator(seed, name)
+            B = uniform(shape, std, W, gen)
+            B = B if rule.density == 1 else B * bernoulli(shape, rule.density, W, gen)
+        self.register_buffer("B", B)
         self.exact = False
         self.backward_ran = self.traced = False
         self._spread: dict[Any, Tensor] = {}

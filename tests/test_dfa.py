@@ -249,6 +249,76 @@ def test_distributed_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+# ------------------------------------------------------------------------------------------ one matrix for the whole network
+
+
+def shared_net():
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False), nn.Tanh(),
+        nn.Flatten(), nn.Linear(6 * 3 * 4, 7), nn.Tanh(), nn.Linear(7, 3),
+    )  # fmt: skip
+    return oracles.fixed_weights(net.double()), randn(3, 2, 5, 7, seed=1).requires_grad_(), torch.arange(3)
+
+
+WIDTHS = {"0": 2 * 5 * 7, "2": 4 * 5 * 7, "5": 6 * 3 * 4, "7": 7}  # entries of one sample's input to each layer
+
+
+def test_one_matrix_is_sliced_for_every_layer():
+    net, x, y = shared_net()
+    stds = {n: m.weight.square().mean().sqrt().item() for n, m in net.named_modules() if hasattr(m, "weight")}
+    fa.convert(net, "dfa", form="shared", sample=x, seed=1)
+    B = {n: m.feedback.B for n, m in converted(net).items()}
+    assert {n: tuple(b.shape) for n, b in B.items()} == {"0": (3, 2, 5, 7), "2": (3, 4, 5, 7), "5": (3, 72), "7": (3, 7)}
+    widest = B["2"].flatten(1) / stds["2"]  # the whole matrix, of standard deviation 1
+    for name, width in WIDTHS.items():
+        assert apart(B[name].flatten(1) / stds[name], widest[:, :width]) < 1e-14
+    assert widest.std().item() == pytest.approx(1, rel=0.05) and widest.abs().max() <= 3**0.5
+    again, other = (fa.convert(shared_net()[0], "dfa", form="shared", sample=x, seed=s)[0].feedback.B for s in (1, 2))
+    assert torch.equal(again, B["0"]) and not torch.equal(other, B["0"])
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "xavier"}, {"init": 0.2, "density": 0.5}])
+@pytest.mark.parametrize("form", ["shared", "dense"])
+def test_one_column_for_every_unit_by_hand(form, options):
+    net, x, y = shared_net()
+    fa.convert(net, "dfa", form=form, sample=x, **options)
+    F.cross_entropy(net(x), y).backward()
+    one, two, three, out = net[0], net[2], net[5], net[7]
+    with torch.no_grad():
+        h1 = torch.tanh(F.conv2d(x, one.weight, one.bias, padding=1))
+        h2 = torch.tanh(F.conv2d(h1, two.weight, None, 2, 1, groups=2))
+        h3 = torch.tanh(F.linear(h2.flatten(1), three.weight, three.bias))
+        e = softmax_error(F.linear(h3, out.weight, out.bias), y)
+        sent_to = {n: torch.einsum("nc,ck->nk", e, m.feedback.B.flatten(1)) for n, m in zip("1234", (one, two, three, out))}
+        delta3 = (1 - h3**2) * sent_to["4"]
+        delta2 = (1 - h2**2) * sent_to["3"].view_as(h2)
+        delta1 = (1 - h1**2) * sent_to["2"].view_as(h1)
+    assert apart(x.grad, sent_to["1"].view_as(x)) < 1e-13
+    assert apart(out.weight.grad, e.T @ h3) < 1e-13
+    assert apart(three.weight.grad, delta3.T @ h2.flatten(1)) < 1e-13
+    assert apart(two.weight.grad, torch.nn.grad.conv2d_weight(h1, two.weight.shape, delta2, 2, 1, groups=2)) < 1e-13
+    assert apart(one.weight.grad, torch.nn.grad.conv2d_weight(x.detach(), one.weight.shape, delta1, padding=1)) < 1e-13
+    assert apart(one.bias.grad, delta1.sum((0, 2, 3))) < 1e-13
+
+
+def test_a_shared_matrix_is_sparse_once():
+    net, x, _ = shared_net()
+    fa.convert(net, "dfa", form="shared", sample=x, density=0.4)
+    alive = {n: (m.feedback.B.flatten(1) != 0) for n, m in converted(net).items()}
+    assert alive["2"].double().mean().item() == pytest.approx(0.4, abs=0.06)
+    assert all(torch.equal(alive[n], alive["2"][:, :w]) for n, w in WIDTHS.items())
+
+
+@pytest.mark.parametrize("form", ["shared", "dense"])
+def test_feedback_for_every_unit_needs_a_sample(form):
+    net, x, _ = shared_net()
+    with pytest.raises(fa.UserError, match=f"form='{form}'.*sample=x"):
+        fa.convert(net, "dfa", form=form)
+    assert type(net[0]) is nn.Conv2d
+    with pytest.raises(fa.UserError, match="kernel, dense, shared"):
+        fa.convert(net, "dfa", form="one")
+
+
 # ------------------------------------------------------------------------------------------ what raises, and what does not
 
 
