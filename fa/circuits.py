@@ -1,13 +1,15 @@
 """The circuit of a rule: asked of its code by intervention, and drawn.
 
-Whether a rule reads the forward weights is not taken from its description. A layer is held at one state, its forward weight is
-changed behind the rule's back, and what the rule's own code then sends down, or teaches its feedback, is compared with before:
+Whether a rule reads the forward weights is not taken from its description. A layer is held at one state, its forward
+weight is changed behind the rule's back, and what the rule's own code then sends down, or teaches its feedback, is
+compared with before:
 
-* *sent* - the error that leaves the layer for the same error at its output; a change means that the error's way down reads W;
+* *sent* - the error that leaves the layer for the same error at its output; a change means that the error's way down
+  reads W;
 * *taught* - the gradient of the feedback for the same activities; a change means that its learning reads W's value.
 
-Signs and magnitudes are scrambled separately: "sign" gives every entry of W a random sign, "magnitude" permutes the sizes and leaves the
-signs. This is our reading of the first two rows of p3's Table 1.
+Signs and magnitudes are scrambled separately: "sign" gives every entry of W a random sign, "magnitude" permutes the
+sizes and leaves the signs. This is our reading of the first two rows of p3's Table 1.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ WHAT = ("sign", "magnitude")
 
 
 def scramble(W: Tensor, what: str, gen: torch.Generator) -> Tensor:
-    """``W`` with random signs and its own magnitudes ("sign"), or with its own signs and permuted magnitudes ("magnitude")."""
+    """``W`` with random signs and its own magnitudes ("sign"), or with its own signs and permuted magnitudes
+    ("magnitude")."""
     if what not in WHAT:
         raise UserError(f"unknown part {what!r} of a weight; known: {', '.join(WHAT)}")
     if what == "sign":
@@ -66,7 +69,8 @@ def weight(layer: nn.Module, W: Tensor) -> Iterator[None]:
 @contextmanager
 def same_noise(net: nn.Module) -> Iterator[None]:
     """Within the block the layers draw noise for their mirrors; after it they will draw the same again."""
-    generators = [m.feedback.op.gen for m in converted(net).values() if isinstance(m.feedback, Feedback) and m.feedback.op.gen]
+    maps = [m.feedback.op for m in converted(net).values() if isinstance(m.feedback, Feedback)]
+    generators = [op.gen for op in maps if op.gen]
     states = [g.get_state() for g in generators]
     try:
         yield
@@ -109,7 +113,9 @@ class _Recorded:
         return self.kept[-1].clone()
 
 
-def taught(layer: nn.Module, x: Tensor, dy: Tensor, W: Tensor | None = None, activity: bool = False) -> dict[str, Tensor]:
+def taught(
+    layer: nn.Module, x: Tensor, dy: Tensor, W: Tensor | None = None, activity: bool = False
+) -> dict[str, Tensor]:
     """The gradients of a layer's learned feedback, by its rule's own ``feedback_grad``; empty where nothing is learned.
 
     Args:
@@ -117,14 +123,15 @@ def taught(layer: nn.Module, x: Tensor, dy: Tensor, W: Tensor | None = None, act
         x: its input (n, ...).
         dy: the error at its output.
         W: what the rule takes for the layer's weight (default: that weight).
-        activity: whether the activity that the layer makes, from its input or from a mirror's noise, follows ``W`` too. Default ``False``:
-            every neuron is as active as under the layer's own weight, and only the value of the synapse is another.
+        activity: whether the activity that the layer makes, from its input or from a mirror's noise, follows ``W``
+            too. Default ``False``: every neuron is as active as under the layer's own weight, and only the value of
+            the synapse is another.
     """
     fb = getattr(layer, "feedback", None)
     if not isinstance(fb, Feedback) or not fb.rule.learned:
         return {}
     if fb.rule.sgd_only:
-        raise UserError("implicit feedback is not stored and cannot be asked what teaches it; convert with implicit=False")
+        raise UserError("implicit feedback stores no R and cannot say what teaches it; convert with implicit=False")
     true = layer.weight.detach()
     known = {n: getattr(fb, n).detach() for n in fb.names} | {"x": x, "dy": dy, "dW": fb.op.correlate(x, dy, true)}
 
@@ -141,7 +148,8 @@ def taught(layer: nn.Module, x: Tensor, dy: Tensor, W: Tensor | None = None, act
 
 
 def change(after: Tensor, before: Tensor) -> float:
-    """Relative change, norm of the difference over the norm before, in float64; 0 where nothing is sent before or after."""
+    """Relative change, norm of the difference over the norm before, in float64; 0 where nothing is sent before or
+    after."""
     after, before = after.detach().double(), before.detach().double()
     moved = torch.linalg.vector_norm(after - before).item()
     return moved / torch.linalg.vector_norm(before).item() if moved else 0.0
@@ -155,8 +163,9 @@ def reads(layer: nn.Module, x: Tensor, dy: Tensor, gen: torch.Generator) -> dict
         gen: of the scrambling.
 
     Returns:
-        ``send_sign`` and ``send_magnitude``, of the error sent down; and where feedback is learned, of its gradient, ``learn_sign`` and
-        ``learn_magnitude`` (all activities held) and ``learn_activity`` (signs scrambled, and the layer's activity follows).
+        ``send_sign`` and ``send_magnitude``, of the error sent down; and where feedback is learned, of its gradient,
+        ``learn_sign`` and ``learn_magnitude`` (all activities held) and ``learn_activity`` (signs scrambled, and the
+        layer's activity follows).
     """
     W = layer.weight.detach().clone()
     before, lesson = sent(layer, x, dy), taught(layer, x, dy)
@@ -175,7 +184,8 @@ def reads(layer: nn.Module, x: Tensor, dy: Tensor, gen: torch.Generator) -> dict
 def noise_passes(net: nn.Module, x: Tensor, dy: Tensor) -> float:
     """Fraction of the passes through the layers' weights in one training step that noise drives and not the data.
 
-    Counted while the network takes the step: every product W x of the forward pass, and every one that the learning of the feedback makes.
+    Counted while the network takes the step: every product W x of the forward pass, and every one that the learning
+    of the feedback makes.
 
     Args:
         net: converted or not; its gradients and the state of its noise are left as they are.
@@ -213,10 +223,11 @@ def noise_passes(net: nn.Module, x: Tensor, dy: Tensor) -> float:
 def reciprocal(net: nn.Module, gen: torch.Generator, entries: int = 20) -> dict[tuple[str, str], float]:
     """How much of every feedback matrix joins a pair of neurons that a forward synapse joins too, the other way round.
 
-    A synapse of the feedback is reciprocal if it carries error from one output neuron of the layer to one of its inputs, that is, if
-    changing it changes one entry of the effective kernel. A synapse into or out of a population in between changes a row or a column. Where the
-    feedback is no matrix of its own but made of W, it is W's mirror image. Under dfa the error comes from the network's output neurons,
-    which are the layer's own only in the last layer.
+    A synapse of the feedback is reciprocal if it carries error from one output neuron of the layer to one of its
+    inputs, that is, if changing it changes one entry of the effective kernel. A synapse into or out of a population
+    in between changes a row or a column. Where the feedback is no matrix of its own but made of W, it is W's mirror
+    image. Under dfa the error comes from the network's output neurons, which are the layer's own only in the last
+    layer.
 
     Args:
         net: converted or not.
@@ -258,7 +269,8 @@ PANELS = ("bp", "fa", "dfa", "usf", "kp", "wm", "pfa")
 """The rules of the drawing."""
 
 SHOWN = {"wm": {"input": "normal"}}
-"""Options under which a rule is drawn, where its defaults do not show what it is known for: a weight mirror driven by noise."""
+"""Options under which a rule is drawn, where its defaults do not show what it is known for: a weight mirror driven by
+noise."""
 
 
 @dataclass(frozen=True)
@@ -267,14 +279,15 @@ class Circuit:
 
     Args:
         rule: its name.
-        feedback: matrices on the error's way down, in its order: name -> "learned", "fixed" or "copied" (made of W, at every use or, under
-            the name of a matrix of its own, now and then).
-        shapes: name -> shape in symbols, (out, in) of the layer, "pop" for a population in between, "classes" for the network's output.
+        feedback: matrices on the error's way down, in its order: name -> "learned", "fixed" or "copied" (made of W,
+            at every use or, under the name of a matrix of its own, now and then).
+        shapes: name -> shape in symbols, (out, in) of the layer, "pop" for a population in between, "classes" for the
+            network's output.
         transported: what of W the error's way down reads: "sign", "magnitude", both or nothing.
         reads_value: whether learning reads W's value, all activity held.
         sees_activity: whether learning depends on W through the layer's activity.
-        product: what meets x in the learned feedback's gradient, where that is the product of two activities, as "dy" for dy x^T, which
-            is W's own update, or "B^T dy"; "" elsewhere.
+        product: what meets x in the learned feedback's gradient, where that is the product of two activities, as "dy"
+            for dy x^T, which is W's own update, or "B^T dy"; "" elsewhere.
         noise: whether noise drives the learning.
         direct: whether the error comes straight from the network's output.
     """
@@ -296,14 +309,16 @@ class Circuit:
 
 
 def circuit(name: str) -> Circuit:
-    """A rule's circuit: the hidden layer of a small network is converted, and :func:`reads` and its like are asked; nothing is typed in.
+    """A rule's circuit: the hidden layer of a small network is converted, and :func:`reads` and its like are asked;
+    nothing is typed in.
 
     Raises:
         UserError: an unknown rule.
     """
     sizes = {"in": 7, "out": 5, "classes": 3}
     weights = generator(0, "circuit")
-    net = nn.Sequential(nn.Linear(sizes["in"], sizes["out"]), nn.ReLU(), nn.Linear(sizes["out"], sizes["classes"])).double()
+    n_in, n_out, classes = sizes.values()
+    net = nn.Sequential(nn.Linear(n_in, n_out), nn.ReLU(), nn.Linear(n_out, classes)).double()
     with torch.no_grad():
         for p in net.parameters():
             p.normal_(generator=weights)
@@ -345,13 +360,15 @@ def summary(names: Sequence[str] = PANELS) -> str:
 
     rows = []
     for c in map(circuit, names):
-        kinds = {kind: ", ".join(f"{n} ({' x '.join(c.shapes[n])})" for n, k in c.feedback.items() if k == kind) for kind in ("copied", "fixed", "learned")}
+        told = {n: f"{n} ({' x '.join(c.shapes[n])})" for n in c.feedback}
+        kinds = {kind: [told[n] for n, k in c.feedback.items() if k == kind] for kind in ("copied", "fixed", "learned")}
+        product = f"{c.product} x^T" if c.product else "-"
         rows.append({
             "rule": look(c.rule).label,
             "equation": RULES[c.rule].equation,
-            **kinds,
+            **{kind: ", ".join(names) for kind, names in kinds.items()},
             "error reads W's": ", ".join(c.transported) or "-",
-            "it learns from": "W" if c.reads_value else "W x" if c.sees_activity else f"{c.product} x^T" if c.product else "-",
+            "it learns from": "W" if c.reads_value else "W x" if c.sees_activity else product,
             "noise": "yes" if c.noise else "-",
         })  # fmt: skip
     return pd.DataFrame(rows).replace("", "-").to_string(index=False)
@@ -361,6 +378,9 @@ def summary(names: Sequence[str] = PANELS) -> str:
 
 _LINES = {"learned": "-", "fixed": "--", "copied": ":"}
 _RED = "#C1121F"
+_TRANSPORT = {"color": _RED, "ls": (0, (1, 1.3)), "lw": 1.4}
+_SHARED = {"color": "0.35", "arrowstyle": "<|-|>"}
+_ACTIVITY = {"color": "0.35", "ls": (0, (4, 1.5, 1, 1.5))}
 _X, _DX = 0.46, 1.26  # the forward and the backward column, inches
 _LOW, _POP, _HIGH, _TOP, _LOSS = 0.33, 0.74, 1.15, 1.55, 1.86  # levels
 
@@ -380,7 +400,9 @@ def title(name: str) -> str:
     return textwrap.shorten(re.split(r"[:.(]| with ", (RULES[name].__doc__ or name).strip())[0], 34, placeholder=" …")
 
 
-def _row(ax: Axes, x: float, y: float, n: int = 3, gap: float = 0.16, r: float = 0.05, **kwargs: Any) -> list[tuple[float, float]]:
+def _row(
+    ax: Axes, x: float, y: float, n: int = 3, gap: float = 0.16, r: float = 0.05, **kwargs: Any
+) -> list[tuple[float, float]]:
     """Neurons side by side; returns their places."""
     from matplotlib.patches import Circle
 
@@ -420,12 +442,14 @@ def draw_panel(ax: Axes, c: Circuit) -> None:
     from .plot import look
 
     color = look(c.rule).color if c.rule != "bp" else "0.15"
-    ax.add_patch(FancyBboxPatch((_X - 0.2, _LOSS - 0.06), _DX - _X + 0.4, 0.12, boxstyle="round,pad=0.02", fc="0.93", ec="0.5", lw=0.6))
+    box = {"boxstyle": "round,pad=0.02", "fc": "0.93", "ec": "0.5", "lw": 0.6}
+    ax.add_patch(FancyBboxPatch((_X - 0.2, _LOSS - 0.06), _DX - _X + 0.4, 0.12, **box))
     ax.text((_X + _DX) / 2, _LOSS, "network's output, loss", fontsize=6.5, ha="center", va="center", color="0.2")
     x, y = _row(ax, _X, _LOW), _row(ax, _X, _HIGH)
     back = {"facecolor": "0.85"}
     dx, dy, e = _row(ax, _DX, _LOW, **back), _row(ax, _DX, _HIGH, **back), _row(ax, _DX, _TOP, **back)
-    for text, at, side in (("$x$", x, -1), ("$y$", y, -1), ("$dx$", dx, 1), ("$dy$", dy, -1 if c.direct else 1), ("$e$", e, 1)):
+    free = -1 if c.direct else 1  # the side of dy at which nothing passes
+    for text, at, side in (("$x$", x, -1), ("$y$", y, -1), ("$dx$", dx, 1), ("$dy$", dy, free), ("$e$", e, 1)):
         px, py = at[0 if side < 0 else -1]
         ax.text(px + side * 0.08, py, text, ha="right" if side < 0 else "left", va="center", fontsize=7.5)
     _synapses(ax, x, y, "learned", "0.15")
@@ -449,10 +473,11 @@ def draw_panel(ax: Axes, c: Circuit) -> None:
         from matplotlib.path import Path
 
         for start, end in zip(e, dx):  # around dy, whose error comes by a matrix of its own
-            bend = [start, (start[0] + 0.45, _HIGH + 0.1), (end[0] + 0.45, _HIGH - 0.35), (end[0] + 0.03, end[1] + 0.07)]
+            tip = (end[0] + 0.03, end[1] + 0.07)
+            bend = [start, (start[0] + 0.45, _HIGH + 0.1), (end[0] + 0.45, _HIGH - 0.35), tip]
             path = Path(bend, [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
             ax.add_patch(PathPatch(path, fc="none", ec=color, ls=_LINES[c.feedback["B"]], lw=0.75, zorder=2))
-            ax.plot(*bend[-1], "o", ms=1.5, mew=0, color=color, zorder=3)
+            ax.plot(*tip, "o", ms=1.5, mew=0, color=color, zorder=3)
         _synapses(ax, e, dy, c.feedback["B"], color)
         _label(ax, _DX + 0.33, middle, "$B_l$", color=color)
     else:
@@ -465,23 +490,25 @@ def draw_panel(ax: Axes, c: Circuit) -> None:
 
     refreshed = "copied" in c.feedback.values() and "W" not in c.feedback
     if c.transported or c.reads_value or refreshed:
-        told = {0: "now and then" if refreshed else "value", 1: "".join(c.transported), 2: "sign and size"}[len(c.transported)]
+        seldom = "now and then" if refreshed else "value"
+        told = (seldom, "".join(c.transported), "sign and size")[len(c.transported)]
         reach = 0.24 if c.transported == ("sign",) else 0.1
-        _arrow(ax, (_X + 0.1, middle), (_DX - reach, middle), _RED, ls=(0, (1, 1.3)), lw=1.4, mutation_scale=7, zorder=7)
+        _arrow(ax, (_X + 0.1, middle), (_DX - reach, middle), **_TRANSPORT, mutation_scale=7, zorder=7)
         _label(ax, (_X + _DX) / 2 - (reach - 0.1) / 2, middle + 0.1, told, color=_RED, fontsize=6.5)
     if c.product == "dy":
-        _arrow(ax, (_X + 0.1, middle), (_DX - 0.1, middle), "0.35", arrowstyle="<|-|>", lw=0.8, zorder=7)
+        _arrow(ax, (_X + 0.1, middle), (_DX - 0.1, middle), **_SHARED, zorder=7)
         _label(ax, (_X + _DX) / 2, middle + 0.1, "$dW$", color="0.25", fontsize=6.5)
     if c.sees_activity and not c.reads_value:
-        for level in (_LOW, _HIGH):
-            _arrow(ax, (_X + 0.24, level), (_DX - 0.1, middle + (0.04 if level == _HIGH else -0.04)), "0.35", ls=(0, (4, 1.5, 1, 1.5)), zorder=5)
+        for level, end in ((_LOW, middle - 0.04), (_HIGH, middle + 0.04)):
+            _arrow(ax, (_X + 0.24, level), (_DX - 0.1, end), **_ACTIVITY, zorder=5)
     if c.noise:
         _arrow(ax, (_X, _LOW - 0.23), (_X, _LOW - 0.07), color)
         ax.text(_X + 0.06, _LOW - 0.19, "noise", fontsize=6.5, color=color, va="center")
 
 
 def draw(names: Sequence[str] = PANELS) -> Figure:
-    """The circuits of the rules, four a row, and a key to the marks: p3's Figure 1 in our reading, for the paper's own is not known to us."""
+    """The circuits of the rules, four a row, and a key to the marks: p3's Figure 1 in our reading, for the paper's
+    own is not known to us."""
     import matplotlib.pyplot as plt
 
     from .plot import WIDTH, look
@@ -490,7 +517,8 @@ def draw(names: Sequence[str] = PANELS) -> Figure:
     cell, tall, columns = WIDTH["double"] / 4, 2.5, 4
     rows = -(-(len(circuits) + 1) // columns)
     fig = plt.figure(figsize=(WIDTH["double"], rows * tall))
-    places = [fig.add_axes((i % columns / columns, 1 - (i // columns + 1) / rows, 1 / columns, 1 / rows)) for i in range(len(circuits) + 1)]
+    spots = [divmod(i, columns) for i in range(len(circuits) + 1)]
+    places = [fig.add_axes((j / columns, 1 - (i + 1) / rows, 1 / columns, 1 / rows)) for i, j in spots]
     for ax in places:
         ax.set(xlim=(0, cell), ylim=(-0.2, tall - 0.2))
         ax.axis("off")
@@ -517,9 +545,9 @@ def _key(ax: Axes) -> None:
         ax.text(0.56, y, text, fontsize=6.5, va="center")
         y -= step
     for style, text in (
-        ({"color": _RED, "ls": (0, (1, 1.3)), "lw": 1.4}, "weight transport: another\nsynapse's value is read"),
-        ({"color": "0.35", "arrowstyle": "<|-|>"}, "the same local update"),
-        ({"color": "0.35", "ls": (0, (4, 1.5, 1, 1.5))}, "learns from the activity\nthat W makes"),
+        (_TRANSPORT, "weight transport: another\nsynapse's value is read"),
+        (_SHARED, "the same local update"),
+        (_ACTIVITY, "learns from the activity\nthat W makes"),
     ):
         _arrow(ax, (0.14, y), (0.48, y), **style)
         ax.text(0.56, y, text, fontsize=6.5, va="center", linespacing=1.05)

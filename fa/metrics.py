@@ -75,8 +75,8 @@ def alignment(net: nn.Module) -> pd.DataFrame:
 
 
 def matrices(layer: nn.Module) -> dict[str, Tensor]:
-    """The feedback matrices of a layer by name, detached: ``B`` and ``R`` where the rule stores them (masked entries 0), and else, as under
-    the sign rules, the effective kernel, named ``K``. Empty for a layer that is not converted.
+    """The feedback matrices of a layer by name, detached: ``B`` and ``R`` where the rule stores them (masked entries
+    0), and else, as under the sign rules, the effective kernel, named ``K``. Empty for a layer that is not converted.
 
     Raises:
         UserError: implicit product feedback, which stores no R.
@@ -96,20 +96,22 @@ def matrices(layer: nn.Module) -> dict[str, Tensor]:
 def symmetry(net: nn.Module, seed: int = 0) -> pd.DataFrame:
     """How much every single feedback matrix of a network mirrors its layer's weight W.
 
-    A matrix of W's shape is compared entry by entry. For any matrix, of whatever shape, each of its units is compared with the forward neuron
-    that it resembles most: the rows of a matrix that shares W's input side (R of product feedback, B of direct feedback), or the columns of one
-    that shares W's output side (B of product feedback). Two levels say what a match is worth. ``chance`` is that of a Gaussian matrix,
-    which knows nothing of W. ``mixed`` is that of random Gaussian mixtures of W's own rows (or columns): units that hear of all
-    forward neurons and mirror none. A matrix mirrors W where its match exceeds ``mixed``. Our definition: the paper has no such measure.
+    A matrix of W's shape is compared entry by entry. For any matrix, of whatever shape, each of its units is compared
+    with the forward neuron that it resembles most: the rows of a matrix that shares W's input side (R of product
+    feedback, B of direct feedback), or the columns of one that shares W's output side (B of product feedback). Two
+    levels say what a match is worth. ``chance`` is that of a Gaussian matrix, which knows nothing of W. ``mixed`` is
+    that of random Gaussian mixtures of W's own rows (or columns): units that hear of all forward neurons and mirror
+    none. A matrix mirrors W where its match exceeds ``mixed``. Our definition: the paper has no such measure.
 
     Args:
         net: a converted network.
         seed: of the two random matrices (default 0).
 
     Returns:
-        One row a feedback matrix (see :func:`matrices`): ``layer``, ``depth``, ``matrix``, ``correlation`` (Pearson's, over entries) and
-        ``angle_deg``, both nan where the shapes differ, and ``match``, ``mixed``, ``chance``: the mean over the matrix's units of the
-        largest absolute cosine with any forward neuron; nan where neither side is shared. In float64.
+        One row a feedback matrix (see :func:`matrices`): ``layer``, ``depth``, ``matrix``, ``correlation``
+        (Pearson's, over entries) and ``angle_deg``, both nan where the shapes differ, and ``match``, ``mixed``,
+        ``chance``: the mean over the matrix's units of the largest absolute cosine with any forward neuron; nan where
+        neither side is shared. In float64.
     """
     rows = []
     for depth, (name, layer) in enumerate(converted(net).items(), 1):
@@ -130,13 +132,16 @@ def symmetry(net: nn.Module, seed: int = 0) -> pd.DataFrame:
                 gen = generator(seed, name, key, "symmetry")
                 weights = torch.randn(len(units), len(neurons), generator=gen, dtype=torch.float64).to(W.device)
                 random = torch.randn(units.shape, generator=gen, dtype=torch.float64).to(W.device)
-                found |= {"match": nearest(units, neurons), "mixed": nearest(weights @ neurons, neurons), "chance": nearest(random, neurons)}
+                compared = {"match": units, "mixed": weights @ neurons, "chance": random}
+                found |= {what: nearest(M, neurons) for what, M in compared.items()}
             rows.append({"layer": name, "depth": depth, "matrix": key, **found})
-    return pd.DataFrame(rows, columns=["layer", "depth", "matrix", "correlation", "angle_deg", "match", "mixed", "chance"])
+    columns = ["layer", "depth", "matrix", "correlation", "angle_deg", "match", "mixed", "chance"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def nearest(a: Tensor, b: Tensor) -> float:
-    """Mean over the rows of ``a`` (m, d) of the largest absolute cosine with any row of ``b`` (n, d); zero rows are left out."""
+    """Mean over the rows of ``a`` (m, d) of the largest absolute cosine with any row of ``b`` (n, d); zero rows are
+    left out."""
     a, b = (t[torch.linalg.vector_norm(t, dim=1) > 0] for t in (a, b))
     cosines = torch.nn.functional.normalize(a, dim=1) @ torch.nn.functional.normalize(b, dim=1).T
     return cosines.abs().amax(1).mean().item() if cosines.numel() else float("nan")

@@ -1,8 +1,9 @@
 """p3, Table 1: what each rule needs and what it reaches, a number for every tick.
 
-Two kinds of run. *Training*: Figure 2's recipe on MNIST. The runs of rules whose feedback has W's shape are Figure 2's own; the others are
-trained here, so that every feedback matrix of the trained network can be compared with W. *Probes*: the same recipe in its quick form
-(digits), briefly, and then interventions on the rules' own code (:mod:`fa.circuits`). A property of the code does not hang on the data.
+Two kinds of run. *Training*: Figure 2's recipe on MNIST. The runs of rules whose feedback has W's shape are Figure
+2's own; the others are trained here, so that every feedback matrix of the trained network can be compared with W.
+*Probes*: the same recipe in its quick form (digits), briefly, and then interventions on the rules' own code
+(:mod:`fa.circuits`). A property of the code does not hang on the data.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from .experiment import Experiment
 RULES = ("bp", "fa", "dfa", "usf", "kp", "wm", "pfa", "pfa_o")
 
 OPTIONS = {"wm": "init=0.001 amp=0.01 decay=0.005 input=normal"}
-"""Ours, as the paper ran no weight mirror: noise drives it, B goes to amp / (2 decay) W = W, and it starts small, so that what the mirror has
-learned soon outweighs the draw."""
+"""Ours, as the paper ran no weight mirror: noise drives it, B goes to amp / (2 decay) W = W, and it starts small, so
+that what the mirror has learned soon outweighs the draw."""
 
 SHARED = ("bp", "fa", "usf", "kp")  # Figure 2's runs: feedback of W's shape, of which the angle to W says all
 
@@ -99,14 +100,16 @@ def run(
 
 
 def mirrored(config: Config, net: nn.Module, epoch: int) -> list[list[Any]]:
-    """Rows of :func:`fa.metrics.symmetry` before and after training: ``B_match``, ``R_mixed``, ..., and ``B_excess`` = match - mixed."""
+    """Rows of :func:`fa.metrics.symmetry` before and after training: ``B_match``, ``R_mixed``, ..., and ``B_excess``
+    = match - mixed."""
     if epoch not in (0, config.epochs) or not converted(net):
         return []
     rows = []
     for row in symmetry(explicit(config, net)).to_dict("records"):
         row["excess"] = row["match"] - row["mixed"]
         names = ("correlation", "angle_deg", "match", "mixed", "chance", "excess")
-        rows += [[epoch, row["layer"], row["depth"], f"{row['matrix']}_{n}", row[n]] for n in names if not math.isnan(row[n])]
+        told = [n for n in names if not math.isnan(row[n])]
+        rows += [[epoch, row["layer"], row["depth"], f"{row['matrix']}_{n}", row[n]] for n in told]
     return rows
 
 
@@ -138,21 +141,23 @@ def probe(config: Probe) -> pd.DataFrame:
         trained["net"] = net
         return []
 
-    recipe = Config(config.experiment, config.rule, config.seed, config.options, config.dataset, hidden=config.hidden, epochs=config.epochs,
-                    lr=config.lr, lr_drops="", revision=config.revision)  # fmt: skip
+    shared = ("experiment", "rule", "seed", "options", "dataset", "hidden", "epochs", "lr", "revision")
+    recipe = Config(**{name: getattr(config, name) for name in shared}, lr_drops="")
     train(recipe, extra=keep)
     net, split = trained["net"], data.load(config.dataset, "cpu").train
-    rows = [[config.epochs, layer, depth, metric, value] for layer, depth, metric, value in probed(net, split.x[:64], split.y[:64], config.seed)]
+    rows = [[config.epochs, *row] for row in probed(net, *split.first(64), config.seed)]
     table = pd.DataFrame(rows, columns=["epoch", "layer", "depth", "metric", "value"]).astype({"depth": "Int64"})
     table.attrs["status"] = {"state": "finished", "seconds": round(time.monotonic() - begin, 1)}
     return table
 
 
 def probed(net: nn.Module, x: Tensor, y: Tensor, seed: int) -> list[tuple[str, int | None, str, float]]:
-    """(layer, depth, metric, value) of every intervention on a network, at one batch and the true errors of its cross-entropy.
+    """(layer, depth, metric, value) of every intervention on a network, at one batch and the true errors of its
+    cross-entropy.
 
-    ``send_*`` and ``learn_*`` are those of :func:`fa.circuits.reads`, ``B_reciprocal``, ... those of :func:`fa.circuits.reciprocal` (``W_``
-    where the feedback is made of W), ``noise_passes`` that of :func:`fa.circuits.noise_passes`.
+    ``send_*`` and ``learn_*`` are those of :func:`fa.circuits.reads`, ``B_reciprocal``, ... those of
+    :func:`fa.circuits.reciprocal` (``W_`` where the feedback is made of W), ``noise_passes`` that of
+    :func:`fa.circuits.noise_passes`.
     """
     layers, kept, handles = weighted(net), {}, []
     for name, layer in layers.items():
@@ -181,34 +186,42 @@ def probed(net: nn.Module, x: Tensor, y: Tensor, seed: int) -> list[tuple[str, i
 # --------------------------------------------------------------------------------------------------------------- table
 
 PROPERTIES = {
-    "no_sign_transport": ("No need to transport weight sign", "change of the error sent down · of the\nfeedback's lesson, under random signs"),
-    "no_magnitude_transport": ("No need to transport weight magnitude", "the same, under permuted magnitudes"),
+    "no_sign_transport": ("No need to transport weight sign",
+                          "change of the error sent down · of the\nfeedback's lesson, under random signs"),
+    "no_magnitude_transport": ("No need to transport weight magnitude",
+                               "the same, under permuted magnitudes"),
     "no_separate_phase": ("No separate feedback-learning phase", "passes that noise drives, not the data"),
-    "no_explicit_symmetry": ("No explicit symmetry after training", "synapses that join a forward pair of\nneurons · highest correlation with W"),
-    "accurate_path": ("Accurate approximation to BP", "widest angle between path and W · be-\ntween the gradient and backprop's"),
-    "bp_level": ("BP-level task performance", "test accuracy minus BP's (points) · sd\nover seeds, which are paired"),
+    "no_explicit_symmetry": ("No explicit symmetry after training",
+                             "synapses that join a forward pair of\nneurons · highest correlation with W"),
+    "accurate_path": ("Accurate approximation to BP",
+                      "widest angle between path and W · be-\ntween the gradient and backprop's"),
+    "bp_level": ("BP-level task performance",
+                 "test accuracy minus BP's (points) · sd\nover seeds, which are paired"),
 }
-"""Rows of the table, named as in data/reference/p3_table1.csv: the paper's property, and the number that we put behind it."""
+"""Rows of the table, named as in data/reference/p3_table1.csv: the paper's property, and the number that we put
+behind it."""
 
 LIMITS = {"change": 0.05, "correlation": 0.05, "excess": 0.05, "angle": 30.0, "gap": -0.1}
-"""What counts as a tick, fixed before the runs, and the same in data/claims.csv: a relative change below ``change``; no reciprocal synapses
-correlated with W by ``correlation`` and no matrix that matches forward neurons by ``excess`` more than mixtures of them do; every layer's angle
-below ``angle`` degrees; an accuracy of at least BP's plus ``gap`` points."""
+"""What counts as a tick, fixed before the runs, and the same in data/claims.csv: a relative change below ``change``;
+no reciprocal synapses correlated with W by ``correlation`` and no matrix that matches forward neurons by ``excess``
+more than mixtures of them do; every layer's angle below ``angle`` degrees; an accuracy of at least BP's plus ``gap``
+points."""
 
 
 def cells(table: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     """Table 1, a row a cell.
 
     Args:
-        table: the record; may lack rules, or be empty.
+        table: the record; may lack rules that the paper's table has, or be empty.
         reference: the paper's ticks (1 tick, 0 cross, 0.5 a footnote's letter); may be empty.
 
     Returns:
-        ``property``, ``rule``, ``ours`` (one or two numbers as text, "" where nothing is measured), ``met`` (1, 0, nan), ``paper`` (1, 0.5, 0, nan),
-        ``note`` (the footnote's letter), ``verdict`` ("agrees", "disagrees", "not comparable") and ``evidence`` (the metrics of the record).
+        ``property``, ``rule``, ``ours`` (one or two numbers as text, "" where nothing is measured), ``met`` (1, 0,
+        nan), ``paper`` (1, 0.5, 0, nan), ``note`` (the footnote's letter), ``verdict`` ("agrees", "disagrees", "not
+        comparable") and ``evidence`` (the metrics of the record).
     """
     rows = []
-    for rule in dict.fromkeys([*RULES, *table.rule]):
+    for rule in dict.fromkeys([*table.rule, *reference.rule[reference.rule.isin(RULES)]]):
         last = _last(table, rule)
         for prop, (ours, met, evidence) in _measured(last, table, rule).items():
             theirs = reference[(reference.metric == prop) & (reference.rule == rule)]
@@ -243,7 +256,8 @@ def _measured(last: pd.DataFrame, table: pd.DataFrame, rule: str) -> dict[str, t
         met = float(max(known) < LIMITS["change"]) if known else math.nan
         found[prop] = show(*values), met, f"send_{what}, learn_{what} (probes); claims {what}_*"
     noise = extreme("noise_passes")
-    found["no_separate_phase"] = show(noise, form="{:.0%}"), math.nan if math.isnan(noise) else float(noise == 0), "noise_passes (probes); claims phase_*"
+    met = math.nan if math.isnan(noise) else float(noise == 0)
+    found["no_separate_phase"] = show(noise, form="{:.0%}"), met, "noise_passes (probes); claims phase_*"
     found["no_explicit_symmetry"] = _symmetry(last, rule, show)
 
     path, grad, error = (extreme(m) for m in ("angle_deg", "grad_angle_global_deg", "delta_angle_global_deg"))
@@ -255,8 +269,8 @@ def _measured(last: pd.DataFrame, table: pd.DataFrame, rule: str) -> dict[str, t
     met = math.nan if math.isnan(path) else float(path < LIMITS["angle"])
     found["accurate_path"] = show(path, grad, form="{:.0f}°"), met, f"{told}; claims path*"
 
-    final = table[(table.metric == "test_accuracy") & (table.epoch == table[table.metric == "test_accuracy"].epoch.max())]
-    final = final.pivot_table(index="seed", columns="rule", values="value")
+    final = table[table.metric == "test_accuracy"]
+    final = final[final.epoch == final.epoch.max()].pivot_table(index="seed", columns="rule", values="value")
     gap = (final[rule] - final["bp"]).dropna() if {rule, "bp"} <= set(final) else pd.Series(dtype=float)
     ours, met = "", math.nan
     if len(gap):
@@ -278,7 +292,7 @@ def _symmetry(last: pd.DataFrame, rule: str, show: Callable[..., str]) -> tuple[
             same[matrix] = wide[f"{matrix}_correlation"]
         elif matrix == "W":
             same[matrix] = joined[matrix].where(joined[matrix].isna(), 1.0)
-        elif "angle_deg" in wide and len(joined) == 1:  # feedback of W's shape: the cosine, which without means is the correlation
+        elif "angle_deg" in wide and len(joined) == 1:  # of W's shape: the cosine, as means are near 0
             same[matrix] = wide.angle_deg.map(lambda a: math.cos(math.radians(a)))
     met = math.nan
     fraction = pd.concat(joined.values()).mean()
@@ -286,17 +300,20 @@ def _symmetry(last: pd.DataFrame, rule: str, show: Callable[..., str]) -> tuple[
     excess = [wide[m].max() for m in wide if m.endswith("_excess")]
     if mirrored or excess:
         met = float(not any(mirrored) and not any(e > LIMITS["excess"] for e in excess))
-    evidence = ["*_reciprocal (probes)", "*_correlation, *_excess" if excess else "W itself" if rule == "bp" else "cos angle_deg"]
+    told = "*_correlation, *_excess" if excess else "W itself" if rule == "bp" else "cos angle_deg"
     strongest = max((s.abs().max() for s in same.values()), default=math.nan)
-    return " · ".join(filter(None, [f"{fraction:.0%}", show(strongest)])), met, f"{', '.join(evidence)}; claims symmetry_*"
+    text = " · ".join(filter(None, [f"{fraction:.0%}", show(strongest)]))
+    return text, met, f"*_reciprocal (probes), {told}; claims symmetry_*"
 
 
 def listing(cells: pd.DataFrame) -> str:
-    """Text table of :func:`cells`: our numbers, our tick / the paper's (y, n, a footnote's letter); "*" where the two disagree."""
+    """Text table of :func:`cells`: our numbers, our tick / the paper's (y, n, a footnote's letter); "*" where the two
+    disagree."""
     from ..plot import in_order, look
 
     mark = {1.0: "y", 0.0: "n"}
-    text = [f"{c.ours or '-'} {mark.get(c.met, '-')}/{c.note or mark.get(c.paper, '-')}{'*' * (c.verdict == 'disagrees')}" for c in cells.itertuples()]
+    text = [f"{c.ours or '-'} {mark.get(c.met, '-')}/{c.note or mark.get(c.paper, '-')}" for c in cells.itertuples()]
+    text = [t + "*" * (verdict == "disagrees") for t, verdict in zip(text, cells.verdict)]
     wide = cells.assign(text=text).pivot(index="rule", columns="property", values="text")
     wide = wide.loc[in_order(wide.index), list(PROPERTIES)]
     return wide.set_axis([look(r).label for r in wide.index]).rename_axis(index=None, columns=None).to_string()
@@ -317,7 +334,8 @@ def evidence(cells: pd.DataFrame) -> str:
 
 
 def mirrors(table: pd.DataFrame) -> str:
-    """Text table of the symmetry of every feedback matrix that a trained network's record holds, means over seeds after training."""
+    """Text table of the symmetry of every feedback matrix that a trained network's record holds, means over seeds
+    after training."""
     from ..plot import in_order, look
 
     names = ("correlation", "match", "mixed", "chance")
@@ -326,14 +344,17 @@ def mirrors(table: pd.DataFrame) -> str:
         return "no run yet"
     rows = rows[rows.epoch == rows.groupby("run").epoch.transform("max")]
     rows = rows.assign(matrix=rows.metric.str[0], metric=rows.metric.str[2:])
-    wide = rows.pivot_table(index=["rule", "depth", "layer", "matrix"], columns="metric", values="value").reindex(columns=names)
-    wide = wide.reset_index().sort_values(["rule", "depth", "matrix"], key=lambda c: c.map(in_order(c).index) if c.name == "rule" else c)
+    wide = rows.pivot_table(index=["rule", "depth", "layer", "matrix"], columns="metric", values="value")
+    order = in_order(rows.rule)
+    wide = wide.reindex(columns=names).reset_index().sort_values(
+        ["rule", "depth", "matrix"], key=lambda c: c.map(order.index) if c.name == "rule" else c)  # fmt: skip
     wide["rule"] = [look(r).label for r in wide.rule]
     return wide.drop(columns="depth").to_string(index=False, float_format="{:.2f}".format, na_rep="-")
 
 
 def draw(cells: pd.DataFrame) -> Any:
-    """The table as a figure: in each cell our numbers, and at their right the paper's tick; shaded by whether the two agree."""
+    """The table as a figure: in each cell our numbers, and at their right the paper's tick; shaded by whether the two
+    agree."""
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch, Rectangle
 
@@ -349,9 +370,10 @@ def draw(cells: pd.DataFrame) -> Any:
     ax = fig.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, page), ylim=(height, 0))
     ax.axis("off")
+    middle = {"ha": "center", "va": "center"}
     for i, rule in enumerate(rules):
-        own = look(rule)
-        ax.text(label + (i + 0.5) * width, head - 0.11, own.label, color=own.color, fontweight="bold", fontsize=8, ha="center", va="center")
+        name, color, _ = look(rule)
+        ax.text(label + (i + 0.5) * width, head - 0.11, name, color=color, fontweight="bold", fontsize=8, **middle)
     for j, (prop, (title, number)) in enumerate(PROPERTIES.items()):
         top = head + j * row
         ax.axhline(top, color="0.6", lw=0.5)
@@ -359,15 +381,16 @@ def draw(cells: pd.DataFrame) -> Any:
         ax.text(0.03, top + 0.18, number, fontsize=6.5, color="0.3", va="top", linespacing=1.1)
         for i, rule in enumerate(rules):
             (cell,) = cells[(cells.property == prop) & (cells.rule == rule)].itertuples()
-            x, middle = label + i * width, top + row / 2
+            x, y = label + i * width, top + row / 2
             box = {"facecolor": shade[cell.verdict], "edgecolor": frame[cell.verdict], "lw": 0.8}
             ax.add_patch(Rectangle((x + 0.015, top + 0.02), width - 0.03, row - 0.04, **box))
             lines = (cell.ours or "–").replace("-", "−").split(" · ")
             if prop == "bp_level" and len(lines) > 1:
                 lines[1] = f"± {lines[1]}"
-            ax.text(x + 0.05, middle, "\n".join(lines), fontsize=6.8, va="center", linespacing=1.15)
+            ax.text(x + 0.05, y, "\n".join(lines), fontsize=6.8, va="center", linespacing=1.15)
             tick = {1.0: "✓", 0.0: "✗"}.get(cell.paper, cell.note or "–")
-            ax.text(x + width - 0.05, middle, tick, fontsize=8, color="0.25", ha="right", va="center", fontstyle="italic" if cell.note else "normal")
+            slope = "italic" if cell.note else "normal"
+            ax.text(x + width - 0.05, y, tick, fontsize=8, color="0.25", ha="right", va="center", fontstyle=slope)
     ax.axhline(head + row * len(PROPERTIES), color="0.6", lw=0.5)
     told = {"agrees": "our number agrees with the paper's tick", "disagrees": "it disagrees",
             "not comparable": "not comparable: no tick, a footnote (a, b, c), or no number"}  # fmt: skip
