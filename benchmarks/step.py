@@ -103,7 +103,8 @@ def held() -> int:
 
 def peak_of(step: Callable[[], object]) -> int:
     """Most bytes that one call holds beyond what lived before it, on the CPU: allocations and releases in their order."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         step()
     events = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = most = 0
@@ -190,7 +191,8 @@ def main() -> None:
             cpu[rule].append(time.process_time() - c)
     where = {**environment(), "threads": args.threads, "wait_policy": os.environ["OMP_WAIT_POLICY"], "net": args.net, "size": args.size,
              "batch": args.batch, "compile": args.compile, "bf16": args.bf16, "rounds": args.rounds, "device": args.device,
-             "torchvision": _version("torchvision"), "biotorch": _version("biotorch")}  # fmt: skip
+             "torchvision": _version("torchvision"), "biotorch": _version("biotorch"),
+             "load": round(os.getloadavg()[1], 1)}  # fmt: skip
     results = {
         rule: {
             "cpu": _quartiles([a / b for a, b in zip(cpu[rule], cpu["bp"])]),
