@@ -260,7 +260,9 @@ def note(ax: Axes, text: str) -> None:
 def layers(
     ax: Axes, table: pd.DataFrame, rule: str, metric: str, reference: pd.DataFrame | None = None
 ) -> dict[str, tuple]:
-    """A layer metric of one rule by epoch, a curve a layer (colour: depth), mean ± 1 sd over seeds; hollow: paper.
+    """A layer metric of one rule by epoch, a curve a layer (colour: depth), mean over seeds; hollow: paper.
+
+    Up to 12 layers have a band of ± 1 sd.
 
     Returns:
         layer to colour, for the legend.
@@ -272,7 +274,8 @@ def layers(
     by_depth = depth_colors(named.depth)
     colors = {n: by_depth[int(d)] for n, d in zip(named.layer, named.depth)}
     data = table[(table.rule == rule) & (table.metric == metric) & (table.layer != "")]
-    curves(ax, data, "epoch", "layer", colors, hue_order=list(colors))
+    many = {"errorbar": None, "linewidth": 0.7} if len(colors) > 12 else {}  # as many bands would hide each other
+    curves(ax, data, "epoch", "layer", colors, hue_order=list(colors), **many)
     if reference is not None:
         ref = reference[(reference.rule == rule) & (reference.metric == metric) & reference.layer.isin(list(colors))]
         for row in ref.itertuples():
@@ -301,6 +304,64 @@ def layer_grid(
         shown = dict(list(colors.items())[::max(len(colors) // 4, 1)]) if len(colors) > 6 else colors
         paper = reference is not None and len(reference) > 0
         axes[f"norm_ratio {rules[-1]}"].legend(handles=key(shown, paper), loc="upper right")
+
+
+def over_layers(table: pd.DataFrame, metric: str, reference: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Mean, smallest and largest value that a rule's layers have at the last epoch; ours is the mean over seeds.
+
+    Args:
+        table: a record; may be empty.
+        metric: of layers, such as "angle_deg".
+        reference: published values, which have them as the metrics mean_, min_ and max_METRIC.
+
+    Returns:
+        index `rule`, columns `mean`, `min`, `max` (ours), `paper`, `from`, `to`; nan where there is none.
+    """
+    data = table[(table.metric == metric) & (table.layer != "")]
+    by_seed = data[data.epoch == data.epoch.max()].groupby(["rule", "seed"]).value.agg(["mean", "min", "max"])
+    ours, names = by_seed.groupby("rule").mean(), {f"{k}_{metric}": v for k, v in zip(("mean", "min", "max"), ("paper", "from", "to"))}
+    theirs = reference[reference.metric.isin(list(names))] if reference is not None else pd.DataFrame({"rule": [], "metric": [], "value": []})
+    theirs = theirs.pivot(index="rule", columns="metric", values="value").rename(columns=names).reindex(columns=list(names.values()))
+    both = ours.join(theirs, how="outer").rename_axis("rule")
+    return both.loc[in_order(both.index)].astype(float)
+
+
+def by_depth(
+    ax: Axes, table: pd.DataFrame, metric: str, names: Sequence[str], reference: pd.DataFrame | None = None
+) -> None:
+    """A layer metric at the last epoch against depth, a line a rule, mean ± 1 sd over seeds; at the right, the mean of the layers and
+    their range (`over_layers`). Hollow: paper.
+
+    Args:
+        names: the layers, in order from the input, where the table has none.
+    """
+    data = table[(table.metric == metric) & (table.layer != "")]
+    data = data[data.epoch == data.epoch.max()]
+    names = list(data.sort_values("depth").layer.unique()) or list(names)
+    place = {name: i for i, name in enumerate(names, 1)}
+    summary, step = over_layers(table, metric, reference), len(names) / 20  # one twentieth of the layers' width
+    for i, (rule, row) in enumerate(summary.iterrows()):
+        own, at = look(rule), len(names) + (2.2 + 1.8 * i) * step
+        of = data[data.rule == rule].groupby("layer").value.agg(["mean", "std"])
+        if len(of):
+            of = of.loc[[n for n in names if n in of.index]]
+            ax.errorbar([place[n] for n in of.index], of["mean"], of["std"], color=own.color, marker=own.marker, ms=2.2, lw=0.8,
+                        elinewidth=0.6)
+            ax.errorbar(at, row["mean"], [[row["mean"] - row["min"]], [row["max"] - row["mean"]]], fmt=own.marker, color=own.color,
+                        ms=3.4, elinewidth=0.8, capsize=1.4)
+        if reference is not None:
+            known = reference[(reference.rule == rule) & (reference.metric == metric) & reference.layer.isin(names)]
+            published(ax, known.layer.map(place), known.value, own.color, own.marker, size=3.2)
+            if np.isfinite(row["paper"]):
+                bars = [[row["paper"] - row["from"]], [row["to"] - row["paper"]]] if np.isfinite(row["from"]) else None
+                published(ax, at + 0.75 * step, row["paper"], own.color, own.marker, sd=bars, size=3.2)
+    end = len(names) + (2.2 + 1.8 * max(len(summary), 1)) * step
+    ax.axvline(len(names) + 1.1 * step, color="0.8", lw=0.6)
+    ticks = [1, *range(5, len(names) + 1, 5)] if len(names) > 8 else list(place.values())
+    middle = (len(names) + 1.1 * step + end) / 2
+    ax.set(xlim=(1 - step, end), xticks=[*ticks, middle], xlabel="Layer, from the input", ylabel=LABELS[metric])
+    ax.set_xticklabels([*map(str, ticks), "mean, range"])
+    ax.xaxis.get_major_ticks()[-1].tick1line.set_visible(False)
 
 
 def rule_key(ax: Axes, rules: Sequence[str], **kwargs) -> None:

@@ -10,7 +10,9 @@ from fa.paths import ROOT
 COLUMNS = ["paper", "figure", "rule", "seed", "epoch", "layer", "metric", "value", "sd", "n", "source"]
 RANGES = {"train_loss": (0, np.inf), "train_accuracy": (0, 100), "val_accuracy": (0, 100), "test_accuracy": (0, 100),
           "best_test_accuracy": (0, 100), "angle_deg": (0, 180), "norm_ratio": (0, np.inf), "eig_mean": (0, np.inf),
-          "eig_sd": (0, np.inf), "sign_concordance": (0, 1), **dict.fromkeys(PROPERTIES, (0, 1))}
+          "eig_sd": (0, np.inf), "sign_concordance": (0, 1),
+          **{f"{of}_angle_deg": (0, 180) for of in ("mean", "min", "max")},
+          **{f"{of}_norm_ratio": (0, np.inf) for of in ("mean", "min", "max")}, **dict.fromkeys(PROPERTIES, (0, 1))}
 FILES = sorted((ROOT / "data" / "reference").glob("*.csv"))
 
 
