@@ -37,9 +37,10 @@ def test_quick_mode_trains_every_rule_at_three_densities(rule: str) -> None:
 
 @pytest.mark.parametrize("density", p3_sparse.DENSITIES)
 def test_angles_of_masked_feedback_are_those_of_the_notebook(density: float) -> None:
-    """KP's copy of W ends at arccos sqrt(d), PFA's path at the formula of notebooks 33 and 36; 400 x 500 weights, R at its fixed point."""
+    """KP's copy of W ends at arccos sqrt(d), PFA's path at the formula of notebooks 33 and 36; R at its fixed point."""
     n, λ = 400, 10
-    for rule, tan2 in (("kp", 1 / density - 1), ("pfa", (1 - 1 / n) / (λ * density) + (9 / 5 - density**2) / (λ * n * density**2))):
+    product = (1 - 1 / n) / (λ * density) + (9 / 5 - density**2) / (λ * n * density**2)
+    for rule, tan2 in (("kp", 1 / density - 1), ("pfa", product)):
         net = nn.Sequential(nn.Linear(500, n))
         nn.init.xavier_uniform_(net[0].weight, generator=torch.Generator().manual_seed(1))
         fb = fa.convert(net, rule, density=density, seed=0)[0].feedback
@@ -66,8 +67,7 @@ def test_a_record_that_lacks_densities_is_partial() -> None:
     """Dense runs of all five seeds come from Figure 2; the page must not take them for the whole."""
     cfg = Notebook("p3_sparse", rules=["fa", "pfa"])
     runs = [c for c in cfg.runs if "density" not in c.options]
-    rows = [{"run": c.run, "rule": c.rule, "seed": c.seed, "epoch": c.epochs} for c in runs]
-    cfg.__dict__["_table"] = pd.DataFrame(rows)
-    assert cfg.partial() == "10 of 60 runs"
-    cfg.__dict__["_table"] = pd.DataFrame(rows + [{"run": c.run, "rule": c.rule, "seed": c.seed, "epoch": c.epochs} for c in cfg.runs])
-    assert cfg.partial() == ""
+    for there, lacks in ((runs, "10 of 60 runs"), (cfg.runs, "")):
+        rows = [{"run": c.run, "rule": c.rule, "seed": c.seed, "epoch": c.epochs} for c in there]
+        cfg.__dict__["_table"] = pd.DataFrame(rows)
+        assert cfg.partial() == lacks

@@ -1,4 +1,4 @@
-"""Beyond p3, on MNIST: what angles between weights do not say, what the first epoch's decay does, and how small the expansion may be."""
+"""Beyond p3, on MNIST: gradient angles, the decay of the first epoch, and how small the expansion may be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""p3's sparse feedback (authors' ``exp_configs/mnist_ffn2_bsparse_sgd``): accuracy on MNIST by the density of the feedback."""
+"""p3's sparse feedback (authors' ``exp_configs/mnist_ffn2_bsparse_sgd``): accuracy on MNIST by feedback density."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..train import Config
 from . import p3_fig2
 from .experiment import Experiment
 
-RULES = ("bp", "fa", "dfa", "usf", "pfa_o", "kp", "pfa")  # pfa last: without density 1 its product is drawn, and costs ten steps
+RULES = ("bp", "fa", "dfa", "usf", "pfa_o", "kp", "pfa")  # pfa last: sparse, its product is drawn, and costs ten steps
 
 DENSITIES = (0.05, 0.1, 0.17, 0.3, 0.5, 1.0)  # authors' script
 QUICK = (0.1, 0.3, 1.0)
 
 
 def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, **own: Any) -> list[Config]:
-    """Figure 2's recipe, with masks on the feedback; runs at density 1, and bp, are Figure 2's own. Quick: three densities."""
+    """Figure 2's recipe with masks on the feedback; runs at density 1, and bp, are its own. Quick: three densities."""
     quick = mode == "quick"
     runs = []
     for config in p3_fig2.grid(mode, rules, seeds or (2 if quick else 5), epochs or (20 if quick else 0), dataset):
