@@ -1,18 +1,22 @@
 """Data sets as tensors on the device, checked and normalised once, so that a training loop only has to index them.
 
-======= ===================== ======================== ===================== =======================
-name    images                train / val / test       normalised with       from
-======= ===================== ======================== ===================== =======================
-digits  8x8 grey, 10 classes  1,437 / - / 360          training split (ours) scikit-learn's package
-mnist   28x28 grey, 10        60,000 / - / 10,000      0.1307, 0.3081 (p3)   ``MNIST/raw``
-cifar10 32x32 RGB, 10         45,000 / 5,000 / 10,000  per channel (p3)      ``cifar-10-batches-py``
-======= ===================== ======================== ===================== =======================
+================ ===================== ======================== ===================== =======================
+name             images                train / val / test       normalised with       from
+================ ===================== ======================== ===================== =======================
+digits           8x8 grey, 10 classes  1,437 / - / 360          training split (ours) scikit-learn's package
+mnist            28x28 grey, 10        60,000 / - / 10,000      0.1307, 0.3081 (p3)   ``MNIST/raw``
+cifar10          32x32 RGB, 10         45,000 / 5,000 / 10,000  per channel (p3)      ``cifar-10-batches-py``
+imagenet         224x224 RGB, 1,000    1,281,167 / 50,000 / -   ImageNet's (p3)       ``imagenet/{train,val}``
+tiny-imagenet-20 32x32 RGB, 20         2,000 / 500 / -          ImageNet's            ``tiny-imagenet-20``
+================ ===================== ======================== ===================== =======================
 
 Every file is checked by its md5 *before* any is parsed, for CIFAR-10's are pickles and a pickle can run anything.
-Nothing is downloaded unless :func:`download` is called.
+Nothing is downloaded unless :func:`download` is called. The last two are photographs that stay on disk
+(:mod:`fa.photos`): their images are counted, and those of tiny-imagenet-20 checked by their sha256.
 
 Sources: normalisation, CIFAR-10's split and its augmentation are Li & Benna 2024 (authors' code ``datasets/mnist.py``,
-``datasets/cifar.py``); the split of digits is ours.
+``datasets/cifar.py``); the split of digits is ours; tiny-imagenet-20 is every tenth class of Tiny ImageNet (Le & Yang
+2015), 100 + 25 images each, scaled to half their size, so that accuracies on it compare with nobody's.
 """
 
 import gzip
@@ -34,11 +38,12 @@ from torch import Tensor
 
 from .errors import UserError
 from .paths import ROOT
+from .photos import Album, Photos
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SETS", "Data", "Source", "Split", "augment", "describe", "download", "load", "root"]
+__all__ = ["SETS", "Album", "Data", "Photos", "Source", "Split", "augment", "describe", "download", "load", "root"]
 
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images (n, [channels,] height, width) uint8, labels (n,)
 
@@ -68,8 +73,8 @@ class Data:
 
     name: str
     classes: int
-    train: Split
-    val: Split | None
+    train: Split | Photos
+    val: Split | Photos | None
     test: Split | None
 
     @property
@@ -138,7 +143,7 @@ def _cifar10(files: list[bytes]) -> Arrays:
     return {"train": (x_train[kept], y_train[kept]), "val": (x_train[held], y_train[held]), "test": (x[-1], y[-1])}
 
 
-SETS: dict[str, Source] = {
+SETS: dict[str, Source | Album] = {
     "digits": Source(
         "8x8 grey: 1,437 train, 360 test", 10, 16, (0.3052,), (0.3760,),
         {"datasets/data/digits.csv": "a0339c30a8a5312a1b6f9e5c719dcce5"}, _digits),
@@ -157,8 +162,14 @@ SETS: dict[str, Source] = {
          "cifar-10-batches-py/data_batch_4": "634d18415352ddfa80567beed471001a",
          "cifar-10-batches-py/data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
          "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e"}, _cifar10),
+    "imagenet": Album(
+        "ILSVRC 2012 photographs: 1,281,167 train, 50,000 validation", 1000, "imagenet",
+        {"train": 1_281_167, "val": 50_000}),
+    "tiny-imagenet-20": Album(
+        "64x64 photographs: 2,000 train, 500 validation", 20, "tiny-imagenet-20", {"train": 2000, "val": 500}, size=32,
+        sha256="85687d6c5c1b3d7cc2ae9beb6c663187236ffd8c0451e41057c2202762a8a7da"),
 }
-"""Name -> :class:`Source` of every data set that :func:`load` knows."""
+"""Name -> :class:`Source` or, of photographs on disk, :class:`fa.photos.Album` of every data set that :func:`load` knows."""
 
 
 def root() -> Path:
@@ -178,15 +189,19 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     computed in float32 (float64 for ``dtype=float64``); to the bit what torchvision's ``ToTensor``, ``Normalize`` give.
 
     Args:
-        name: a key of :data:`SETS`: "digits", "mnist" or "cifar10".
+        name: a key of :data:`SETS`.
         device: where the tensors shall live.
         dtype: floating type of the images.
         root: the data folder; default :func:`root`. A relative one is taken from :data:`fa.ROOT`.
 
     Raises:
         UserError: an unknown name, a file that is not there, or one whose md5 is wrong; nothing has been parsed then.
+
+    Photographs (:mod:`fa.photos`) stay on disk, and are put on the device a batch at a time.
     """
     source = _source(name)
+    if isinstance(source, Album):
+        return _photos(name, source, device, dtype, _folder(root))
     splits = source.parse(_verified(name, root))
     wide = torch.promote_types(dtype, torch.float32)
     mean, sd = (torch.tensor(v, dtype=wide, device=device).view(-1, 1, 1) for v in (source.mean, source.sd))
@@ -198,6 +213,20 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
 
     made = {part: split(*arrays) for part, arrays in splits.items()}
     return Data(name, source.classes, made["train"], made.get("val"), made.get("test"))
+
+
+def _photos(name: str, album: Album, device: str | torch.device, dtype: torch.dtype, folder: Path) -> Data:
+    if (state := album.state(folder)) != "yes":
+        why = {"no": "is not there", "incomplete": f"is not whole ({_counts(album, folder)})",
+               "damaged": "does not have the published sha256"}[state]
+        raise UserError(f"data set {name}: {folder / album.folder} {why}; {album.remedy(folder)}")
+    train, val = (Photos(album.samples(folder, part), album.size, album.mean, album.sd, device, dtype) for part in ("train", "val"))
+    return Data(name, album.classes, train, val, None)
+
+
+def _counts(album: Album, folder: Path) -> str:
+    found = {part: album.samples(folder, part) for part in album.counts}
+    return ", ".join(f"{part}: {len(of):,} images of {len({label for _, label in of})} classes" for part, of in found.items())
 
 
 def augment(x: Tensor, generator: torch.Generator, pad: int = 4, fill: Sequence[float] | None = None) -> Tensor:
@@ -266,6 +295,10 @@ def download(name: str, root: str | Path | None = None) -> Path:
         UserError: an unknown name, no torchvision, no network (it says which files go where), or a damaged file.
     """
     source, folder = _source(name), _folder(root, name)
+    if isinstance(source, Album):
+        if source.state(folder) != "yes":
+            raise UserError(f"{name} cannot be downloaded from here; {source.remedy(folder)}")
+        return folder
     if name != "digits" and not all(_find(folder / path) for path in source.files):
         try:
             from torchvision import datasets
@@ -279,7 +312,7 @@ def download(name: str, root: str | Path | None = None) -> Path:
 def describe(root: str | Path | None = None) -> "pd.DataFrame":
     """One row a data set: ``name``, ``present``, ``where``, ``images``.
 
-    ``present`` is yes, no, incomplete or damaged; every md5 is computed for it.
+    ``present`` is yes, no, incomplete or damaged; every md5 is computed for it, and the images of ImageNet are counted.
 
     Args:
         root: the data folder; default :func:`root`.
@@ -290,7 +323,7 @@ def describe(root: str | Path | None = None) -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=["name", "present", "where", "images"])
 
 
-def _source(name: str) -> Source:
+def _source(name: str) -> Source | Album:
     if name not in SETS:
         raise UserError(f"unknown data set {name!r}; known: {', '.join(SETS)}")
     return SETS[name]
@@ -331,6 +364,9 @@ def _verified(name: str, root: str | Path | None) -> list[bytes]:
 
 def _state(name: str, root: str | Path | None) -> tuple[str, str]:
     """In a word, whether a data set can be loaded, and the folder of its files."""
+    if isinstance(album := SETS[name], Album):
+        folder = _folder(root)
+        return album.state(folder), str(folder / album.folder)
     try:
         folder = _folder(root, name)
         found = [_find(folder / path) is not None for path in _source(name).files]

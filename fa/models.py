@@ -1,7 +1,8 @@
 """The papers' networks, as plain PyTorch: no rule is mentioned here, ``fa.convert`` puts one on.
 
 Parameter counts, asserted by the tests: ``mlp(784)`` 669,706 (p3's MNIST network, authors' ``ffn2``); ``resnet(20)`` 269,722,
-``resnet(32)`` 464,154, ``resnet(56)`` 853,018, ``resnet(110)`` 1,727,962 for ten classes (He et al. 2016, section 4.2).
+``resnet(32)`` 464,154, ``resnet(56)`` 853,018, ``resnet(110)`` 1,727,962 for ten classes (He et al. 2016, section 4.2);
+``build("resnet18", ...)``, torchvision's, 11,689,512 for a thousand.
 """
 
 from __future__ import annotations
@@ -90,17 +91,34 @@ def resnet(depth: int = 20, classes: int = 10, inputs: int = 3) -> ResNet:
     return ResNet(depth, classes, inputs)
 
 
+def resnet18(classes: int = 1000) -> nn.Module:
+    """torchvision's ResNet-18, p3's network for ImageNet: 7x7 convolution of stride 2, 8 blocks, 1x1 convolutions where a shortcut widens.
+
+    Raises:
+        UserError: torchvision is not installed.
+    """
+    try:
+        from torchvision.models import resnet18 as theirs
+    except ImportError as error:
+        raise UserError("resnet18 is torchvision's, which is not installed: pip install torchvision") from error
+    return theirs(num_classes=classes)
+
+
 def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] = (512, 512)) -> nn.Module:
     """The network of that name for images of ``shape`` (channels, height, width).
 
     Raises:
-        UserError: unknown name.
+        UserError: unknown name, or resnet18 for images that are not RGB.
     """
+    if name == "resnet18":
+        if shape[0] != 3:
+            raise UserError(f"resnet18 takes RGB images, not images of {shape[0]} channels; resnet20 takes any")
+        return resnet18(classes)
     if name == "mlp":
         return mlp(torch.Size(shape).numel(), hidden, classes)
     if name.startswith("resnet") and name[6:].isdigit():
         return resnet(int(name[6:]), classes, shape[0])
-    raise UserError(f"unknown model {name!r}; known models: mlp, resnet20, resnet32, resnet56, resnet110")
+    raise UserError(f"unknown model {name!r}; known models: mlp, resnet20, resnet32, resnet56, resnet110, resnet18")
 
 
 @torch.no_grad()

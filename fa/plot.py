@@ -320,7 +320,8 @@ def over_layers(table: pd.DataFrame, metric: str, reference: pd.DataFrame | None
     data = table[(table.metric == metric) & (table.layer != "")]
     by_seed = data[data.epoch == data.epoch.max()].groupby(["rule", "seed"]).value.agg(["mean", "min", "max"])
     ours, names = by_seed.groupby("rule").mean(), {f"{k}_{metric}": v for k, v in zip(("mean", "min", "max"), ("paper", "from", "to"))}
-    theirs = reference[reference.metric.isin(list(names))] if reference is not None else pd.DataFrame({"rule": [], "metric": [], "value": []})
+    theirs = reference[reference.metric.isin(list(names))] if reference is not None else pd.DataFrame({"rule": [], "epoch": [], "metric": [], "value": []})
+    theirs = theirs[theirs.epoch == theirs.groupby("rule").epoch.transform("max")]
     theirs = theirs.pivot(index="rule", columns="metric", values="value").rename(columns=names).reindex(columns=list(names.values()))
     both = ours.join(theirs, how="outer").rename_axis("rule")
     return both.loc[in_order(both.index)].astype(float)

@@ -303,7 +303,8 @@ def test_describe(small_mnist):
     folder, paths, _ = small_mnist
     table = data.describe(root=folder).set_index("name")
     assert list(table.columns) == ["present", "where", "images"] and list(table.index) == list(data.SETS)
-    assert table.present.to_dict() == {"digits": "yes", "mnist": "yes", "cifar10": "no"}
+    assert table.present.to_dict() == {"digits": "yes", "mnist": "yes", "cifar10": "no", "imagenet": "no",
+                                       "tiny-imagenet-20": "no"}
     assert table["where"]["cifar10"] == str(folder.resolve() / "cifar-10-batches-py")
     paths[0].write_bytes(b"other")
     assert data.describe(root=folder).set_index("name").present["mnist"] == "damaged"
@@ -360,6 +361,122 @@ def test_augment_depends_on_the_generator_alone():
 def test_augment_refuses_a_fill_for_other_channels():
     with pytest.raises(UserError, match=r"3 values for 1 channels.*SETS"):
         data.augment(torch.zeros(2, 1, 8, 8), torch.Generator())
+
+
+# ---- photographs on disk
+
+@pytest.fixture
+def album(tmp_path, monkeypatch):
+    """An album of three classes, 4 + 2 photographs each of 20x14 and 14x20 pixels, all of different colours -> (folder, name)."""
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("torchvision")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 4), ("val", 2)):
+        for c in ("n03", "n01", "n02"):
+            (tmp_path / "photos" / split / c).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 256, (14, 20, 3) if i % 2 else (20, 14, 3), np.uint8)
+                image.fromarray(pixels).save(tmp_path / "photos" / split / c / f"{c}_{i}.JPEG")
+    made = data.Album("twelve", 3, "photos", {"train": 12, "val": 6}, size=8)
+    monkeypatch.setitem(data.SETS, "album", made)
+    return tmp_path, "album"
+
+
+def test_photos_are_what_torchvision_makes_of_them(album):
+    """Every image of a split once, with the class that ImageFolder gives it: scaled, cut from the middle, normalised."""
+    folder, name = album
+    from torchvision import datasets, transforms
+    d = data.load(name, root=folder)
+    assert (d.classes, d.test, d.shape, len(d.train), len(d.val)) == (3, None, (3, 8, 8), 12, 6)
+    steps = [transforms.Resize(9), transforms.CenterCrop(8), transforms.ToTensor(),
+             transforms.Normalize(data.SETS[name].mean, data.SETS[name].sd)]
+    for split, part in ((d.train, "train"), (d.val, "val")):
+        theirs = datasets.ImageFolder(folder / "photos" / part, transforms.Compose(steps))
+        expected = {theirs.imgs[i][0]: theirs[i] for i in range(len(theirs))}
+        x, y = split.first(100)
+        assert len(x) == len(expected) and x.dtype == torch.float32 and y.dtype == torch.int64
+        for path, image, label in zip(split.paths, x, y):
+            assert label == expected[path.decode()][1]
+            assert torch.allclose(image, expected[path.decode()][0], atol=1e-6)
+        batches = list(split.batches(5))
+        assert [len(y) for _, y in batches] == [5] * (len(x) // 5) + [len(x) % 5]
+        assert torch.equal(torch.cat([x for x, _ in batches]), x) and torch.equal(torch.cat([y for _, y in batches]), y)
+    assert d.train.first(100)[1].tolist() != sorted(d.train.first(100)[1].tolist())  # the first are not one class
+
+
+def test_a_crop_depends_on_seed_epoch_and_image_alone(album):
+    folder, name = album
+    train = data.load(name, root=folder).train
+    index = torch.randperm(12, generator=torch.Generator().manual_seed(1)).view(3, 4)
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+
+    def views(seed=0, epoch=0, index=index, augment=True):
+        """Number of an image -> what was served for it."""
+        served = list(train.feed(index, seed, epoch, augment))
+        assert [tuple(x.shape) for x, _ in served] == [(index.shape[1], 3, 8, 8)] * len(index)
+        labels = torch.cat([y for _, y in served])
+        assert labels.tolist() == train.labels[index.flatten()].tolist()
+        return dict(zip(index.flatten().tolist(), torch.cat([x for x, _ in served])))
+
+    def same(a, b):
+        return [torch.equal(a[i], b[i]) for i in a]
+
+    first = views()
+    torch.manual_seed(4)
+    assert all(same(first, views(index=torch.arange(12).view(2, 6))))      # another order, another batch
+    assert not any(same(first, views(epoch=1))) and not any(same(first, views(seed=1)))
+    plain, whole = views(augment=False), train.first(12)[0]
+    assert all(torch.equal(plain[i], whole[i]) for i in plain) and not any(same(first, plain))
+    torch.manual_seed(3)
+    views()
+    assert torch.equal(before, torch.random.get_rng_state())                # the global generator is given back
+    source = data.SETS[name]
+    with_workers = data.Photos(source.samples(folder, "train"), 8, source.mean, source.sd, workers=2)
+    served = torch.cat([x for x, _ in with_workers.feed(index, 0, 0, True)])
+    assert all(torch.equal(x, first[i]) for i, x in zip(index.flatten().tolist(), served))
+
+
+def test_half_of_the_photos_are_mirrored_and_all_are_cropped(album):
+    """Under 200 epochs of one image: both mirrorings, and nearly as many different views as epochs."""
+    folder, name = album
+    train = data.load(name, root=folder).train
+    seen = torch.stack([next(train.feed(torch.tensor([[0]]), 0, epoch, True))[0][0] for epoch in range(200)])
+    assert len(seen.flatten(1).unique(dim=0)) > 190
+
+
+def test_an_album_that_is_not_whole_is_refused(album, monkeypatch):
+    folder, name = album
+    whole = data.SETS[name]
+    with pytest.raises(UserError, match=r"nowhere.photos is not there; put 12 images into .*photos.train and 6 images into .*a folder for each of 3"):
+        data.load(name, root=folder / "nowhere")
+    assert whole.state(folder) == "yes" and data.download(name, root=folder) == folder.resolve()
+    monkeypatch.setitem(data.SETS, name, replace(whole, sha256="0" * 64))
+    with pytest.raises(UserError, match="does not have the published sha256"):
+        data.load(name, root=folder)
+    monkeypatch.setitem(data.SETS, name, replace(whole, sha256=whole.digest(folder)))
+    assert len(data.load(name, root=folder).train) == 12
+    next((folder / "photos" / "train" / "n01").iterdir()).unlink()
+    with pytest.raises(UserError, match=r"is not whole \(train: 11 images of 3 classes, val: 6 images of 3 classes\)"):
+        data.load(name, root=folder)
+    assert data.describe(root=folder).set_index("name").present[name] == "incomplete"
+
+
+@pytest.mark.parametrize("name", ["imagenet", "tiny-imagenet-20"])
+def test_photographs_are_not_downloaded(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} cannot be downloaded from here; put .* images into .*{name}.train and"):
+        data.download(name, root=tmp_path)
+
+
+def test_tiny_imagenet_20_where_it_is():
+    """Its sha256 is the one that its own page says, and the means are roughly ImageNet's."""
+    if data.SETS["tiny-imagenet-20"].state(data.root()) == "no":
+        pytest.skip(f"tiny-imagenet-20 is not in {data.root()}")
+    pytest.importorskip("torchvision")
+    d = data.load("tiny-imagenet-20")
+    x, y = d.val.first(500)
+    assert d.shape == (3, 32, 32) and torch.bincount(y).tolist() == [25] * 20
+    assert x.mean((0, 2, 3)).abs().max() < 0.3 and (x.std((0, 2, 3)) - 1).abs().max() < 0.3
 
 
 # ---- the real files, where they are

@@ -1,6 +1,7 @@
 """The papers' networks: sizes, names, and the shortcut without parameters."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -102,6 +103,23 @@ def test_build():
     assert size(models.build("mlp", (1, 28, 28), 10)) == size(models.mlp(784))
     assert models.build("mlp", (1, 8, 8), 5, hidden=(3,))(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
     assert models.build("resnet20", (1, 8, 8), 5)(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
+
+
+def test_resnet18_is_torchvision_s() -> None:
+    """p3's network for ImageNet: 21 layers with its three widening shortcuts, and the published number of parameters."""
+    pytest.importorskip("torchvision")
+    net = models.build("resnet18", (3, 224, 224), 1000)
+    assert size(net) == 11_689_512 and "11,689,512" in models.__doc__
+    assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in net.modules()) == 21
+    assert models.build("resnet18", (3, 32, 32), 20)(torch.zeros(2, 3, 32, 32)).shape == (2, 20)
+    with pytest.raises(UserError, match="resnet18 takes RGB images, not images of 1 channels"):
+        models.build("resnet18", (1, 8, 8), 10)
+
+
+def test_resnet18_needs_torchvision(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(UserError, match="pip install torchvision"):
+        models.build("resnet18", (3, 32, 32), 20)
 
 
 @pytest.mark.parametrize("depth", [2, 18, 21, 0, -4])
