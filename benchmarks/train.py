@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ SIZES = {"mnist": (60_000, (1, 28, 28), 10_000), "cifar10": (45_000, (3, 32, 32)
 # -------------------------------------------------------------------------------------------------------------- one pack of runs
 
 
+@lru_cache(maxsize=2)
 def images(dataset: str, device: str) -> data.Split:
     """Random images of the data set's number and shape."""
     n, shape, _ = SIZES[dataset]
@@ -278,9 +279,9 @@ def main() -> None:
             ceiling, copy = ceilings(device, precision)
             where[f"ceiling_{precision}"] = {"flops": ceiling, "bytes": copy}
             for compiled in (word == "yes" for word in words(args.compile)):
+                flops, traffic = work_of(replace(first[rules[0]], precision=precision))
                 for rule in rules:
                     config = replace(first[rule], precision=precision)
-                    flops, traffic = work_of(config)
                     extra = measuring(config, device)
                     for n in numbers:
                         pack = [replace(config, seed=i) for i in range(n)]

@@ -36,6 +36,10 @@ from .records import Folder
 from .train import Config, fingerprint, running, train
 
 
+PACK = 8
+"""Runs that a process on CUDA takes in turn: they end together, so that fewer would leave the device idle and more finish late."""
+
+
 @dataclass
 class Summary:
     """What a campaign did: numbers of runs finished before, finished now, and left; what failed; wall seconds."""
@@ -127,7 +131,7 @@ def run(
         device: "auto", "cpu" or "cuda".
         progress: show it.
         held: identities of runs that a record holds and that are therefore not trained.
-        together: runs that a process takes in turn (default 0: one on the CPU, all of its share on CUDA).
+        together: runs that a process takes in turn (default 0: one on the CPU, :data:`PACK` on CUDA).
         compiled: train through ``torch.compile`` (default None: on CUDA where there is a compiler).
 
     Raises:
@@ -138,7 +142,7 @@ def run(
     n = min(pick_workers(workers, device), len(todo))
     if compiled is None:
         compiled = device != "cpu" and can_compile(device)
-    packs = pack(todo, together or (1 if device == "cpu" else -(-len(todo) // max(n, 1))))
+    packs = pack(todo, together or (1 if device == "cpu" else PACK))
     until = begin + budget if budget else float("inf")
     before = len(configs) - len(todo)
     bar = Progress(f"{configs[0].experiment} {mode}", before, len(configs), todo) if progress and todo else None
@@ -291,6 +295,8 @@ def _tables(
                 return
             if config.dataset not in sets:
                 sets[config.dataset] = data.load(config.dataset, device)
+                if device != "cpu":
+                    torch.cuda.synchronize()  # the runs' own streams do not wait for the one that loads
         except Exception as error:
             yield from ((i, error) for i in range(len(mine)))
             return
@@ -343,7 +349,7 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
         "status": status,
         "environments": [json.loads(e) for e in sorted(environments)],
         "fingerprints": fingerprints(done),
-        "wall_seconds": round(sum(s["seconds"] for s in status.values()), 1),
+        "wall_seconds": round(sum(s["seconds"] / s.get("together", 1) for s in status.values()), 1),
     }
     return records.write(experiment, mode, pd.concat(tables), about)
 

@@ -7,6 +7,7 @@ a stream of its own: the kernels of one small network leave gaps that those of a
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -36,7 +37,8 @@ class Stepper:
         config: the run.
         train: the training split, on the same device, or one that feeds batches from disk.
         compiled: forward and backward through ``torch.compile`` (default False).
-        capture: replay steps as a CUDA graph (default: on CUDA, unless a rule acts between steps or the data come from disk).
+        capture: replay steps as a CUDA graph (default: on CUDA, unless a rule acts between steps, the data come from disk, or
+            ``$FA_CAPTURE`` is 0).
     """
 
     def __init__(
@@ -50,9 +52,11 @@ class Stepper:
     ) -> None:
         self.net, self.opt, self.config, self.train = net, opt, config, train
         self.device = next(net.parameters()).device
-        self.forward = torch.compile(net, fullgraph=True) if compiled else net
-        resident = isinstance(train, data.Split)
-        self.captures = self.device.type == "cuda" and resident and not acts_between_steps(net) if capture is None else capture
+        self.forward = compile_(net) if compiled else net
+        if capture is None:
+            resident, wanted = isinstance(train, data.Split), os.environ.get("FA_CAPTURE", "1") != "0"
+            capture = self.device.type == "cuda" and wanted and resident and not acts_between_steps(net)
+        self.captures = capture
         self.per_epoch = len(train) // config.batch
         self.at = torch.zeros(1, dtype=torch.int64, device=self.device)  # number of the step within the epoch
         self.index = torch.zeros(self.per_epoch, config.batch, dtype=torch.int64, device=self.device)
@@ -132,14 +136,18 @@ class Stepper:
         for layer in converted(self.net).values():
             if (gen := getattr(getattr(layer.feedback, "op", None), "gen", None)) is not None:
                 graph.register_generator_state(gen)
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        # Other threads may call CUDA meanwhile; a capture that fails for their sake would spoil the process.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             self._take()
         return graph.replay
 
 
 @contextmanager
 def on(device: str | torch.device) -> Iterator[None]:
-    """Settings for training on a device: one thread on the CPU, so that sums are made in one order; on CUDA the fastest convolutions."""
+    """Settings for training on a device: one thread on the CPU, so that sums are made in one order; on CUDA the fastest convolutions.
+
+    Convolutions in float32 are there made in TF32, as PyTorch does by default; linear layers are not.
+    """
     if torch.device(device).type != "cpu":
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
             yield
@@ -191,6 +199,14 @@ def drain(run: Generator[None, None, Any]) -> Any:
             next(run)
         except StopIteration as end:
             return end.value
+
+
+def compile_(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``torch.compile`` of a whole network. The networks of a process share their code, and with it the number of its versions."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(net, fullgraph=True)
 
 
 def can_compile(device: str | torch.device) -> bool:

@@ -266,8 +266,12 @@ class NoisyFeedback(Feedback):
         return self.op.gen.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """See :meth:`get_extra_state`."""
-        self.op.gen.set_state(state.cpu())
+        """See :meth:`get_extra_state`. The state of another kind of device says nothing here: the noise then starts anew."""
+        device = next(self.parameters()).device
+        if self.op.gen.device.type != device.type:
+            self.op.gen = torch.Generator(device).manual_seed(self.op.gen.initial_seed())
+        if state.numel() == self.op.gen.get_state().numel():
+            self.op.gen.set_state(state.cpu())
 
 
 def generator(seed: int, *labels: object, device: torch.device | str = "cpu") -> torch.Generator:

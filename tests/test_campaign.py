@@ -307,7 +307,7 @@ def test_bad_input_from_the_shell(tmp_path):
 def test_dry_run_writes_nothing(capsys, tmp_path):
     assert command.main(["run", "p3_fig2", "--mode", "quick", "--rules", "bp,pfa", "--seeds", "1", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("2 runs planned, 0 finished, 2 to train") and out.count("\n") == 3
+    assert out.startswith("2 runs planned, 0 finished, 2 to train") and out.endswith("nothing like them has been trained here yet\n") and out.count("\n") == 4
     assert not list(tmp_path.iterdir())
 
 

@@ -212,3 +212,36 @@ def test_rules_that_act_between_steps_are_never_captured():
         net = train.seed_network(of(MLP, rule), (1, 8, 8), 10)
         assert fa.steps.acts_between_steps(net) is acts
     assert fa.steps.acts_between_steps(fa.convert(train.seed_network(MLP, (1, 8, 8), 10), "fa", clamp_forward=True))
+
+
+def test_a_checkpoint_in_another_memory_layout_goes_on_the_same():
+    """On CUDA weights are channels_last; fused SGD reads momenta as they lie in memory."""
+    config = replace(CONV, epochs=2)
+    sets = data.load("digits")
+    nets = [train.seed_network(config, sets.shape, 10) for _ in range(2)]
+    opts = [train.sgd(net, config) for net in nets]
+    for net, opt in zip(nets, opts):
+        drain(Stepper(net, opt, config, sets.train).epoch(0))
+
+    class Elsewhere:
+        def checkpoint(self):
+            state = {"epoch": 1, "rows": [], "seconds": 0.0, "net": nets[0].state_dict(), "optimizer": opts[0].state_dict()}
+            for kept in state["optimizer"]["state"].values():
+                m = kept["momentum_buffer"]
+                kept["momentum_buffer"] = m.contiguous(memory_format=torch.channels_last) if m.dim() == 4 else m
+            return state
+
+        def save(self, state):
+            raise AssertionError("nothing is saved in time")
+
+    table = train.train(config, folder=Elsewhere())
+    want = drain(Stepper(nets[1], opts[1], config, sets.train).epoch(1)).mean().item()
+    assert table[table.metric == "train_loss"].value.tolist() == [want]
+
+
+def test_noise_of_another_kind_of_device_starts_anew_on_this_one():
+    net = train.seed_network(replace(MLP, rule="wm", options="input=normal"), (1, 8, 8), 10)
+    state = net.state_dict()
+    elsewhere = {k: torch.zeros(16, dtype=torch.uint8) if k.endswith("_extra_state") else v for k, v in state.items()}
+    net.load_state_dict(elsewhere)
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
