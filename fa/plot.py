@@ -120,8 +120,11 @@ _RC = {
 def style() -> Iterator[None]:
     """Matplotlib's settings for every figure here, for the length of a ``with`` block; nothing is left changed."""
     import matplotlib as mpl
+    import matplotlib.pyplot as plt
 
-    with mpl.rc_context({**mpl.rcParamsDefault, "backend": mpl.rcParams["backend"], **_RC}):
+    plt.draw_if_interactive()  # draws nothing: it sets the backend up, which in a notebook must outlast the block
+    kept = {name: mpl.rcParams[name] for name in ("backend", "interactive")}  # interactive: a cell shows its figures
+    with plt.rc_context({**mpl.rcParamsDefault, **kept, **_RC}):
         yield
 
 
