@@ -53,15 +53,18 @@ class Stepper:
         self.net, self.opt, self.config, self.train = net, opt, config, train
         self.device = next(net.parameters()).device
         self.forward = compile_(net) if compiled else net
+        resident = isinstance(train, data.Split)  # photographs come from disk, and are cropped there
         if capture is None:
-            resident, wanted = isinstance(train, data.Split), os.environ.get("FA_CAPTURE", "1") != "0"
+            wanted = os.environ.get("FA_CAPTURE", "1") != "0"
             capture = self.device.type == "cuda" and wanted and resident and not acts_between_steps(net)
         self.captures = capture
         self.per_epoch = len(train) // config.batch
         self.at = torch.zeros(1, dtype=torch.int64, device=self.device)  # number of the step within the epoch
         self.index = torch.zeros(self.per_epoch, config.batch, dtype=torch.int64, device=self.device)
-        self.draws = torch.zeros(self.per_epoch, 3, config.batch, dtype=torch.int64, device=self.device) if config.augment else None
-        self.border = torch.tensor(data.SETS[config.dataset].black, device=self.device) if config.augment else None
+        self.draws = self.border = None
+        if config.augment and resident:
+            self.draws = torch.zeros(self.per_epoch, 3, config.batch, dtype=torch.int64, device=self.device)
+            self.border = torch.tensor(data.SETS[config.dataset].black, device=self.device)
         self.losses = torch.zeros(self.per_epoch, dtype=torch.float64, device=self.device)
         self.feed: Iterator[tuple[Tensor, Tensor]] | None = None
         self.replay: Callable[[], None] | None = None

@@ -165,7 +165,8 @@ def measure(net: nn.Module, config: Config, sets: data.Data, epoch: int, extra: 
     """Rows (epoch, layer, depth, metric, value) of the network after ``epoch`` epochs."""
     rows: list[list[Any]] = []
     splits = {"val_accuracy": sets.val, "test_accuracy": sets.test}
-    if epoch % 5 == 0 or epoch == config.epochs:
+    resident = isinstance(sets.train, data.Split)  # decoding a million photographs once more would cost an epoch
+    if resident and (epoch % 5 == 0 or epoch == config.epochs):
         splits["train_accuracy"] = sets.train
     rows += [[epoch, "", None, metric, accuracy(net, split)] for metric, split in splits.items() if split is not None]
     if epoch in layer_epochs(config.epochs):
