@@ -26,6 +26,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -100,7 +101,11 @@ def held() -> int:
     """Bytes of all tensors that live on the CPU, every storage once."""
     gc.collect()
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu"]
-    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+    sizes = {}
+    for storage in (t.untyped_storage() for t in tensors):
+        with suppress(RuntimeError):  # a tensor that a compiler left behind has no memory
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def peak_of(step: Callable[[], object]) -> int:

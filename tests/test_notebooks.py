@@ -77,7 +77,7 @@ class TestForm:
 
     def test_the_figure_is_stored(self, path):
         figures = [o for c in read(path).cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
-        assert len(figures) == ("fa.notebook(globals())" not in path.read_text(encoding="utf-8"))
+        assert bool(figures) == ("fa.notebook(globals())" not in path.read_text(encoding="utf-8"))
 
 
 def test_every_experiment_has_its_notebook_and_the_index_names_all():
