@@ -189,6 +189,7 @@ class Feedback(nn.Module):
             else:
                 self.register_buffer(key, value)
         self.names = tuple(state)
+        self.numbers = tuple(option for option, value in vars(rule).items() if type(value) is float)
         self.kernel_args = _arguments(type(rule).kernel, ("W", *state))
         local = ("W", "op", "x", "y", "dy", "dW", *state)
         self.grad_args = _arguments(type(rule).feedback_grad, local) if rule.learned else ()
@@ -210,6 +211,8 @@ class Feedback(nn.Module):
         """The layer's output, y = W x + b; x, W, b as the layer holds them."""
         if torch.compiler.is_compiling():
             self.traced = True
+            for option in self.numbers:  # seen here first: a second rule's number, met in the backward pass alone, fails to compile
+                getattr(self.rule, option) * 1.0
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, b = x.to(dtype), b if b is None else b.to(dtype)

@@ -7,6 +7,7 @@ over the batch, no factor 1/2), with stock operations only, and differentiated b
 import copy
 import io
 import math
+from dataclasses import dataclass
 
 import oracles
 import pytest
@@ -557,6 +558,36 @@ def test_one_vector_is_a_batch_of_one():
         x = randn(5, seed=3)
         batch = learned_gradient(layer, x[None]).clone()
         assert apart(learned_gradient(layer, x), batch) <= oracles.RTOL
+
+
+@dataclass(frozen=True)
+class Gain(fa.Rule):
+    """Somebody's own rule, with a number of its own in the kernel and in the feedback's gradient."""
+
+    name, equation, source, learned = "gain", "dx = g W^T dy", "test", ("B",)
+    gain: float = 2.0
+
+    def draw(self, op, W, gen):
+        return {"B": W.clone()}
+
+    def kernel(self, W):
+        return self.gain * W
+
+    def feedback_grad(self, dW, W, B):
+        return {"B": dW + self.gain * (B - W)}
+
+
+def test_networks_of_other_coefficients_are_compiled_in_one_process():
+    """From the second on their numbers are inputs of the compiled graph, of which the backward pass is a part."""
+    torch.compiler.reset()
+    rules = [("ia", {}), ("aa", {}), ("wm", {}), ("sa", {}), ("aa", {"amp": 0.3}), (Gain(), {}), (Gain(gain=3.0), {}), (Gain(gain=0.5), {})]
+    x, y = randn(4, 2, 5, 5, seed=3), torch.arange(4)
+    for rule, options in rules:
+        net = fa.convert(two_layers()[0], rule, **options)
+        want = all_gradients(net, x, y)
+        got = all_gradients(torch.compile(net, backend="aot_eager", fullgraph=True), x, y)
+        assert apart(got.pop("x"), want.pop("x")) <= oracles.RTOL
+        assert all(apart(got["_orig_mod." + k], g) <= oracles.RTOL for k, g in want.items()), (rule, options)
 
 
 # ------------------------------------------------------------------------------------------ sparse feedback
