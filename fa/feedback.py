@@ -132,7 +132,7 @@ class _Local(torch.autograd.Function):
         x, W, b, out, *state = ctx.saved_tensors
         need_x, need_W, need_b, _, *need_state = ctx.needs_input_grad
         rule, op, learns = fb.rule, fb.op, any(need_state)
-        known = dict(zip(fb.names, state), W=W, op=op, dy=dy, x=x, y=None)
+        known = dict(zip(fb.names, state), W=W, op=op, dy=dy, x=x, y=None, memo={})
         dx = None
         if need_x and fb.transport_args:
             dx = rule.transport(**{n: known[n] for n in fb.transport_args})
@@ -191,11 +191,11 @@ class Feedback(nn.Module):
         self.names = tuple(state)
         self.numbers = tuple(option for option, value in vars(rule).items() if type(value) is float)
         self.kernel_args = _arguments(type(rule).kernel, ("W", *state))
-        local = ("W", "op", "x", "y", "dy", "dW", *state)
+        local = ("W", "op", "x", "y", "dy", "dW", "memo", *state)
         self.grad_args = _arguments(type(rule).feedback_grad, local) if rule.learned else ()
         self.keeps_y = "y" in self.grad_args and rule.needs_y
         transport = getattr(type(rule), "transport", None)
-        self.transport_args = _arguments(transport, ("W", "op", "x", "dy", *state)) if transport else ()
+        self.transport_args = _arguments(transport, ("W", "op", "x", "dy", "memo", *state)) if transport else ()
         if rule.clamp_forward:
             self.register_buffer("forward_norm", torch.linalg.vector_norm(W))
         after = getattr(type(rule), "after_step", None)

@@ -203,7 +203,9 @@ def _attach(
 ) -> Callable[[], None]:
     """Draw the feedback of every layer; the function returned puts it in place."""
     kind = NoisyFeedback if getattr(rule, "input", "data") != "data" else Feedback
-    feedback = {name: kind(rule, _linear_map(m, sizes.get(name)), m, name, seed) for name, m in layers.items()}
+    feedback = {
+        name: kind(rule.at(i), _linear_map(m, sizes.get(name)), m, name, seed) for i, (name, m) in enumerate(layers.items())
+    }
 
     def attach() -> None:
         for name, layer in layers.items():

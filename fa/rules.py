@@ -14,7 +14,8 @@ are its options. It says
 
 The last three name what they need as arguments: ``W``, any tensor from ``draw``, and in ``feedback_grad`` also ``x`` (the layer's
 input), ``y`` (= W x, without bias), ``dy``, ``dW`` and ``op`` (the layer's linear map: ``forward``, ``transpose``, ``correlate``).
-All of them arrive detached. ``RULES`` maps names to rules and may be extended::
+All of them arrive detached. A rule may also send the error itself (``transport``, of the same arguments but ``y`` and ``dW``: dx, or
+None for the way through the kernel) and leave in ``memo``, a dict that lives for one backward pass, what ``feedback_grad`` needs again. ``RULES`` maps names to rules and may be extended::
 
     @dataclass(frozen=True)
     class Mine(fa.Rule):
@@ -30,7 +31,7 @@ output error everywhere at once, is therefore not a layer-wise rule; it has a mo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -130,6 +131,10 @@ class Rule:
             case "kaiming":
                 return math.sqrt(1 / (3 * fan_in))
         return float(self.init)
+
+    def at(self, index: int) -> Rule:
+        """The rule as the network's layer number ``index`` (from 0, in the order of its modules) has it."""
+        return self
 
     def draw(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
         """Tensors to keep, by name. ``W`` (out, in / groups, *kernel) is the weight at conversion; it is not changed."""
@@ -279,11 +284,12 @@ class PFA(Rule):
         expansion: size of the population relative to the layer's outputs (default 10, the paper's everywhere); ``expansion *
             out`` is rounded down.
         density: as in :class:`Rule`, for B and R independently; B is rescaled by 1 / sqrt(density), R is not (authors' code).
-        implicit: keep ``c`` in place of R, where R = B^T W + c D_0 and D_0 = R_0 - B^T W_0. Exact for SGD whose learning
-            rate, momentum and decay are the same for W and R (p3 section 1.2): the mismatch D receives no gradient, so that
-            one number, moved by the optimizer exactly as it moves R, says what is left of it. No R in memory, and no
-            weight-sized product in a linear layer under a small batch. Clipping the gradient's norm must leave the feedback out of the norm, for c's
-            gradient is 0 where R's is not. Default ``False``; an optimizer that it does not fit raises.
+        implicit: keep ``c`` in place of R, where R = B^T W + c D_0 (with a mask on its entries, if sparse) and D_0 = R_0 - B^T W_0.
+            Exact for SGD whose learning rate, momentum and decay are the same for W and R (p3 section 1.2): the mismatch D receives no
+            gradient, so that one number, moved by the optimizer exactly as it moves R, says what is left of it. No R in memory, and no
+            weight-sized product in a dense linear layer under a small batch. Clipping the gradient's norm must leave the feedback out of
+            the norm, for c's gradient is 0 where R's is not. Default ``False``; ``"first"``: in the network's first layer alone, whose R
+            sends no error, which pays where feedback is sparse; an optimizer that it does not fit raises.
         init: of R; B always has the scale above. ``"match"``: the RMS of W, so that the path's gain is 1.
 
     Source: Li & Benna 2024 (arXiv 2405.20594); authors' code layers/tfa_constructor, autograd/tfa.
@@ -294,22 +300,27 @@ class PFA(Rule):
     source = "Li & Benna 2024"
 
     expansion: float = 10
-    implicit: bool = False
+    implicit: bool | str = False
 
     def __post_init__(self):
         super().__post_init__()
         if not self.expansion > 0:
             raise UserError(f"{self.name}: expansion={self.expansion!r} must be positive")
-        if self.implicit and (self.density < 1 or self.clamp_forward):
-            raise UserError(f"{self.name}: implicit=True holds with density=1 and without clamp_forward; leave it out")
+        if self.implicit not in (True, False, "first"):
+            raise UserError(f"{self.name}: implicit={self.implicit!r} is not one of True, False, first")
+        if self.implicit and self.clamp_forward:
+            raise UserError(f"{self.name}: implicit={self.implicit} holds without clamp_forward only; leave it out")
+
+    def at(self, index):
+        return self if self.implicit != "first" else replace(self, implicit=index == 0)
 
     @property
     def learned(self):
-        return ("c",) if self.implicit else ("R",)
+        return ("c",) if self.implicit is True else ("R",)
 
     @property
     def sgd_only(self):
-        return self.implicit
+        return bool(self.implicit)
 
     def fixed(self, out: int, groups: int, like: Tensor, gen: torch.Generator) -> Tensor:
         """The fixed matrix B, (out, mid), or (groups, out / groups, mid / groups)."""
@@ -327,38 +338,45 @@ class PFA(Rule):
         fan_in, fan_out = fans(W)
         std = math.sqrt(2 / (fan_in + fan_out * mid / W.shape[0])) if self.init == "xavier" else self.std(W)
         R = uniform(shape, std, W, gen)
-        if self.density < 1:
-            return {"B": B, "R": R, "mask": bernoulli(shape, self.density, W, gen)}
+        state = {"B": B} if self.density == 1 else {"B": B, "mask": bernoulli(shape, self.density, W, gen)}
         if not self.implicit:
-            return {"B": B, "R": R}
+            return state | {"R": R}
+        c, Wt = W.new_ones((1,) * W.dim()), W.detach()
+        if self.density < 1:
+            return state | {"D": masked(R - mix(B.mT, Wt), state["mask"]), "c": c}
         BBt = self.square(B)
-        Wt = W.detach()
-        state = {"BD": mix(B, R) - (Wt if BBt is None else mix(BBt, Wt)), "c": W.new_ones((1,) * W.dim())}
+        state = {"BD": mix(B, R) - (Wt if BBt is None else mix(BBt, Wt)), "c": c}
         return state if BBt is None else state | {"BBt": BBt}
 
     def square(self, B: Tensor) -> Tensor | None:
         """B B^T, or None where it is the identity."""
         return B @ B.mT
 
-    def kernel(self, W, B=None, R=None, mask=None, BBt=None, BD=None, c=None):
-        if self.implicit:
-            return (W if BBt is None else mix(BBt, W)) + c * BD
-        return mix(B, masked(R, mask))
+    def population(self, W: Tensor, B: Tensor, R: Tensor | None, mask: Tensor | None, D: Tensor | None, c: Tensor | None) -> Tensor:
+        """R on the entries that exist, stored or not."""
+        return masked(R, mask) if R is not None else masked(mix(B.mT, W), mask) + c * D
 
-    def transport(self, dy, W, B=None, R=None, mask=None, BBt=None, BD=None, c=None):
+    def kernel(self, W, B=None, R=None, mask=None, D=None, BBt=None, BD=None, c=None):
+        if B is None:
+            return (W if BBt is None else mix(BBt, W)) + c * BD
+        return mix(B, self.population(W, B, R, mask, D, c))
+
+    def transport(self, dy, W, memo, B=None, R=None, mask=None, D=None, BBt=None, BD=None, c=None):
         """dx of a linear layer along the drawn path, where the batch is too small for the product to pay; else None."""
         if W.dim() > 2 or self.norm != "fixed" or dy.numel() // W.shape[0] >= W.shape[0]:
             return None
         t = dy.dtype  # that of autocast, where it is on
-        if not self.implicit:
-            return (dy @ B.to(t)) @ masked(R, mask).to(t)
+        if B is not None:
+            memo["activity"] = dy @ B.to(t)
+            return memo["activity"] @ self.population(W, B, R, mask, D, c).to(t)
         return None if BBt is None else (dy @ BBt.to(t)) @ W.to(t) + c.to(t) * (dy @ BD.to(t))
 
-    def feedback_grad(self, op, x, dy, dW, W, B=None, c=None):
-        if self.implicit:
+    def feedback_grad(self, op, x, dy, dW, W, memo, B=None, c=None):
+        if c is not None:
             return {"c": torch.zeros_like(c)}
         if W.dim() == 2 and dy.numel() // W.shape[0] < W.shape[0]:
-            return {"R": op.correlate(x, dy @ B.to(dy.dtype)).to(B.dtype)}
+            activity = memo["activity"] if "activity" in memo else dy @ B.to(dy.dtype)
+            return {"R": op.correlate(x, activity).to(B.dtype)}
         return {"R": mix(B.mT, dW)}
 
 
@@ -392,7 +410,7 @@ class PFAo(PFA):
         return B if self.density == 1 else B * bernoulli(B.shape, self.density, like, gen) / math.sqrt(self.density)
 
     def square(self, B):
-        return None  # dense, as implicit feedback always is
+        return None  # asked for dense B alone
 
 
 @dataclass(frozen=True)

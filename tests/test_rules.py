@@ -163,9 +163,10 @@ def test_any_linear_layer(leading, inputs, out, bias, rule):
     assert_exact(oracles.check(linear(inputs, out, bias), randn(*shape, seed=3), name, options))
 
 
+@pytest.mark.parametrize("density", [1, 0.6])
 @pytest.mark.parametrize("name", ["pfa", "pfa_o"])
 @pytest.mark.parametrize("case", [*LINEAR, *CONV])
-def test_implicit_feedback_is_the_explicit_one(name, case):
+def test_implicit_feedback_is_the_explicit_one(name, case, density):
     """At conversion, and when W and c have moved: R = B^T W + c D_0, with D_0 from the explicit layer's own draw."""
     if case in LINEAR:
         shape, *arguments = LINEAR[case]
@@ -173,7 +174,7 @@ def test_implicit_feedback_is_the_explicit_one(name, case):
     else:
         arguments, shape = CONV[case]
         make = lambda: conv(**arguments)  # noqa: E731
-    options = {"expansion": 3} if name == "pfa" else {}
+    options = {"density": density} | ({"expansion": 3} if name == "pfa" else {})
     explicit = fa.convert(make(), name, seed=4, **options)
     implicit = fa.convert(make(), name, seed=4, implicit=True, **options)
     x, W0 = randn(*shape, seed=3), explicit.weight.detach().clone()
@@ -367,8 +368,9 @@ SGD = {
 
 
 @pytest.mark.parametrize("sgd", SGD)
+@pytest.mark.parametrize("density, kind", [(1, True), (0.5, True), (0.5, "first")])
 @pytest.mark.parametrize("name", ["pfa", "pfa_o"])
-def test_implicit_training_equals_explicit_training(name, sgd):
+def test_implicit_training_equals_explicit_training(name, density, kind, sgd):
     """100 steps with a schedule and the gradient's norm clipped; clipped by the norm of what both have, the forward parameters'."""
 
     def run(implicit):
@@ -377,7 +379,7 @@ def test_implicit_training_equals_explicit_training(name, sgd):
             nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(96, 12), nn.ReLU(),
             nn.Linear(12, 3),
         )  # fmt: skip
-        net = fa.convert(oracles.fixed_weights(net.double()), name, implicit=implicit)
+        net = fa.convert(oracles.fixed_weights(net.double()), name, implicit=implicit, density=density)
         opt = torch.optim.SGD(fa.param_groups(net, lr=0.02, weight_decay=0.05), **SGD[sgd])
         rate = torch.optim.lr_scheduler.StepLR(opt, 30, 0.5)
         forward = oracles.forward_parameters(net).values()
@@ -394,7 +396,8 @@ def test_implicit_training_equals_explicit_training(name, sgd):
                     group["weight_decay"] = 0.01
         return net
 
-    explicit, implicit = run(False), run(True)
+    explicit, implicit = run(False), run(kind)
+    assert [hasattr(m.feedback, "R") for m in fa.steps.converted(implicit).values()] == [False] + 3 * [kind == "first"]
     layers = zip(fa.steps.converted(explicit).values(), fa.steps.converted(implicit).values())
     for a, b in layers:
         assert apart(b.weight.detach(), a.weight.detach()) < 1e-12
@@ -722,7 +725,7 @@ def test_a_rule_that_asks_for_what_nobody_has_is_refused():
         ("fa", {"norm": "tracked"}, "tracked"),
         ("usf", {"scale": "inti"}, "inti"),
         ("pfa", {"expansion": 0}, "expansion"),
-        ("pfa", {"implicit": True, "density": 0.5}, "implicit"),
+        ("pfa", {"implicit": "last"}, "implicit='last'"),
         ("pfa_o", {"expansion": 2}, "expansion"),
         ("frozen", {"every": -1}, "every"),
         ("ia", {"positions": "average"}, "average"),

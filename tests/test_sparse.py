@@ -24,8 +24,8 @@ def test_the_grid_is_the_authors_and_dense_runs_are_figure_2s() -> None:
     dense = {c.run for c, d in zip(runs, density) if d == 1}
     assert dense == {c.run for c in experiments.plan("p3_fig2", "paper", rules=",".join(p3_sparse.RULES))}
     assert {c.experiment for c, d in zip(runs, density) if d < 1} == {"p3_sparse"}
-    for c, d in zip(runs, density):  # implicit feedback holds for dense matrices only
-        assert ("implicit" in c.options) == (d == 1 and c.rule in ("pfa", "pfa_o"))
+    for c, d in zip(runs, density):
+        assert c.rule_options.get("implicit") == ((d == 1 or "first") if c.rule in ("pfa", "pfa_o") else None)
 
 
 @pytest.mark.parametrize("rule", p3_sparse.RULES)

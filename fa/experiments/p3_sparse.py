@@ -9,7 +9,7 @@ from ..train import Config
 from . import p3_fig2
 from .experiment import Experiment
 
-RULES = ("bp", "fa", "dfa", "usf", "pfa_o", "kp", "pfa")  # pfa last: sparse, its product is drawn, and costs ten steps
+RULES = ("bp", "fa", "dfa", "usf", "pfa_o", "kp", "pfa")  # pfa last: sparse, it has no form without its population
 
 DENSITIES = (0.05, 0.1, 0.17, 0.3, 0.5, 1.0)  # authors' script
 QUICK = (0.1, 0.3, 1.0)
@@ -21,7 +21,7 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
     runs = []
     for config in p3_fig2.grid(mode, rules, seeds or (2 if quick else 5), epochs or (20 if quick else 0), dataset):
         for density in (DENSITIES if not quick else QUICK) if config.rule != "bp" else (1.0,):
-            sparse = f"{config.options.replace(' implicit=true', '')} density={density}"
+            sparse = f"{config.options.replace('implicit=true', 'implicit=first')} density={density}"
             whole = replace(config, experiment="p3_sparse" if quick else "p3_fig2")
             runs.append(whole if density == 1 else replace(config, experiment="p3_sparse", options=sparse))
     return runs
