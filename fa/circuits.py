@@ -92,9 +92,9 @@ def sent(layer: nn.Module, x: Tensor, dy: Tensor) -> Tensor:
         if not isinstance(getattr(layer, "feedback", None), DirectFeedback):
             return torch.autograd.grad(layer(x), x, dy)[0]
         tape = layer.feedback.tape
-        tape.open(layer, (x,))
+        tape.open()
         layer(x)
-        return torch.autograd.grad(tape.close(layer, (x,), dy.detach().requires_grad_()), x, dy)[0]
+        return torch.autograd.grad(tape.close(dy.detach().requires_grad_()), x, dy)[0]
 
 
 class _Recorded:
@@ -137,7 +137,7 @@ def taught(
 
     def lesson(W: Tensor, op: Any) -> dict[str, Tensor]:
         with torch.no_grad(), same_noise(layer):
-            now = known | {"W": W, "op": op, "y": op.forward(x, W) if fb.keeps_y else None}
+            now = known | {"W": W, "op": op, "memo": {}, "y": op.forward(x, W) if fb.keeps_y else None}
             return fb.rule.feedback_grad(**{n: now[n] for n in fb.grad_args})
 
     if W is None or activity:

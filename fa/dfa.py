@@ -71,9 +71,9 @@ class DFA(Rule):
             raise UserError("dfa has no kernel of W's shape, so norm and clamp_forward do not apply")
 
     def attach(self, net: nn.Module, layers: dict[str, nn.Module], sizes: dict[str, Any], seed: int) -> Callable[[], None]:
-        """Draw B_l for every layer; the function returned puts them in place and hooks the network's two ends."""
+        """Draw B_l for every layer; the function returned puts them in place."""
         classes = self.classes or next(reversed(layers.values())).weight.shape[0]
-        tape = Tape()
+        tape = Tape(net)
         if self.form != "kernel" and set(layers) - set(sizes):
             raise UserError(f"dfa: form={self.form!r} needs the sizes of the maps; pass a batch of inputs, convert(..., sample=x)")
         size = {name: None if self.form == "kernel" else sizes[name][0] for name in layers}
@@ -94,7 +94,7 @@ class DFA(Rule):
         def attach() -> None:
             for name, layer in layers.items():
                 put_on(layer, feedback[name], next((new for old, new in _DIRECT.items() if isinstance(layer, old)), type(layer)))
-            tape.put_on(net)
+            tape.put_on()
             for block in blocks:
                 first = next(m for m in block.modules() if isinstance(m, Converted))
                 tape.handles.append(block.register_forward_pre_hook(BlockTap(first)))
@@ -114,42 +114,129 @@ class BlockTap:
 
 
 class Tape:
-    """What one forward pass tapped: pairs of (tapped input, spread matrix), between the network's two ends."""
+    """What one forward pass of a network tapped, and the pass itself: it takes the place of the network's ``forward``.
 
-    def __init__(self) -> None:
-        self.taps: list[tuple[Tensor, Tensor]] = []
-        self.recording = False
+    (Hooks at its two ends would be compiled one by one, each a graph that hands all errors to the next.)
+
+    Every tap hands the output a scalar of no value. Its gradient, which the output error brings, says that the error is known; each
+    tap then makes its own B_l e when the backward pass comes to it, so that one at a time is held. In a compiled pass, which
+    can read nothing but tensors, the output holds the taps themselves and hands out all errors at once; the compiler orders them.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net, self.own = net, None
         self.handles: list[Any] = []
+        self.open()
+        self.recording = False
 
-    def put_on(self, net: nn.Module) -> None:
-        """Hook the network's entry and exit."""
-        self.handles = [net.register_forward_pre_hook(self.open), net.register_forward_hook(self.close)]
+    def put_on(self) -> None:
+        """Stand between the network and its ``forward``."""
+        self.own = vars(self.net).get("forward")  # one that somebody set on this network alone
+        self.net.forward = self.forward
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Step aside."""
+        if vars(self.net).pop("forward", None) and self.own:
+            self.net.forward = self.own
         for handle in self.handles:
             handle.remove()
-        self.handles = []
 
-    def open(self, net: nn.Module, args: Any) -> None:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's forward pass."""
+        self.open()
+        return self.close(self.own(*args, **kwargs) if self.own else type(self.net).forward(self.net, *args, **kwargs))
+
+    def open(self) -> None:
         """Start a pass."""
-        self.taps, self.recording = [], True
+        self.recording = True
+        self.tapped: set[str] = set()  # names of layers
+        self.classes = 0
+        self.error = Error()
+        self.calls: list[Tensor] = []  # of taps in eager code
+        self.taps: list[Tensor] = []  # in compiled code, beside what spreads the error over each
+        self.spreads: list[Tensor] = []
 
-    def close(self, net: nn.Module, args: Any, out: Any) -> Any:
+    def add(self, x: Tensor, S: Tensor) -> None:
+        """Tap ``x``: its gradient will be the output error times S (classes, ...)."""
+        self.classes = S.shape[0]
+        if torch.compiler.is_compiling():
+            # a view, so that two layers which read one tensor have a gradient each
+            self.taps.append(x.view_as(x))
+            self.spreads.append(S)
+        else:
+            self.calls.append(_Tap.apply(x, S, self.error))
+
+    def close(self, out: Any) -> Any:
         """End a pass: the output error will go to every tap."""
-        taps, self.taps, self.recording = self.taps, [], False
-        if not taps:
+        calls, taps, spreads = self.calls, self.taps, self.spreads
+        self.calls, self.taps, self.spreads, self.recording = [], [], [], False
+        if not (calls or taps):
             return out
         if not isinstance(out, Tensor):
             raise UserError(f"dfa needs a network whose output is one tensor, not {type(out).__name__}")
-        if out.shape[-1] != taps[0][1].shape[0]:
-            raise UserError(f"dfa: the output's last axis has {out.shape[-1]} entries, its feedback {taps[0][1].shape[0]}; "
+        if out.shape[-1] != self.classes:
+            raise UserError(f"dfa: the output's last axis has {out.shape[-1]} entries, its feedback {self.classes}; "
                             f"convert(..., classes={out.shape[-1]})")  # fmt: skip
-        return _Broadcast.apply(out, len(taps), *(x for x, _ in taps), *(S for _, S in taps))
+        if taps:
+            out = _Broadcast.apply(out, len(taps), *taps, *spreads)
+        return announce(out, self.error, calls) if calls else out
+
+
+@torch.compiler.disable
+def announce(out: Tensor, error: Error, calls: list[Tensor]) -> Tensor:
+    """``out``, whose gradient will be told to the taps of eager code; a pass that is partly compiled has some."""
+    return _Announce.apply(out, error, *calls)
+
+
+class Error:
+    """The output error e of one backward pass, for the taps of the forward pass before."""
+
+    e: Tensor | None = None
+
+
+def send(e: Tensor, S: Tensor, shape: torch.Size) -> Tensor:
+    """e S of a tap of that shape, in the memory format of S; tokens share the error of their sample."""
+    if S.dim() == 4 and not S.is_contiguous():
+        n, c, h, w = shape
+        return (e @ S.permute(0, 2, 3, 1).flatten(1).to(e.dtype)).view(n, h, w, c).permute(0, 3, 1, 2)
+    d = e @ S.flatten(1).to(e.dtype)
+    if S.dim() == 2 and d.dim() < len(shape):
+        d = d.reshape(shape[0], *[1] * (len(shape) - 2), shape[-1]).expand(shape)
+    return d.reshape(shape)
+
+
+class _Tap(torch.autograd.Function):
+    """A scalar made of a tap; backward sends the tap e S."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, S: Tensor, error: Error) -> Tensor:
+        ctx.shape, ctx.S, ctx.error = x.shape, S, error  # nothing saved: a checkpoint that runs the forward pass again finds nothing amiss
+        return x.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return send(ctx.error.e, ctx.S, ctx.shape), None, None
+
+
+class _Announce(torch.autograd.Function):
+    """Identity on the output; backward keeps the error where the taps find it, and calls them."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, error: Error, *taps: Tensor) -> Tensor:
+        ctx.error = error
+        ctx.calls = [t.new_zeros(()) for t in taps]
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.error.e = e
+        return e, None, *ctx.calls
 
 
 class _Broadcast(torch.autograd.Function):
-    """Identity on the logits; backward also sends e S_l to every tap."""
+    """Identity on the output; backward also sends e S_l to every tap."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, n: int, *taps: Tensor) -> Tensor:
@@ -160,12 +247,7 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
-        sent = []
-        for shape, S in zip(ctx.shapes, ctx.saved_tensors):
-            d = e @ S.flatten(1).to(e.dtype)
-            if S.dim() == 2 and d.dim() < len(shape):  # tokens share the error of their sample
-                d = d.reshape(shape[0], *[1] * (len(shape) - 2), shape[-1]).expand(shape)
-            sent.append(d.reshape(shape))
+        sent = [send(e, S, shape) for shape, S in zip(ctx.shapes, ctx.saved_tensors)]
         return e, None, *sent, *(None for _ in sent)
 
 
@@ -208,14 +290,16 @@ class DirectFeedback(nn.Module):
         if self.plain():
             return x
         if not self.tape.recording:
+            if torch._C._current_graph_task_id() != -1 and self.layer_name in self.tape.tapped:
+                return x.detach()  # a checkpoint runs the forward pass again, within a backward pass, for what it did not keep
             raise RuntimeError(
-                f"layer {self.layer_name!r} is under dfa: call the whole network that was converted, not a part of it, and "
-                "leave gradient checkpointing off, which runs parts again"
+                f"layer {self.layer_name!r} is under dfa: call the whole network that was converted, not a part of it; gradient "
+                "checkpointing works with use_reentrant=False"
             )
+        self.tape.tapped.add(self.layer_name)
         if x.requires_grad:
             spread = isinstance(layer, nn.Conv2d) and self.rule.form == "kernel"
-            # a view, so that two layers which read one tensor have a gradient each under torch.compile as well
-            self.tape.taps.append((x.view_as(x), self.spread(layer, x) if spread else self.B))
+            self.tape.add(x, self.spread(layer, x) if spread else self.B)
         return x.detach()
 
     def plain(self) -> bool:
@@ -229,7 +313,8 @@ class DirectFeedback(nn.Module):
     def spread(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
         """(classes, in, h, w): where a unit error of each class goes, made once for each input size."""
         size = tuple(x.shape[-2:])
-        if size not in self._spread:
+        last = torch.compiler.is_compiling() or not x.is_contiguous()
+        if (size, last) not in self._spread:
             left, right, top, bottom = layer._reversed_padding_repeated_twice
             classes, inputs, *kernel = self.B.shape
             h, w = size[0] + top + bottom, size[1] + left + right
@@ -238,8 +323,9 @@ class DirectFeedback(nn.Module):
             like = self.B.new_empty(1, classes * inputs, h, w)
             op = ConvMap(layer.stride, (0, 0), layer.dilation, classes)  # a group a class
             S = op.transpose(ones, self.B, like).view(classes, inputs, h, w)
-            self._spread[size] = S[..., top : h - bottom, left : w - right].contiguous()
-        return self._spread[size]
+            order = torch.channels_last if last else torch.contiguous_format
+            self._spread[size, last] = S[..., top : h - bottom, left : w - right].contiguous(memory_format=order)
+        return self._spread[size, last]
 
     def _apply(self, fn: Any, recurse: bool = True) -> DirectFeedback:
         self._spread = {}

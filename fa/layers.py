@@ -227,10 +227,11 @@ def put_on(layer: nn.Module, feedback: nn.Module, cls: type) -> None:
 
 def revert(net: nn.Module) -> nn.Module:
     """Take every rule off the network, in place; returns it. The same as ``convert(net, "bp")``."""
-    for layer in converted(net).values():
+    layers = converted(net).values()
+    for tape in {layer.feedback.tape for layer in layers if hasattr(layer.feedback, "tape")}:
+        tape.remove()
+    for layer in layers:
         unwatch(layer)
-        if hasattr(layer.feedback, "tape"):
-            layer.feedback.tape.remove()
         if hasattr(layer, "remove"):
             layer.remove()
         layer.__class__ = layer.feedback.original

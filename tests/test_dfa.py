@@ -411,9 +411,86 @@ def test_a_copy_has_a_tape_of_its_own():
         loss.backward()
     assert all(torch.equal(p.grad, want[n]) for n, p in copied.named_parameters())
     fa.convert(copied, "bp")
-    assert not copied._forward_hooks and not copied._forward_pre_hooks
+    assert "forward" not in vars(copied) and "forward" in vars(net)
     got = grads(net, x, y)
     assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_a_forward_of_the_networks_own_is_kept_and_given_back():
+    net, x, y = oracles.mlp(6, 9, 3)
+    net.forward = lambda x: type(net).forward(net, x / 2)
+    halved = net.forward
+    fa.convert(net, "dfa")
+    got = grads(net, x, y)
+    fa.convert(net[0], "bp")  # a part first, then the whole
+    fa.convert(net, "bp")
+    assert net.forward is halved
+    del net.forward
+    want = grads(fa.convert(net, "dfa"), x / 2, y)
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_passes_whose_graphs_live_together_have_an_error_each():
+    net, x, y = oracles.mlp(6, 9, 3)
+    fa.convert(net, "dfa")
+    want = [grads(net, x, y), grads(net, -x, y)]
+    losses = [F.cross_entropy(net(s * x), y) for s in (1, -1)]
+    for i in (1, 0, 1):
+        net.zero_grad()
+        losses[i].backward(retain_graph=True)
+        assert all(torch.equal(p.grad, want[i][n]) for n, p in net.named_parameters())
+
+
+class Blocks(nn.Module):
+    """Two convolutional blocks, the second with a skip; each may be run under a gradient checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (nn.Sequential(nn.Conv2d(c, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1)) for c in (2, 4))
+        self.fc, self.checkpoint = nn.Linear(4, 3), lambda block, h: block(h)
+
+    def forward(self, x):
+        h = torch.tanh(self.checkpoint(self.one, x))
+        h = h + self.checkpoint(self.two, h)
+        return self.fc(h.mean((2, 3)))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    net = fa.convert(oracles.fixed_weights(Blocks().double()), "dfa", seed=1)
+    x, y = randn(4, 2, 6, 6, seed=2), torch.arange(4) % 3
+    want, ran = grads(net, x, y), []
+    net.two.register_forward_pre_hook(lambda *_: ran.append(1))
+    net.checkpoint = lambda block, h: torch.utils.checkpoint.checkpoint(block, h, use_reentrant=False)
+    got = grads(net, x, y)
+    assert len(ran) == 2, "the block was run again"
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_a_pass_that_is_compiled_in_parts_sends_every_tap_its_error():
+    net = fa.convert(oracles.fixed_weights(Blocks().double()), "dfa", seed=1)
+    x, y = randn(4, 2, 6, 6, seed=2), torch.arange(4) % 3
+    want = grads(net, x, y)
+    net.checkpoint = torch.compiler.disable(lambda block, h: block(h))
+    torch.compiler.reset()
+    got = grads(torch.compile(net, backend="aot_eager"), x, y)
+    assert all(apart(got["_orig_mod." + k], want[k]) < 1e-12 for k in want)
+
+
+def test_a_reentrant_checkpoint_is_refused():
+    """It runs the forward pass first without a graph, so that nothing is tapped, and lower layers would not learn."""
+    net = fa.convert(Blocks().double(), "dfa")
+    net.checkpoint = lambda block, h: torch.utils.checkpoint.checkpoint(block, h, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        grads(net, randn(4, 2, 6, 6, seed=2).requires_grad_(), torch.arange(4) % 3)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_error_arrives_in_the_memory_format_of_the_map(layout):
+    net = fa.convert(oracles.fixed_weights(Blocks().double()), "dfa").to(memory_format=layout)
+    x, arrived = randn(4, 2, 6, 6, seed=2).to(memory_format=layout), []
+    net.one[1].register_forward_hook(lambda module, args, out: out.register_hook(arrived.append) and None)
+    F.cross_entropy(net(x), torch.arange(4) % 3).backward()
+    assert arrived[0].is_contiguous(memory_format=layout) and not arrived[0].is_contiguous() == (layout is torch.channels_last)
 
 
 def test_it_learns():
