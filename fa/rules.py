@@ -598,6 +598,7 @@ class Primitives(Rule):
 class WM(Primitives):
     """Weight mirror: a Hebbian term and decay. dB = 2d B - a <y x^T>; here with the layer's own input.
 
+    It learns in every step, beside the task; for mirror phases and a mirror before training see :class:`fa.train.Config`.
     Source: Akrout et al. 2019; p2 section 2.3.
     """
 
