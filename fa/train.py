@@ -62,7 +62,7 @@ class Config:
         first_weight_decay: that of the first epoch (0: the same).
         feedback_lr: learning rate of feedback that holds its own decay (wm, ia, sa, aa), dropped as ``lr`` is (0: ``lr``).
         alternate: k > 0: a mirror-only step, then k task-only ones, and so on (0: both at every step). See below.
-        delay_epochs: the first epochs, all steps of which are mirror-only; ``lr_drops`` and ``first_weight_decay`` count from their end.
+        delay_epochs: so many epochs come first, all steps mirror-only; the schedule of both parts begins after them, as p2's drops do.
         augment: random crops (4 pixels of padding) and mirrored images.
         precision: "float32" (on CUDA convolutions are then made in TF32, PyTorch's default), or "bfloat16": forward and backward under autocast, weights and optimizer in float32.
         revision: of the recipe; raised by any fix that changes numbers.
@@ -72,9 +72,9 @@ class Config:
     Phases (p2 section 1.3; its ``alternate_step_freq`` and ``delay_epochs``) are for feedback that learns from activity or W, and not
     from the task: wm, ia, sa, aa, primitives. A mirror-only step moves that feedback and nothing else, a task-only step all but it. What
     rests does not move at all: no decay, and its momentum waits. That is our reading; p2's code multiplies one loss by 0 and steps both
-    optimizers, so that momentum coasts through the other's phase. Steps count over the whole run, from 0, those of the delay included,
-    and each takes a batch: ``epochs`` counts every pass, of which W sees the task-only part. p2's code multiplies the epochs of the drops
-    by k + 1; here they are meant as they are written. As in p2, running statistics of batch norm follow activity in every step.
+    optimizers, so that momentum coasts through the other's phase. Running statistics of batch norm follow activity in every step (p2's
+    too). Steps count over the whole run, the delay's included, and each takes a batch: ``epochs`` counts all of them, whichever part
+    learns. p2's code multiplies the epochs of the drops by k + 1; here they are what they say.
     """
 
     experiment: str
@@ -107,13 +107,16 @@ class Config:
             raise UserError(f"unknown precision {self.precision!r}; known: float32, bfloat16")
         for name in ("alternate", "delay_epochs"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} is negative; 0 is without, k > 0 with as many")
+                raise UserError(f"{name}={getattr(self, name)} is negative; it must be 0 (none) or a positive number")
         if self.alternate or self.delay_epochs:
             r = make_rule(self.rule, **self.rule_options)
             if not (r.own_decay and r.learned):
-                raise UserError(f"a mirror phase would teach {self.rule} nothing: its feedback does not learn by itself; leave alternate and delay_epochs at 0")
+                raise UserError(
+                    f"a mirror phase would teach {self.rule} nothing, for no feedback of it learns without the task; "
+                    "leave alternate and delay_epochs at 0"
+                )
             if r.clamp_forward:
-                raise UserError("clamp_forward moves W after every step, also in a mirror phase; leave it out, or alternate and delay_epochs")
+                raise UserError("clamp_forward moves W after mirror-only steps too; leave it out, or alternate and delay_epochs at 0")
 
     @property
     def run(self) -> str:
