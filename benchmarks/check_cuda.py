@@ -2,6 +2,7 @@
 
     python benchmarks/check_cuda.py                        # every rule of p3's Figure 4, ResNet-20
     python benchmarks/check_cuda.py --rules pfa --precision bfloat16 --compile
+    python benchmarks/check_cuda.py --rules wm --alternate 1    # mirror and task phases, a graph for each
 
 For every rule the same steps are taken twice, captured as a graph and eagerly, over a change of the schedule and with measurements between:
 the losses must agree to the rounding of TF32, no step may wait for the device, and a measurement may alter nothing. Printed: the
@@ -57,13 +58,14 @@ def main() -> None:
     parser.add_argument("--rules", default="", help="comma separated (default: those of the experiment)")
     parser.add_argument("--experiment", default="p3_fig4")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--alternate", type=int, default=0, help="task-only steps after each mirror-only one (default 0: no phases)")
     parser.add_argument("--compile", action="store_true", help="compare compiled and captured steps with eager ones")
     parser.add_argument("--tolerance", type=float, default=1e-2, help="largest relative gap of a loss (default 1e-2)")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wrong = []
     for config in experiments.plan(args.experiment, "paper", seeds=1, rules=args.rules):
-        config = replace(config, precision=args.precision)
+        config = replace(config, precision=args.precision, alternate=args.alternate)
         got, captured, measuring = losses(config, device, True, args.compile)
         want, eager, _ = losses(config, device, False, False)
         gap = ((got - want).abs() / want.abs()).max().item()

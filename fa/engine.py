@@ -1,17 +1,20 @@
 """Training steps that keep a device busy: the data lie on it, nothing waits for it within an epoch, and runs can share it.
 
 On the CPU a step is a step. On a CUDA device the first few are taken as they come, then one is captured as a graph, from the
-gathering of the batch to the optimizer, and replayed; a change of the schedule captures anew. Several runs take their steps in turn, each on
-a stream of its own: the kernels of one small network leave gaps that those of another fill, and every run computes what it would alone.
+gathering of the batch to the optimizer, and replayed; a change of the schedule captures anew, and every phase has a graph of its own.
+Several runs take their steps in turn, each on a stream of its own: the kernels of one small network leave gaps that those of another
+fill, and every run computes what it would alone.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,8 +70,11 @@ class Stepper:
             self.border = torch.tensor(data.SETS[config.dataset].black, device=self.device)
         self.losses = torch.zeros(self.per_epoch, dtype=torch.float64, device=self.device)
         self.feed: Iterator[tuple[Tensor, Tensor]] | None = None
-        self.replay: Callable[[], None] | None = None
-        self.taken, self.now = 0, {}
+        self.phases: Iterator[str] = iter(())
+        self.phase = "joint"  # of the step at hand
+        self.replays: dict[str, Callable[[], None]] = {}  # phase -> its captured step
+        self.taken: Counter[str] = Counter()  # steps by phase: each must be warm before it is captured
+        self.now: dict[str, float] = {}
 
     def begin(self, epoch: int) -> int:
         """Set the schedule, the order and the augmentation of an epoch (from 0); the number of its steps.
@@ -78,7 +84,8 @@ class Stepper:
         config = self.config
         now = config.schedule(epoch)
         if now != self.now:
-            self.now, self.replay = now, None
+            self.now, self.replays = now, {}
+        self.phases = (config.phase(epoch, step) for step in count(epoch * self.per_epoch))  # of the run: a resumed one agrees
         for group in self.opt.param_groups:
             group["lr"] = config.feedback_lr * now["lr"] / config.lr if group["own_decay"] and config.feedback_lr else now["lr"]
             if not group["own_decay"]:  # feedback whose gradient holds its decay gets none from the optimizer, in no epoch
@@ -105,16 +112,14 @@ class Stepper:
 
     def step(self) -> None:
         """One batch: forward, loss, backward, optimizer. Nothing is read back from the device."""
+        self.phase = phase = next(self.phases)
         if self.feed is not None:
             self._learn(*next(self.feed))
             return
-        if self.captures and self.replay is None and self.taken >= WARM:
-            self.replay = self._capture()
-        if self.replay is not None:
-            self.replay()
-        else:
-            self._take()
-        self.taken += 1
+        if self.captures and phase not in self.replays and self.taken[phase] >= WARM:
+            self.replays[phase] = self._capture()
+        self.replays.get(phase, self._take)()
+        self.taken[phase] += 1
 
     def _take(self) -> None:
         rows = self.index.index_select(0, self.at)[0]
@@ -129,6 +134,10 @@ class Stepper:
         with torch.autocast(self.device.type, torch.bfloat16, self.config.precision == "bfloat16", cache_enabled=False):
             loss = F.cross_entropy(self.forward(x), y)
         loss.backward()
+        for group in self.opt.param_groups:
+            if self.phase == ("task" if group["own_decay"] else "mirror"):
+                for p in group["params"]:  # at rest: without a gradient the optimizer leaves it alone, its momentum and decay too
+                    p.grad = None
         self.opt.step()
         self.opt.zero_grad()
         self.losses.index_copy_(0, self.at, loss.detach().double().view(1))

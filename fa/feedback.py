@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
+import weakref
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -31,14 +33,26 @@ class _Map:
     pad: tuple[int, ...] = field(default=(), kw_only=True)  # what was added to x before this map
     gen: torch.Generator | None = field(default=None, kw_only=True)
 
-    def noise(self, like: Tensor, kind: str, std: float = 1.0) -> Tensor:
+    def __post_init__(self) -> None:
+        self.key = next(_keys)  # what a compiled graph, which cannot hold a generator, knows this map by
+        _maps[self.key] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # a copy draws for itself
+
+    def noise(self, like: Tensor, dy: Tensor, kind: str, std: float = 1.0) -> Tensor:
         """Noise, "normal" or "uniform", of mean 0 and standard deviation ``std``, of a tensor's shape, dtype and place.
 
-        On a CPU, where the generator is what noise costs, uniform noise has 2^16 equally likely, equally spaced values: four numbers a draw.
+        A compiled graph draws the same. ``dy``, the error at hand, is not read: it holds the draw in the backward pass, whereas what
+        hangs on the forward pass alone may be computed there, or in both. On a CPU, where the generator is what noise costs, uniform
+        noise has 2^16 equally likely, equally spaced values: four numbers a draw.
         """
+        return _noise(like, dy, self.key, kind, std) if torch.compiler.is_compiling() else self.draw(like, kind, std)
+
+    def draw(self, like: Tensor, kind: str, std: float) -> Tensor:
+        """What :meth:`noise` returns, whether it is called or stands in a compiled graph."""
         bound = 3**0.5 * std
-        if torch.compiler.is_compiling():
-            return std * torch.randn_like(like) if kind == "normal" else (torch.rand_like(like) - 0.5) * (2 * bound)
         if self.gen is None or self.gen.device != like.device:
             self.gen = torch.Generator(like.device).manual_seed(0 if self.gen is None else self.gen.initial_seed())
         # half precision is rounded to: torch's own normal numbers in bfloat16 lack their tails
@@ -51,6 +65,26 @@ class _Map:
         words = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None, generator=self.gen)
         out.as_strided((n,), (1,)).copy_(words.view(torch.int16)[:n])  # in the order of memory, which is dense
         return out.add_(0.5).mul_(bound / 2**15).to(like.dtype)
+
+
+_maps: weakref.WeakValueDictionary[int, _Map] = weakref.WeakValueDictionary()  # key -> map
+_keys = itertools.count()
+
+
+@torch.library.custom_op(
+    "fa::noise",
+    mutates_args=(),
+    schema="(Tensor like, Tensor dy, int key, str kind, float std) -> Tensor",
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),  # inductor's own graphs do not know the generator
+)
+def _noise(like: Tensor, dy: Tensor, key: int, kind: str, std: float) -> Tensor:
+    """What a compiled graph calls, unseen by the compiler."""
+    return _maps[key].draw(like, kind, std)
+
+
+@_noise.register_fake
+def _(like: Tensor, dy: Tensor, key: int, kind: str, std: float) -> Tensor:
+    return torch.empty_like(like)
 
 
 @dataclass

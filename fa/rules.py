@@ -522,7 +522,7 @@ class Primitives(Rule):
             data. The sum makes AA and IA diverge on ResNet-20 at learning rate 0.1.
         input: ``"data"`` (default): the layer's own input; ``"normal"`` or ``"uniform"``: fresh noise of its shape in every
             backward pass, of mean 0 and standard deviation ``input_std``, drawn for each layer from a generator of its own whose
-            state is in ``state_dict`` (compiled: from the global one). On a CPU normal noise costs twice as much.
+            state is in ``state_dict``. On a CPU normal noise costs twice as much.
         input_std: see ``input`` (default 1, p2's code).
         center: subtract each sample's mean over features from the input. Default ``False``.
         normalize: centre, and scale each sample to length 1. Default ``False``.
@@ -558,10 +558,10 @@ class Primitives(Rule):
             if getattr(self, option) not in known:
                 raise UserError(f"{self.name}: {option}={getattr(self, option)!r} is not one of {', '.join(known)}")
 
-    def mirror(self, op: Any, x: Tensor) -> Tensor:
+    def mirror(self, op: Any, x: Tensor, dy: Tensor) -> Tensor:
         """What the local objective sees in place of the layer's input."""
         if self.input != "data":
-            x = op.noise(x, self.input, self.input_std)
+            x = op.noise(x, dy, self.input, self.input_std)
         if self.center or self.normalize:  # over a sample's features, as p2's code; a linear layer's tokens are samples
             flat = x.reshape(-1, x.shape[-1]) if x.dim() < 4 else x.flatten(1)
             flat = flat - flat.mean(1, keepdim=True)
@@ -585,7 +585,7 @@ class Primitives(Rule):
         a, n, p = self.amp, 2 * self.null, 2 * self.sparse
         if not (a or n or p):
             return {"B": 2 * self.decay * B - self.self_ * W}
-        x = self.mirror(op, x)
+        x = self.mirror(op, x, dy)
 
         def up(kernel: Tensor) -> Tensor:
             return op.forward(x, kernel.to(x.dtype))
@@ -616,6 +616,7 @@ class Primitives(Rule):
 class WM(Primitives):
     """Weight mirror: a Hebbian term and decay. dB = 2d B - a <y x^T>; here with the layer's own input.
 
+    It learns in every step, beside the task; for mirror phases and a mirror before training see :class:`fa.train.Config`.
     Source: Akrout et al. 2019; p2 section 2.3.
     """
 

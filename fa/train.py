@@ -61,11 +61,20 @@ class Config:
         weight_decay: L2, of all parameters, learned feedback and biases included.
         first_weight_decay: that of the first epoch (0: the same).
         feedback_lr: learning rate of feedback that holds its own decay (wm, ia, sa, aa), dropped as ``lr`` is (0: ``lr``).
+        alternate: k > 0: a mirror-only step, then k task-only ones, and so on (0: both at every step). See below.
+        delay_epochs: so many epochs come first, all steps mirror-only; the schedule of both parts begins after them, as p2's drops do.
         augment: random crops (4 pixels of padding) and mirrored images.
         precision: "float32" (on CUDA convolutions are then made in TF32, PyTorch's default), or "bfloat16": forward and backward under autocast, weights and optimizer in float32.
         revision: of the recipe; raised by any fix that changes numbers.
 
     Defaults are p3's MNIST recipe (p3 section 5).
+
+    Phases (p2 section 1.3; its ``alternate_step_freq`` and ``delay_epochs``) are for feedback that learns from activity or W, and not
+    from the task: wm, ia, sa, aa, primitives. A mirror-only step moves that feedback and nothing else, a task-only step all but it. What
+    rests does not move at all: no decay, and its momentum waits. That is our reading; p2's code multiplies one loss by 0 and steps both
+    optimizers, so that momentum coasts through the other's phase. Running statistics of batch norm follow activity in every step (p2's
+    too). Steps count over the whole run, the delay's included, and each takes a batch: ``epochs`` counts all of them, whichever part
+    learns. p2's code multiplies the epochs of the drops by k + 1; here they are what they say.
     """
 
     experiment: str
@@ -84,6 +93,8 @@ class Config:
     weight_decay: float = 1e-4
     first_weight_decay: float = 0.0
     feedback_lr: float = 0.0
+    alternate: int = 0
+    delay_epochs: int = 0
     augment: bool = False
     precision: str = "float32"
     revision: int = 1
@@ -94,6 +105,18 @@ class Config:
                 object.__setattr__(self, f.name, float(getattr(self, f.name)))
         if self.precision not in ("float32", "bfloat16"):
             raise UserError(f"unknown precision {self.precision!r}; known: float32, bfloat16")
+        for name in ("alternate", "delay_epochs"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} is negative; it must be 0 (none) or a positive number")
+        if self.alternate or self.delay_epochs:
+            r = make_rule(self.rule, **self.rule_options)
+            if not (r.own_decay and r.learned):
+                raise UserError(
+                    f"a mirror phase would teach {self.rule} nothing, for no feedback of it learns without the task; "
+                    "leave alternate and delay_epochs at 0"
+                )
+            if r.clamp_forward:
+                raise UserError("clamp_forward moves W after mirror-only steps too; leave it out, or alternate and delay_epochs at 0")
 
     @property
     def run(self) -> str:
@@ -106,11 +129,20 @@ class Config:
         return parse_options(self.options)
 
     def schedule(self, epoch: int) -> dict[str, float]:
-        """Learning rate and weight decay of epoch ``epoch``, counted from 0."""
+        """Learning rate and weight decay of epoch ``epoch``, counted from 0; those of the first hold in a delay before it."""
+        epoch = max(0, epoch - self.delay_epochs)
         drops = sum(epoch >= e for e in integers(self.lr_drops))
         first = epoch == 0 and self.first_weight_decay > 0
         decay = self.first_weight_decay if first else self.weight_decay
         return {"lr": self.lr * self.lr_factor**drops, "weight_decay": decay}
+
+    def phase(self, epoch: int, step: int) -> str:
+        """What moves in a step: "mirror", "task" or "joint". ``step`` counts over the whole run; it and the epoch from 0."""
+        if epoch < self.delay_epochs:
+            return "mirror"
+        if not self.alternate:
+            return "joint"
+        return "task" if step % (self.alternate + 1) else "mirror"
 
 
 def parse_options(text: str) -> dict[str, Any]:

@@ -305,14 +305,16 @@ CHANGED = dict(
     rule="kp", seed=1, options="init=match implicit=true", batch=32, lr=0.04, lr_drops="1", lr_factor=0.3, momentum=0.8,
     weight_decay=2e-3, first_weight_decay=0.2, epochs=6, augment=True,
 )  # fmt: skip
+PHASES, MIRROR = dict(alternate=2, delay_epochs=3), replace(TINY, rule="wm", options="")  # phases need feedback that learns by itself
 
 
 def test_identity_knows_every_field():
     names = {f.name for f in fields(Config)}
     other = CHANGED | dict(experiment="e", dataset="mnist", model="cnn", hidden="16,17", revision=2, feedback_lr=0.1, precision="bfloat16")
-    assert other.keys() == names  # a new field must be listed here, and thought about
+    assert {*other, *PHASES} == names  # a new field must be listed here, and thought about
     runs = {replace(TINY, **{name: value}).run for name, value in other.items()} | {TINY.run}
-    assert len(runs) == len(names) + 1
+    runs |= {replace(MIRROR, **{name: value}).run for name, value in PHASES.items()} | {MIRROR.run}
+    assert len(runs) == len(names) + 2
 
 
 def test_fingerprint_is_stable_and_knows_every_field_of_the_recipe():
@@ -322,6 +324,7 @@ def test_fingerprint_is_stable_and_knows_every_field_of_the_recipe():
     for name, value in CHANGED.items():
         changed = {name: value} | ({"options": ""} if name == "rule" else {})
         assert train.fingerprint(replace(TINY, **changed)) != first, name
+    assert len({tuple(train.fingerprint(replace(MIRROR, **changed))) for changed in ({}, *({n: v} for n, v in PHASES.items()))}) == 3
 
 
 def test_fingerprint_does_not_know_the_threads():
