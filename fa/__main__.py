@@ -101,12 +101,12 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from . import campaign, data, records
+    from . import campaign, data, experiments, records
 
     budget = campaign.seconds(args.budget) if args.budget else None
     planned = _planned(args)
     runs = list({c.run: c for configs in planned.values() for c in configs}.values())
-    held = {run for name in planned for run in records.held(name, args.mode)} if args.add else set()
+    held = {run for name in experiments.EXPERIMENTS for run in records.held(name, args.mode)} if args.add else set()
     if args.dry_run:
         left = campaign.missing(runs, args.mode, held)
         print(f"{len(runs)} runs planned, {len(runs) - len(left)} finished, {len(left)} to train")
