@@ -110,6 +110,11 @@ def missing(configs: list[Any], mode: str, held: Collection[str] = ()) -> list[A
     return sorted(left, key=lambda c: not (Folder(mode, c).path / "checkpoint.pt").exists())
 
 
+def recorded(mode: str = "record") -> set[str]:
+    """Identities of the runs that any experiment's record holds."""
+    return {run for name in experiments.EXPERIMENTS for run in records.held(name, mode)}
+
+
 def run(
     configs: list[Any],
     mode: str,
