@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument(
         "--grid", action="append", default=[], metavar="NAME=V1,V2", help="run once for each value; several: for each combination"
     )
+    reproduce.add_argument("--add", action="store_true", help="in paper mode: train only what data/records lacks too")
     reproduce.add_argument("--jobs", type=int, default=2, help="notebooks at a time (default: 2)")
 
     command("report", _report, "judge every claim and write REPORT.md and the tables of README.md")
@@ -101,12 +102,12 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from . import campaign, data, records
+    from . import campaign, data
 
     budget = campaign.seconds(args.budget) if args.budget else None
     planned = _planned(args)
     runs = list({c.run: c for configs in planned.values() for c in configs}.values())
-    held = {run for name in planned for run in records.held(name, args.mode)} if args.add else set()
+    held = campaign.recorded(args.mode) if args.add else set()
     if args.dry_run:
         left = campaign.missing(runs, args.mode, held)
         print(f"{len(runs)} runs planned, {len(runs) - len(left)} finished, {len(left)} to train")
@@ -144,7 +145,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         return dict(item.split("=", 1) for item in items)
 
     grid = {name: values.split(",") for name, values in pairs(args.grid).items()}
-    return batch.reproduce(args.notebooks, args.mode, pairs(args.parameters), grid, args.jobs)
+    return batch.reproduce(args.notebooks, args.mode, pairs(args.parameters), grid, args.jobs, add=args.add)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ class _Job:
     mode: str
     parameters: dict[str, Any]
     variant: str  # which values of a grid; empty without one
+    add: bool = False  # train only what the records lack
 
     @property
     def name(self) -> str:
@@ -46,6 +47,7 @@ def reproduce(
     grid: Mapping[str, Sequence[str]] | None = None,
     jobs: int = 0,
     say: Callable[[str], None] | None = None,
+    add: bool = False,
 ) -> int:
     """Run notebooks through papermill, several at a time; their outputs and logs go to build/MODE/notebooks/.
 
@@ -58,6 +60,7 @@ def reproduce(
         grid: name to values; every combination is run, each with tables and figures of its own under build/grid/.
         jobs: notebooks at a time; 0: one a core, at most 4.
         say: takes the progress, a line at a time; default: prints.
+        add: in paper mode, do not train again what data/records/ holds (default: False).
     Returns:
         exit code: 0, or 1 if any notebook failed.
     Raises:
@@ -75,7 +78,7 @@ def reproduce(
     for path, values in itertools.product(find(notebooks), itertools.product(*grid.values())):
         combination = dict(zip(grid, values))
         variant = ",".join(f"{k}={v}" for k, v in combination.items()).replace("/", "-")
-        work.append(_Job(path, mode, _typed(path, fixed | combination), variant))
+        work.append(_Job(path, mode, _typed(path, fixed | combination), variant, add))
     jobs = min(jobs or min(os.cpu_count() or 1, 4), len(work))
     outputs, start, failed = build(mode) / "notebooks", time.time(), []
     count = f"{len(work)} notebook" + "s" * (len(work) != 1)
@@ -119,7 +122,7 @@ def _execute(job: _Job, outputs: Path, jobs: int) -> tuple[_Job, float, str]:
     """Run one notebook in a process of its own; what it says goes to a log beside its output."""
     out = outputs / f"{job.name}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"FA_BUILD": str(job.build)} | ({"FA_WORKERS": "1"} if jobs > 1 else {})
+    env = os.environ | {"FA_BUILD": str(job.build)} | ({"FA_WORKERS": "1"} if jobs > 1 else {}) | ({"FA_ADD": "1"} if job.add else {})
     env["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")  # this Python's kernel, whatever else the user has
     command = [sys.executable, "-m", "papermill", str(job.notebook), str(out), "-k", "python3", "--cwd", str(ROOT)]
     command += ["--no-progress-bar", "--log-output", "-y", json.dumps(job.parameters)]

@@ -110,6 +110,11 @@ def missing(configs: list[Any], mode: str, held: Collection[str] = ()) -> list[A
     return sorted(left, key=lambda c: not (Folder(mode, c).path / "checkpoint.pt").exists())
 
 
+def recorded(mode: str = "record") -> set[str]:
+    """Identities of the runs that any experiment's record holds."""
+    return {run for name in experiments.EXPERIMENTS for run in records.held(name, mode)}
+
+
 def run(
     configs: list[Any],
     mode: str,
@@ -312,7 +317,8 @@ def _tell(on: Callable[..., None], config: Any, epoch: int, values: dict[str, fl
 def collect(experiment: str, mode: str, configs: list[Any], partial: bool = False) -> Path:
     """Merge the finished runs of an experiment into its record, and write what made it beside.
 
-    A planned run that the record holds and the run store does not, because another machine trained it, stays in the record.
+    A planned run that the run store lacks, because another machine trained it, is taken from the record, or, where figures share
+    it, from another experiment's: the figure's that it is named after, or any that holds it.
 
     Args:
         experiment: a name of ``fa.experiments.EXPERIMENTS``.
@@ -328,9 +334,15 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
     tables = [f.table(swept(f.config)) for f in folders]
     status = {f.config.run: f.status for f in folders}
     environments = {json.dumps(s.pop("environment"), sort_keys=True) for s in status.values()}
-    if stays := [c for c in configs if c.run not in status and c.run in records.held(experiment, mode)]:
-        before, table = records.sidecar(experiment, mode), records.read(experiment, mode)
-        tables.append(table[table.run.isin([c.run for c in stays])])
+    lacking = [c for c in configs if c.run not in status]
+    for name in dict.fromkeys((experiment, *(c.experiment for c in lacking), *experiments.EXPERIMENTS)) if lacking else ():
+        stays = [c for c in lacking if c.run not in status and c.run in records.held(name, mode)]
+        if not stays:
+            continue
+        before, table = records.sidecar(name, mode), records.read(name, mode)
+        for c in stays:  # its rows are the same in every figure, the swept columns are each figure's own
+            rows = table[table.run == c.run].drop(columns=list(experiments.find(name).swept(c)))
+            tables.append(rows.assign(**swept(c)))
         status |= {c.run: before["status"][c.run] for c in stays}
         environments |= {json.dumps(e, sort_keys=True) for e in before["environments"]}
     done = [c for c in configs if c.run in status]

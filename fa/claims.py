@@ -24,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 
 from . import experiments, records
-from .criteria import SWEPT, Compiler, Number, Scope, Truth, Untested, Value, finite, show
+from .criteria import SWEPT, WORDS, Compiler, Number, Scope, Truth, Untested, Value, finite, show
 from .errors import UserError
 from .paths import ROOT
 from .train import Config
@@ -99,7 +99,7 @@ def load(path: Path | None = None) -> list[Claim]:
 
 def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
     """Blank words as "", everything else as numbers (what is not one becomes nan: published as unknown)."""
-    words = {c: frame[c].astype(object).where(frame[c].notna(), "") for c in ("rule", "layer") if c in frame}
+    words = {c: frame[c].astype(object).where(frame[c].notna(), "") for c in WORDS if c in frame}
     numbers = {c: pd.to_numeric(frame[c], errors="coerce") for c in ("seed", "epoch", "value", *SWEPT) if c in frame}
     return frame.assign(**words, **numbers)
 

@@ -10,8 +10,9 @@ anything else raises ``UserError`` with the claim's id and the position.
     number    :=  0.1 | inf | target | tolerance | AXIS | -number | number (+ - * /) number | sqrt(number) | STATISTIC
     STATISTIC :=  mean | min | max | best | sd (METRIC, AXIS=VALUES, ...)    from the record
                |  paired(METRIC, minus=RULE, AXIS=VALUES, ...)               rule minus RULE, seed by seed
+               |  paired(METRIC, minus_AXIS=VALUE, AXIS=VALUES, ...)         the same for another axis: precision, epoch, ...
                |  ref(METRIC, AXIS=VALUES, ...)                              from the published values
-    AXIS      :=  rule | layer | epoch | seed | expansion | density | decay
+    AXIS      :=  rule | layer | precision | epoch | seed | expansion | density | decay
     VALUES    :=  word | number | "text" | [several of these] | all | last (of epoch)
 
 **Statistics.** First every seed gives one number: the mean, smallest or largest of the rows selected (mostly one row);
@@ -40,7 +41,9 @@ from .errors import UserError
 
 VERDICTS = ("holds", "partly", "fails", "not tested")
 SWEPT = ("expansion", "density", "decay")
-AXES = ("rule", "layer", "epoch", "seed", *SWEPT)
+WORDS = ("rule", "layer", "precision")  # axes whose values are words
+AXES = (*WORDS, "epoch", "seed", *SWEPT)
+MINUS = ("minus", *(f"minus_{axis}" for axis in AXES if axis not in ("rule", "seed")))
 STATISTICS = {"mean": "mean", "sd": "mean", "min": "min", "max": "max", "best": "max"}
 EDGE = 1e-9  # a value on the bound counts as inside, whatever the last bits of the bound's own sum
 
@@ -133,7 +136,7 @@ def finite(text: str) -> bool:
 
 def _where(column: pd.Series, axis: str, wanted: list) -> np.ndarray:
     """Rows whose axis takes a wanted value; swept values agree to half a percent, as published ones are rounded."""
-    if axis in ("rule", "layer"):
+    if axis in WORDS:
         return column.isin(wanted).to_numpy()
     rtol = 5e-3 if axis in SWEPT else 0.0
     return np.isclose(column.to_numpy(float)[:, None], np.array(wanted, float)[None, :], rtol=rtol).any(axis=1)
@@ -154,7 +157,7 @@ def _select(frame: pd.DataFrame, metric: str, chosen: dict[str, list], last: Cal
         if wanted == ["last"]:
             wanted = [last(frame)]
         if missing := [w for w in wanted if axis not in frame or not _where(frame[axis], axis, [w]).any()]:
-            where = ", ".join(f"{a}={v[0]}" for a, v in chosen.items() if len(v) == 1 and a not in ("minus", axis))
+            where = ", ".join(f"{a}={v[0]}" for a, v in chosen.items() if len(v) == 1 and a not in (*MINUS, axis))
             raise Untested(f"{what} has no {metric} at {axis}={missing[0]}" + f" ({where})" * bool(where))
         frame = frame[_where(frame[axis], axis, wanted)]
     return frame
@@ -312,7 +315,7 @@ class Compiler:
                 return lambda scope: Value(math.inf)
             case ast.Name(id=name) if name in self.names:
                 return self.names[name]
-            case ast.Name(id=name) if name in axes and name not in ("rule", "layer"):
+            case ast.Name(id=name) if name in axes and name not in WORDS:
                 def bound(scope: Scope) -> Value:
                     if name not in (axes := dict(scope.bound)):
                         raise self.fail(node, f"{name} is a number only within each({name}=...)")
@@ -340,8 +343,9 @@ class Compiler:
         if name != "ref" and not self.measures:
             raise self.fail(node, f"a {self.column} is made of published values, not of {name}()")
         chosen = {k.arg: self.values(k, name) for k in keywords}
-        if name == "paired" and len(chosen.get("minus", [])) != 1:
-            raise self.fail(node, "paired() needs minus=RULE")
+        other = {k.removeprefix("minus").lstrip("_") or "rule": v for k, v in chosen.items() if k in MINUS}
+        if name == "paired" and [len(v) for v in other.values()] != [1]:
+            raise self.fail(node, "paired() needs minus=RULE, or one minus_AXIS=VALUE")
         if name == "best":
             chosen.setdefault("epoch", ["all"])
         self.measured = self.measured or name != "ref"
@@ -353,7 +357,7 @@ class Compiler:
                     return _published(scope, metric, axes)
                 seeds = _per_seed(scope, metric, axes, STATISTICS.get(name, "mean"))
                 if name == "paired":
-                    seeds = (seeds - _per_seed(scope, metric, axes | {"rule": chosen["minus"]}, "mean")).dropna()
+                    seeds = (seeds - _per_seed(scope, metric, axes | other, "mean")).dropna()
             except Ambiguous as error:
                 raise self.fail(node, str(error)) from None
             value = _statistic(seeds)
@@ -362,11 +366,11 @@ class Compiler:
 
     def values(self, keyword: ast.keyword, function: str) -> list:
         axis, node = keyword.arg, keyword.value
-        if axis not in (*AXES, *(["minus"] if function == "paired" else [])):
+        if axis not in (*AXES, *(MINUS if function == "paired" else [])):
             raise self.fail(keyword, f"unknown axis {axis}; known: {', '.join(AXES)}")
         found = [self.value(n) for n in (node.elts if isinstance(node, ast.List) else [node])]
-        words = axis in ("rule", "layer", "minus")
-        special = {"all"} if axis != "minus" else set()
+        words = axis in ("minus", *WORDS) or axis.removeprefix("minus_") in WORDS
+        special = {"all"} if axis not in MINUS else set()
         if axis == "epoch" and function != "each":
             special.add("last")
         if not (len(found) == 1 and found[0] in special) and any(isinstance(v, str) != words for v in found):

@@ -11,13 +11,15 @@ quick   trains in seconds, on digits unless told another  build/quick/      buil
 paper   trains what is missing, at the paper's scale      data/records/     figures/
 ======  ================================================  ================  =====================
 
-In paper mode, parameters other than the figure's own keep table and figures in build/paper/.
+In paper mode, parameters other than the figure's own keep table and figures in build/paper/, and with $FA_ADD (``fa reproduce --add``)
+runs that data/records/ holds are not trained again.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,7 +45,7 @@ PAPERS = {
           "weight symmetry. arXiv:2003.01513",
     "p3": "Li & Benna (2024). Deep learning without weight symmetry. arXiv:2405.20594",
 }  # fmt: skip
-"""The papers that are replicated, as one cites them."""
+"""The papers that are replicated, as one cites them. A page of paper "x" goes across them and is after none."""
 
 DRAWN = {"p3_fig1": ("31_pfa_fig1_circuits", "fa/circuits.py")}
 """Figures without runs and table: name to notebook, and to the code that they are drawn from."""
@@ -243,7 +245,9 @@ class Notebook:
         from .experiments import find as experiment_of
 
         own_rule = any(RULES[c.rule].__module__ == "__main__" for c in self.runs)  # which no other process would know
-        summary = campaign.run(self.runs, self.mode, workers=1 if own_rule else "auto", device=self.device)
+        add = os.environ.get("FA_ADD") and self.mode == "paper" and not self.chosen
+        held = campaign.recorded(self.mode) if add else ()
+        summary = campaign.run(self.runs, self.mode, workers=1 if own_rule else "auto", device=self.device, held=held)
         if summary.failed:
             raise RuntimeError(f"{len(summary.failed)} of {len(self.runs)} runs failed, the first: {summary.failed[0]}")
         if self.mode == "quick" or not self.chosen:
@@ -363,12 +367,12 @@ class Notebook:
             stem, code = DRAWN[name]
             paper = PAPERS[name.partition("_")[0]]
             trail = {"paper": paper, "notebook": f"notebooks/{stem}.ipynb", "code": code, "sha256": sha256(ROOT / code)}
-            return trail | {"cite": f"{_title()}, figure {name}; after {paper}"}
+            return trail | {"cite": _cited(name, paper)}
         about, table, there = experiment_of(self.experiment), self.table(), self.path.exists()
         collected = there and self.path == records.record_path(self.experiment, self.mode)
         side = records.sidecar(self.experiment, self.mode) if collected else {}
         return {
-            "paper": PAPERS[about.paper],
+            "paper": PAPERS.get(about.paper, ""),
             "notebook": f"notebooks/{about.notebook}.ipynb",
             "table": relative(self.path) if there else "",
             "sha256": sha256(self.path) if there else "",
@@ -377,7 +381,7 @@ class Notebook:
             "dataset": ", ".join(self.datasets),
             "commit": _told(side, "commit"),
             "machine": _told(side, "torch", "cuda", "gpu", "cpu"),
-            "cite": f"{_title()}, figure {self.experiment}; after {PAPERS[about.paper]}",
+            "cite": _cited(self.experiment, PAPERS.get(about.paper, "")),
         }
 
     def save(self, fig: Figure, name: str, caption: str) -> Path:
@@ -412,7 +416,7 @@ def cut(text: str, width: int = 48) -> str:
 
 def _describe(config: Any) -> str:
     """A run in words, for a message."""
-    names = ("seed", "repeats", "epochs", "dataset", "options", "density", "n_out", "n_in")
+    names = ("seed", "repeats", "epochs", "dataset", "options", "density", "precision", "n_out", "n_in")
     told = {n: getattr(config, n) for n in names if getattr(config, n, "") != ""}
     return f"rule {config.rule!r} with {', '.join(f'{n}={v}' for n, v in told.items())}"
 
@@ -429,6 +433,11 @@ def _title() -> str:
     """The repository's title, from CITATION.cff."""
     lines = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
     return next(line.partition(":")[2].strip().strip('"') for line in lines if line.startswith("title:"))
+
+
+def _cited(name: str, paper: str) -> str:
+    """How to cite a figure, and the paper that it is after, if it is after one."""
+    return f"{_title()}, figure {name}" + (f"; after {paper}" if paper else "")
 
 
 def counted(verdicts: pd.Series) -> str:

@@ -70,6 +70,7 @@ LABELS = {
     "expansion": "Expansion ratio λ",
     "density": "Feedback density d",
     "decay": "Weight decay of the first epoch",
+    "precision": "Precision",
     "epoch": "Epoch",
 }
 """Axis label of every metric and swept parameter."""

@@ -189,7 +189,8 @@ def _claims_table() -> pd.DataFrame:
 def _report(table: pd.DataFrame) -> str:
     names = list(dict.fromkeys(table.experiment))
     papers = list(dict.fromkeys(table.paper))
-    scope = "; ".join(f"{p}, {' and '.join(dict.fromkeys(table.figure[table.paper == p]))}" for p in papers)
+    scope = "; ".join(f"{p if p in PAPERS else 'across the papers'}, {' and '.join(dict.fromkeys(table.figure[table.paper == p]))}"
+                      for p in papers)
     return REPORT.format(
         scope=f"{len(table)} claims are tested: {scope} (references at the end).",
         compute_short=" ".join(_compute(name) for name in names),
@@ -202,7 +203,7 @@ def _report(table: pd.DataFrame) -> str:
         results="\n\n".join(f"### 4.{i} {title}\n\n{_figure(rows.experiment.iloc[0])}" + _results(rows)
                             for i, (title, rows) in enumerate(_by_figure(table), 1)),
         discussion=_discussion(table),
-        references="\n".join(f"* {line}" for line in [*(f"{p}: {PAPERS[p]}" for p in papers), *RULES]),
+        references="\n".join(f"* {line}" for line in [*(f"{p}: {PAPERS[p]}" for p in papers if p in PAPERS), *RULES]),
     )
 
 
@@ -211,7 +212,9 @@ def _report(table: pd.DataFrame) -> str:
 def _by_figure(table: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
     for name, rows in table.groupby("experiment", sort=False):
         known = experiments.EXPERIMENTS.get(name)
-        yield f"{rows.figure.iloc[0]} of {rows.paper.iloc[0]}" + (f": {known.title}" if known else ""), rows
+        paper = rows.paper.iloc[0]
+        where = f" of {paper}" if paper in PAPERS else ", across the papers"
+        yield f"{rows.figure.iloc[0]}{where}" + (f": {known.title}" if known else ""), rows
 
 
 def _counts(table: pd.DataFrame) -> str:

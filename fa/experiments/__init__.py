@@ -11,12 +11,12 @@ from typing import Any
 from .. import data
 from ..errors import UserError
 from ..rules import RULES
-from . import p3_beyond, p3_beyond_cifar, p3_fig2, p3_fig3, p3_fig4, p3_fig5, p3_sparse, p3_table1
+from . import p3_beyond, p3_beyond_cifar, p3_fig2, p3_fig3, p3_fig4, p3_fig5, p3_sparse, p3_table1, x_precision
 from .experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "Experiment", "MODES", "find", "plan"]
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (p3_fig2.EXPERIMENT, p3_fig3.EXPERIMENT, p3_fig4.EXPERIMENT, p3_fig5.STAND_IN, p3_fig5.EXPERIMENT, p3_sparse.EXPERIMENT, p3_beyond.EXPERIMENT, p3_beyond_cifar.EXPERIMENT, p3_table1.EXPERIMENT)}
+EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (p3_fig2.EXPERIMENT, p3_fig3.EXPERIMENT, p3_fig4.EXPERIMENT, p3_fig5.STAND_IN, p3_fig5.EXPERIMENT, p3_sparse.EXPERIMENT, p3_beyond.EXPERIMENT, p3_beyond_cifar.EXPERIMENT, p3_table1.EXPERIMENT, x_precision.EXPERIMENT)}
 """Name -> experiment."""
 
 

@@ -19,7 +19,7 @@ class Experiment:
     Args:
         name: of figure, record, claims.
         title: one line.
-        paper: "p1", "p2" or "p3".
+        paper: "p1", "p2" or "p3"; "x" across the papers.
         notebook: stem of the file in notebooks/.
         rules: the figure's rules, in the order of its legend.
         grid: (mode, rules, seeds, epochs, dataset, own parameters) -> runs; 0 and "" stand for the mode's own. A run that another

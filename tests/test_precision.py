@@ -1,0 +1,193 @@
+"""bfloat16 beside float32: the grid, runs taken from other figures' records, and what the claims make of a table."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from fa import ROOT, UserError, batch, campaign, claims, data, engine, experiments, notebooks, records, report, train
+from fa.experiments import x_precision
+from fa.notebooks import Notebook
+
+PAPER = experiments.plan("x_precision", "paper")
+PAIRED = "paired(test_accuracy, rule=bp, precision=bfloat16, minus_precision=float32, epoch=last)"
+CLAIMS = [c for c in claims.load() if c.experiment == "x_precision"]
+
+
+def test_the_float32_runs_are_figure_2s_own_and_the_others_differ_in_precision_alone() -> None:
+    full, half = ([c for c in PAPER if c.precision == p] for p in x_precision.PRECISIONS)
+    assert full == experiments.plan("p3_fig2", "paper", rules=",".join(x_precision.RULES))
+    assert [replace(c, experiment="p3_fig2", precision="float32") for c in half] == full
+    assert {c.experiment for c in half} == {"x_precision"} and len({c.run for c in PAPER}) == len(PAPER) == 70
+    assert {c.run for c in full} <= records.held("p3_fig2") | records.held("p3_beyond")  # nothing of float32 is left to train
+    assert [x_precision.EXPERIMENT.swept(c) for c in half[:1] + full[:1]] == [{"precision": "bfloat16"}, {"precision": "float32"}]
+
+
+def test_a_campaign_that_is_cut_short_has_whole_seeds() -> None:
+    for i in range(0, 70, 14):
+        assert Counter(c.seed for c in PAPER[i : i + 14]) == {i // 14: 14}
+
+
+def test_quick_mode_trains_every_rule_in_both_precisions_on_digits() -> None:
+    runs = experiments.plan("x_precision", "quick")
+    assert Counter((c.rule, c.precision) for c in runs) == {(r, p): 2 for r in x_precision.RULES for p in x_precision.PRECISIONS}
+    assert {(c.experiment, c.dataset, c.hidden, c.epochs) for c in runs} == {("x_precision", "digits", "64,64", 10)}
+
+
+@pytest.mark.parametrize("rule", x_precision.RULES)
+def test_only_the_arithmetic_of_a_step_is_in_bfloat16(rule: str) -> None:
+    """Weights, feedback, their gradients and the momenta stay in float32; the first losses are those of float32, rounded."""
+    full, half = experiments.plan("x_precision", "quick", rules=rule)[:2]
+    sets, losses = data.load("digits"), []
+    with engine.on("cpu"):
+        for config in (full, half):
+            net = train.seed_network(config, sets.shape, sets.classes)
+            opt = train.sgd(net, config)
+            losses.append(engine.drain(engine.Stepper(net, opt, config, sets.train).epoch(0, 3)).clone())
+            kept = [*net.parameters(), *net.buffers(), *(s["momentum_buffer"] for s in opt.state.values())]
+            assert {t.dtype for t in kept if t.is_floating_point()} == {torch.float32}
+    assert not torch.equal(*losses)
+    assert torch.allclose(*losses, rtol=0.02)
+
+
+# ------------------------------------------------------------------------------------------- runs that figures share
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository whose records are Figure 2's and those beyond it, and an empty run store."""
+    folder = tmp_path / "data" / "records"
+    folder.mkdir(parents=True)
+    for name in ("p3_fig2", "p3_beyond"):
+        for path in (ROOT / "data" / "records").glob(f"{name}.*"):
+            shutil.copy(path, folder)
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs"))
+    return folder
+
+
+def test_collect_takes_shared_runs_from_the_records_that_hold_them(elsewhere: Path) -> None:
+    runs = experiments.plan("x_precision", "paper", seeds=1, rules="bp,kp")  # kp is in no record but those beyond Figure 2
+    with pytest.raises(UserError, match="2 of 4 runs of x_precision are finished"):
+        campaign.collect("x_precision", "paper", runs)
+    campaign.collect("x_precision", "paper", runs, partial=True)
+    table, about = records.read("x_precision"), records.sidecar("x_precision")
+    assert [c for c in table if c not in records.COLUMNS] == ["precision"] and set(table.precision) == {"float32"}
+    assert set(table.run) == set(about["status"]) == set(about["configs"]) == {c.run for c in runs if c.precision == "float32"}
+    for rule, holder in (("bp", "p3_fig2"), ("kp", "p3_beyond")):
+        rows, theirs = table[table.rule == rule], records.read(holder)
+        theirs = theirs[theirs.run == rows.run.iloc[0]]
+        pd.testing.assert_frame_equal(rows[records.COLUMNS].reset_index(drop=True), theirs[records.COLUMNS].reset_index(drop=True))
+    again = campaign.collect("x_precision", "paper", runs, partial=True)  # now from its own record
+    assert records.read("x_precision").equals(table) and again.exists()
+
+
+def test_add_trains_no_run_that_any_record_holds(elsewhere: Path) -> None:
+    left = campaign.missing(PAPER, "paper", campaign.recorded("paper"))
+    assert {c.precision for c in left} == {"bfloat16"} and len(left) == 35
+    assert len(campaign.missing(PAPER, "paper")) == 70
+
+
+class Asked(Exception):
+    """Raised in place of training, with what was held."""
+
+
+def test_a_notebook_trains_what_records_hold_unless_it_is_told_to_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object, held: object, **__: object) -> None:
+        raise Asked(held)
+
+    monkeypatch.setattr(campaign, "recorded", lambda mode: {"a"})
+    monkeypatch.setattr(campaign, "run", run)
+    for told, mode, seeds, held in (("", "paper", 0, ()), ("1", "paper", 0, {"a"}), ("1", "quick", 0, ()), ("1", "paper", 1, ())):
+        monkeypatch.setenv("FA_ADD", told)
+        with pytest.raises(Asked) as asked:
+            Notebook("x_precision", mode=mode, seeds=seeds).table()
+        assert asked.value.args == (held,)
+
+
+def test_reproduce_hands_add_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = []
+    monkeypatch.setattr(batch, "_execute", lambda job, *_: jobs.append(job) or (job, 1.0, ""))
+    for add in (False, True):
+        assert batch.reproduce(["40"], "paper", say=lambda line: None, add=add) == 0
+    assert [job.add for job in jobs] == [False, True]
+
+
+# ------------------------------------------------------------------------------------------------------------- claims
+
+
+def doubled(shift: float = 0.0) -> tuple[pd.DataFrame, dict]:
+    """A record in which bfloat16 is float32 again, BP's test accuracy shifted; and its sidecar."""
+    full = {c.run: c for c in PAPER if c.precision == "float32"}
+    table = records.read("p3_beyond")
+    table = table[table.run.isin(list(full))][records.COLUMNS]
+    twin = {run: replace(c, experiment="x_precision", precision="bfloat16").run for run, c in full.items()}
+    other = table.assign(run=table.run.map(twin), precision="bfloat16")
+    other.loc[(other.rule == "bp") & (other.metric == "test_accuracy"), "value"] += shift
+    configs = {c.run: asdict(c) for c in PAPER}
+    beside = {"configs": configs, "status": {run: {"state": "finished"} for run in configs}}
+    return pd.concat([table.assign(precision="float32"), other]), beside
+
+
+def judged(table: pd.DataFrame, beside: dict) -> dict[str, dict]:
+    planned = [asdict(c) for c in PAPER]
+    rows = (claims.judge(c, table, records.reference("x_precision"), beside, planned) for c in CLAIMS)
+    return {row["id"].removeprefix("x_precision_"): row for row in rows}
+
+
+def test_two_equal_precisions_satisfy_every_claim() -> None:
+    rows = judged(*doubled())
+    assert len(rows) == 8 and {name: row["verdict"] for name, row in rows.items()} == dict.fromkeys(rows, "holds")
+    assert {row["n"] for row in rows.values()} == {5}
+
+
+def test_a_shift_beyond_seed_noise_is_seen() -> None:
+    rows = judged(*doubled(-0.3))
+    for name in ("accuracy", "accuracy_noise", "curve_noise"):
+        assert rows[name]["verdict"] == "partly" and "bp -0.3 is" in rows[name]["why"]  # of seven rules one
+    assert rows["angle"]["verdict"] == rows["loss"]["verdict"] == "holds"
+
+
+def test_a_partial_record_leaves_every_claim_untested() -> None:
+    table, beside = doubled()
+    rows = judged(table, beside | {"partial": True, "finished": 45, "planned": 70})
+    assert {(r["verdict"], r["why"]) for r in rows.values()} == {("not tested", "partial record: 45 of 70 runs")}
+    rows = judged(table[(table.precision == "float32") | (table.seed < 4)], beside)
+    assert {r["why"] for r in rows.values()} == {"4 of 5 seeds"}
+
+
+def test_seeds_are_paired_along_any_axis() -> None:
+    values = {"float32": [98.0, 98.2, 98.4], "bfloat16": [98.1, 98.1, 98.6]}
+    rows = [{"run": f"{p}{s}", "rule": "bp", "seed": s, "epoch": e, "layer": "", "metric": "test_accuracy", "precision": p, "value": v + e}
+            for p, vs in values.items() for s, v in enumerate(vs) for e in (0, 1)]  # fmt: skip
+
+    def value(criterion: str) -> dict:
+        row = dict.fromkeys(claims.COLUMNS, "x") | {"id": "c", "criterion": criterion, "target": "none", "tolerance": "none", "n_min": "3"}
+        return claims.judge(claims._compile(row), pd.DataFrame(rows), records.reference("x_precision"))
+
+    found = value(f"{PAIRED} < 1")
+    assert (found["measured"], found["sd"], found["n"]) == ("0.06667", "0.15", 3)
+    assert value("paired(test_accuracy, rule=bp, precision=float32, epoch=last, minus_epoch=0) < 2")["measured"] == "1"
+    with pytest.raises(UserError, match="several values of precision"):
+        value("mean(test_accuracy, rule=bp, epoch=last) > 0")
+    for wrong, message in (("paired(test_accuracy, rule=bp, epoch=1) > 0", "minus=RULE, or one minus_AXIS=VALUE"),
+                           (PAIRED.replace("epoch=last", "epoch=last, minus=fa") + " > 0", "minus=RULE, or one minus_AXIS=VALUE"),
+                           (PAIRED.replace("minus_precision", "minus_seed") + " > 0", "unknown axis minus_seed"),
+                           ("mean(test_accuracy, minus_precision=float32) > 0", "unknown axis minus_precision"),
+                           ("mean(test_accuracy, precision=16) > 0", "precision takes words or all")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            value(wrong)
+
+
+def test_a_page_across_the_papers_is_after_none() -> None:
+    cfg = Notebook("x_precision")
+    assert cfg._trail("")["cite"].endswith("figure x_precision") and cfg._trail("")["paper"] == ""
+    assert "; after Li & Benna" in Notebook("p3_fig2")._trail("")["cite"] and "x" not in notebooks.PAPERS
+    titles = [title for title, _ in report._by_figure(report._claims_table())]
+    assert "Precision, across the papers: Learning curves in bfloat16 and float32" in titles
