@@ -10,8 +10,8 @@ A criterion is fixed before the run; :mod:`fa.criteria` has its grammar.
 * *holds*: inside the interval (to 1e-9).
 * *partly*: outside it by less than one sd of (measured - bound); under ``each``: some hold and not all, or none fails.
 * *fails*: outside by one sd or more, or a run that it needs diverged. ``and`` takes the worse of its sides.
-* *not tested*: no record, or a partial one, or one of another data set or recipe than the paper-scale plan; a rule,
-  layer or epoch that it does not hold; fewer than ``n_min`` seeds; no published value.
+* *not tested*: no record, or one of another data set or recipe than the paper-scale plan, or a partial one that lacks a run
+  which the criterion asks for; a rule, layer or epoch that it does not hold; fewer than ``n_min`` seeds; no published value.
 """
 from __future__ import annotations
 
@@ -106,8 +106,6 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _unfit(sidecar: dict, planned: list[dict]) -> str:
     """Why a table cannot speak about the paper's experiment; empty if it can."""
-    if sidecar.get("partial"):
-        return f"partial record: {sidecar['finished']} of {sidecar['planned']} runs"
     later = {f.name: f.default for f in fields(Config) if f.default is not MISSING}  # a field newer than the record had its default
     for config in (later | config for config in sidecar.get("configs", {}).values()):
         plans = [plan for plan in planned if plan.get("rule") == config.get("rule")]
@@ -121,7 +119,7 @@ def _unfit(sidecar: dict, planned: list[dict]) -> str:
 
 
 def judge(claim: Claim, table: pd.DataFrame | None, reference: pd.DataFrame, sidecar: dict | None = None,
-          planned: list[dict] | None = None) -> dict[str, object]:
+          planned: list[dict] | None = None, due: pd.DataFrame | None = None) -> dict[str, object]:
     """One claim held against one table: a row of ``verdicts``.
 
     Args:
@@ -130,10 +128,11 @@ def judge(claim: Claim, table: pd.DataFrame | None, reference: pd.DataFrame, sid
         reference: the published values of the same experiment.
         sidecar: what stands beside the record; default empty (a whole table of unknown origin).
         planned: configurations of the paper-scale plan, which its own must be among. Default: not compared.
+        due: of a partial record the planned runs, see :class:`fa.criteria.Scope`.
     Raises:
         UserError: a selection that is ambiguous in this table, naming claim and position.
     """
-    scope = Scope(_tidy(pd.DataFrame() if table is None else table), _tidy(reference), sidecar or {}, claim.n_min)
+    scope = Scope(_tidy(pd.DataFrame() if table is None else table), _tidy(reference), sidecar or {}, claim.n_min, due=due)
     row = {"id": claim.id, "claim": claim.claim, "target": _target(claim, scope), "tolerance": claim.tolerance,
            "criterion": claim.criterion, "measured": "", "sd": "", "n": "", "verdict": "not tested", "why": ""}
     if why := "no record" if table is None else _unfit(scope.sidecar, planned or []):
@@ -182,11 +181,17 @@ def verdicts(experiment: str | None = None, mode: str = "record") -> pd.DataFram
     return pd.DataFrame([judge(c, *sources[c.experiment]) for c in claims])
 
 
-def _sources(experiment: str, mode: str) -> tuple[pd.DataFrame | None, pd.DataFrame, dict, list[dict]]:
-    """Table (None if there is none), published values, sidecar, and the paper-scale plan of an experiment."""
+def _sources(experiment: str, mode: str) -> tuple[pd.DataFrame | None, pd.DataFrame, dict, list[dict], pd.DataFrame | None]:
+    """Table (None if there is none), published values, sidecar, paper-scale plan, and what is due of a partial record."""
     reference = records.reference(experiment)
     try:
         table, sidecar = records.read(experiment, mode), records.sidecar(experiment, mode)
     except UserError:
-        return None, reference, {}, []
-    return table, reference, sidecar, [asdict(config) for config in experiments.plan(experiment, "paper")]
+        return None, reference, {}, [], None
+    plan = experiments.plan(experiment, "paper")
+    due = None
+    if sidecar.get("partial"):
+        swept, there = experiments.find(experiment).swept, sidecar["configs"]
+        planned = plan if mode != "quick" else experiments.plan(experiment, mode)
+        due = pd.DataFrame([{"rule": c.rule, "seed": getattr(c, "seed", None), **swept(c), "there": c.run in there} for c in planned])
+    return table, reference, sidecar, [asdict(config) for config in plan], due

@@ -107,13 +107,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Scope:
-    """What a criterion is evaluated over: our table, the published one, the sidecar, and the axes set by ``each``."""
+    """What a criterion is evaluated over: our table, the published one, the sidecar, and the axes set by ``each``.
+
+    ``due``: of a partial record every planned run, a row each with its axes, and in ``there`` whether the record has it.
+    """
 
     table: pd.DataFrame
     reference: pd.DataFrame
     sidecar: dict
     n_min: int = 1
     bound: tuple[tuple[str, object], ...] = ()
+    due: pd.DataFrame | None = None
 
 
 Truth = Callable[[Scope], "tuple[str, list[Part]]"]
@@ -176,6 +180,7 @@ def _mismatch(table: pd.DataFrame) -> pd.DataFrame:
 
 def _per_seed(scope: Scope, metric: str, chosen: dict[str, list], how: str) -> pd.Series:
     """One number per seed. A seed with fewer rows than the fullest is left out; one lost to divergence raises."""
+    _complete(scope, chosen)
     table = _mismatch(scope.table) if metric == "mismatch" else scope.table
     configs = scope.sidecar.get("configs", {})
 
@@ -202,6 +207,20 @@ def _per_seed(scope: Scope, metric: str, chosen: dict[str, list], how: str) -> p
     seeds = rows.groupby("seed").value.agg(how)
     diverged(seeds.index)
     return seeds
+
+
+def _complete(scope: Scope, chosen: dict[str, list]) -> None:
+    """Raises where a partial record lacks a run at the chosen axes: of a whole one the statistic could be another."""
+    if scope.due is None:
+        return
+    asked = {a: v for a, v in chosen.items() if a in scope.due and v != ["all"]}
+    due = scope.due
+    for axis, wanted in asked.items():
+        due = due[_where(due[axis], axis, wanted)]
+    if not due.there.all():
+        whole = f"partial record: {scope.due.there.sum()} of {len(scope.due)} runs"
+        where = ", ".join(f"{a}={v[0] if len(v) == 1 else v}" for a, v in asked.items())
+        raise Untested(f"{whole} ({due.there.sum()} of {len(due)} at {where})" if where else whole)
 
 
 def _published(scope: Scope, metric: str, chosen: dict[str, list]) -> Value:
@@ -394,7 +413,7 @@ def _spread(scope: Scope, axis: str, wanted: list) -> list:
     if wanted != ["all"]:
         return wanted
     order = "depth" if axis == "layer" else axis
-    for frame in (scope.reference, scope.table):
+    for frame in (scope.reference, scope.table if scope.due is None or axis not in scope.due else scope.due):
         rows = frame.sort_values(order, kind="stable") if order in frame else frame
         if axis in frame and (found := [v for v in rows[axis].dropna().unique().tolist() if v != ""]):
             return found

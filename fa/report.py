@@ -307,7 +307,7 @@ def _readme_claims(table: pd.DataFrame) -> str:
         known = experiments.EXPERIMENTS.get(claimed.experiment.iloc[0])
         page = f"[{known.notebook[:2]}](notebooks/{known.notebook}.ipynb)" if known else ""
         n = claimed.verdict.value_counts().reindex(criteria.VERDICTS, fill_value=0)
-        why = "; ".join(dict.fromkeys(claimed.why[claimed.verdict == "not tested"]))
+        why = "; ".join(dict.fromkeys(text.partition(" (")[0] for text in claimed.why[claimed.verdict == "not tested"]))
         rows.append([page, title, len(claimed), *n[:-1], f"{n['not tested']} ({why})" if n["not tested"] else 0])
     columns = ["notebook", "figure", "claims", *criteria.VERDICTS]
     counted = _markdown(pd.DataFrame(rows, columns=columns), {c: c for c in columns})

@@ -57,9 +57,10 @@ def claim(criterion: str, target: str = "none", tolerance: str = "none", n_min: 
 
 
 def judge(criterion: str, target: str = "none", tolerance: str = "none", n_min: str = "3",
-          data: pd.DataFrame | None = None, beside: dict | None = None, planned: list[dict] | None = None) -> dict:
+          data: pd.DataFrame | None = None, beside: dict | None = None, planned: list[dict] | None = None,
+          due: pd.DataFrame | None = None) -> dict:
     return claims.judge(claim(criterion, target, tolerance, n_min), table() if data is None else data, REFERENCE,
-                        beside or sidecar(), planned)
+                        beside or sidecar(), planned, due)
 
 
 def measured(number: str) -> criteria.Value:
@@ -152,12 +153,20 @@ def short(rule: str, seed: int) -> pd.DataFrame:
     return data[~((data.rule == rule) & (data.seed == seed) & (data.epoch == 2))]
 
 
+def due(*missing: tuple[str, int]) -> pd.DataFrame:
+    """The planned runs of a record that lacks some."""
+    return pd.DataFrame([{"rule": rule, "seed": seed, "there": (rule, seed) not in missing} for rule in ("bp", "fa") for seed in range(3)])
+
+
 @pytest.mark.parametrize("case, why", [
     ({"n_min": "5"}, "3 of 5 seeds"),
     ({"data": short("bp", 1)}, "2 of 3 seeds"),
     ({"data": table().query("epoch < 2")}, "the record has no test_accuracy at epoch=2 (rule=bp)"),
     ({"data": table().query("rule == 'fa'")}, "the record has no test_accuracy at rule=bp (epoch=last)"),
-    ({"beside": sidecar(partial=True, finished=4)}, "partial record: 4 of 6 runs"),
+    ({"due": due(("bp", 1))}, "partial record: 5 of 6 runs (2 of 3 at rule=bp)"),
+    ({"due": due(("fa", 0), ("fa", 1)), "criterion": "each(max(test_accuracy, epoch=last) > 0, rule=all)"},
+     "partial record: 4 of 6 runs (1 of 3 at rule=fa)"),
+    ({"due": due(("fa", 0)), "criterion": "mean(test_accuracy, rule=all, epoch=last) > 0"}, "partial record: 5 of 6 runs"),
     ({"planned": [{"rule": "bp", "dataset": "mnist", "epochs": 40}]}, "this table has epochs 2, the claim is about 40"),
     ({"planned": [{"rule": "bp", "dataset": "cifar10"}]},
      "this table was trained on mnist, the claim is about cifar10"),
@@ -172,6 +181,13 @@ def short(rule: str, seed: int) -> pd.DataFrame:
 def test_not_tested_says_why(case: dict, why: str) -> None:
     row = judge(**{"criterion": f"{BP_END} > 0"} | case)
     assert (row["verdict"], row["why"], row["measured"]) == ("not tested", why, "")
+
+
+def test_a_partial_record_judges_the_claims_whose_runs_it_has() -> None:
+    """The verdict is the one that the whole record will give; what a statistic of one seed asks for is that seed's run."""
+    for criterion in (f"{BP_END} > 0", "mean(test_accuracy, rule=fa, epoch=last, seed=[1, 2]) > 0"):
+        row = judge(criterion, data=table().query("run != 'fa0'"), due=due(("fa", 0)), n_min="2")
+        assert row == judge(criterion, n_min="2") and row["verdict"] == "holds"
 
 
 def test_digits_never_judge_a_claim_about_mnist() -> None:
