@@ -179,13 +179,7 @@ class Tape:
                             f"convert(..., classes={out.shape[-1]})")  # fmt: skip
         if taps:
             out = _Broadcast.apply(out, len(taps), *taps, *spreads)
-        return announce(out, self.error, calls) if calls else out
-
-
-@torch.compiler.disable
-def announce(out: Tensor, error: Error, calls: list[Tensor]) -> Tensor:
-    """``out``, whose gradient will be told to the taps of eager code; a pass that is partly compiled has some."""
-    return _Announce.apply(out, error, *calls)
+        return _Announce.apply(out, self.error, *calls) if calls else out
 
 
 class Error:

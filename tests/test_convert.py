@@ -562,6 +562,23 @@ def test_every_implementation_of_sgd_does_the_same(rule, kind):
     assert all(apart(nets[0][k].double(), nets[1][k].double()) < 1e-12 for k in nets[0])
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # a generator, in what follows a step
+@pytest.mark.parametrize("rule, options", [
+    ("fa", {"clamp_forward": True}), ("brsf", {}), ("frozen", {"every": 2}), ("kp", {}), ("pfa", {"implicit": True}), ("wm", {}),
+])  # fmt: skip
+def test_a_compiled_optimizer_step_does_the_same(rule, options):
+    nets = []
+    for compiled in (False, True):
+        net = fa.convert(small()[0], rule, **options)
+        opt = torch.optim.SGD(fa.param_groups(net, 0.1, 0.01), momentum=0.9)
+        if compiled:
+            torch.compiler.reset()
+            opt.step = torch.compile(opt.step, backend="aot_eager")
+        train(net, opt, 4)
+        nets.append(net.state_dict())
+    assert all(apart(nets[0][k].double(), nets[1][k].double()) < 1e-12 for k in nets[0])
+
+
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("rule", ["fa", "kp", "usf", "brsf"])
 def test_clamp_forward_holds_the_norm_after_every_step(rule, make):
