@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .errors import UserError
-from .feedback import ConvMap, generator
+from .feedback import generator
 from .layers import put_on
 from .rules import RULES, Rule, bernoulli, rms, uniform
 from .steps import Converted
@@ -154,17 +154,17 @@ class Tape:
         self.error = Error()
         self.calls: list[Tensor] = []  # of taps in eager code
         self.taps: list[Tensor] = []  # in compiled code, beside what spreads the error over each
-        self.spreads: list[Tensor] = []
+        self.spreads: list[Spread] = []
 
-    def add(self, x: Tensor, S: Tensor) -> None:
-        """Tap ``x``: its gradient will be the output error times S (classes, ...)."""
-        self.classes = S.shape[0]
+    def add(self, x: Tensor, spread: Spread) -> None:
+        """Tap ``x``: its gradient will be the output error, spread."""
+        self.classes = spread[0].shape[0]
         if torch.compiler.is_compiling():
             # a view, so that two layers which read one tensor have a gradient each
             self.taps.append(x.view_as(x))
-            self.spreads.append(S)
+            self.spreads.append(spread)
         else:
-            self.calls.append(_Tap.apply(x, S, self.error))
+            self.calls.append(_Tap.apply(x, spread, self.error))
 
     def close(self, out: Any) -> Any:
         """End a pass: the output error will go to every tap."""
@@ -178,7 +178,7 @@ class Tape:
             raise UserError(f"dfa: the output's last axis has {out.shape[-1]} entries, its feedback {self.classes}; "
                             f"convert(..., classes={out.shape[-1]})")  # fmt: skip
         if taps:
-            out = _Broadcast.apply(out, len(taps), *taps, *spreads)
+            out = _Broadcast.apply(out, len(taps), *taps, *(part for spread in spreads for part in spread))
         return _Announce.apply(out, self.error, *calls) if calls else out
 
 
@@ -188,29 +188,39 @@ class Error:
     e: Tensor | None = None
 
 
-def send(e: Tensor, S: Tensor, shape: torch.Size) -> Tensor:
-    """e S of a tap of that shape, in the memory format of S; tokens share the error of their sample."""
-    if S.dim() == 4 and not S.is_contiguous():
-        n, c, h, w = shape
-        return (e @ S.permute(0, 2, 3, 1).flatten(1).to(e.dtype)).view(n, h, w, c).permute(0, 3, 1, 2)
-    d = e @ S.flatten(1).to(e.dtype)
-    if S.dim() == 2 and d.dim() < len(shape):
-        d = d.reshape(shape[0], *[1] * (len(shape) - 2), shape[-1]).expand(shape)
-    return d.reshape(shape)
+Spread = tuple[Tensor, Tensor | None, Tensor | None]
+"""What sends an error to a tap: S (classes, ...), and, where S holds each pattern of a map's rows and columns once, which pattern
+the rows and the columns have. Inside a map all positions are alike, so that S is hardly larger than B."""
+
+
+def send(e: Tensor, spread: Spread, shape: torch.Size) -> Tensor:
+    """e S for a tap of that shape, in the memory format of S; tokens share the error of their sample."""
+    S, rows, columns = spread
+    if rows is None:
+        d = e @ S.flatten(1).to(e.dtype)
+        if S.dim() == 2 and d.dim() < len(shape):
+            d = d.reshape(shape[0], *[1] * (len(shape) - 2), shape[-1]).expand(shape)
+        return d.reshape(shape)
+    last = not S.is_contiguous()
+    S = S.permute(0, 2, 3, 1) if last else S
+    d = (e @ S.flatten(1).to(e.dtype)).view(*e.shape[:-1], *S.shape[1:])
+    if last:
+        return d.index_select(-2, columns).index_select(-3, rows).movedim(-1, -3)
+    return d.index_select(-1, columns).index_select(-2, rows)
 
 
 class _Tap(torch.autograd.Function):
-    """A scalar made of a tap; backward sends the tap e S."""
+    """A scalar made of a tap; backward sends the tap its error."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, S: Tensor, error: Error) -> Tensor:
-        ctx.shape, ctx.S, ctx.error = x.shape, S, error  # nothing saved: a checkpoint that runs the forward pass again finds nothing amiss
+    def forward(ctx: Any, x: Tensor, spread: Spread, error: Error) -> Tensor:
+        ctx.shape, ctx.spread, ctx.error = x.shape, spread, error  # nothing saved: a checkpoint that runs this again finds nothing amiss
         return x.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return send(ctx.error.e, ctx.S, ctx.shape), None, None
+        return send(ctx.error.e, ctx.spread, ctx.shape), None, None
 
 
 class _Announce(torch.autograd.Function):
@@ -230,10 +240,10 @@ class _Announce(torch.autograd.Function):
 
 
 class _Broadcast(torch.autograd.Function):
-    """Identity on the output; backward also sends e S_l to every tap."""
+    """Identity on the output; backward also sends every tap its error."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, n: int, *taps: Tensor) -> Tensor:
+    def forward(ctx: Any, out: Tensor, n: int, *taps: Tensor | None) -> Tensor:
         ctx.shapes = [x.shape for x in taps[:n]]
         ctx.save_for_backward(*taps[n:])
         return out.view_as(out)
@@ -241,8 +251,9 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
-        sent = [send(e, S, shape) for shape, S in zip(ctx.shapes, ctx.saved_tensors)]
-        return e, None, *sent, *(None for _ in sent)
+        parts = iter(ctx.saved_tensors)
+        sent = [send(e, spread, shape) for shape, spread in zip(ctx.shapes, zip(parts, parts, parts))]
+        return e, None, *sent, *(None for _ in ctx.saved_tensors)
 
 
 class DirectFeedback(nn.Module):
@@ -276,7 +287,7 @@ class DirectFeedback(nn.Module):
         self.register_buffer("B", B)
         self.exact = False
         self.backward_ran = self.traced = False
-        self._spread: dict[Any, Tensor] = {}
+        self._spread: dict[tuple[int, int, bool], Spread] = {}
 
     def tap(self, x: Tensor, layer: nn.Module | None = None) -> Tensor:
         """Cut the graph at the layer's input, to be handed B e when the output error is known."""
@@ -293,7 +304,7 @@ class DirectFeedback(nn.Module):
         self.tape.tapped.add(self.layer_name)
         if x.requires_grad:
             spread = isinstance(layer, nn.Conv2d) and self.rule.form == "kernel"
-            self.tape.add(x, self.spread(layer, x) if spread else self.B)
+            self.tape.add(x, self.spread(layer, x) if spread else (self.B, None, None))
         return x.detach()
 
     def plain(self) -> bool:
@@ -304,22 +315,21 @@ class DirectFeedback(nn.Module):
         """A tapped linear layer whose weight another module owns (see fa.attention)."""
         return F.linear(self.tap(x), W, b)
 
-    def spread(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
-        """(classes, in, h, w): where a unit error of each class goes, made once for each input size."""
-        size = tuple(x.shape[-2:])
-        last = torch.compiler.is_compiling() or not x.is_contiguous()
-        if (size, last) not in self._spread:
+    def spread(self, layer: nn.Conv2d, x: Tensor) -> Spread:
+        """Where a unit error of each class goes, S (classes, in, rows, columns), made once for each input size and memory format.
+
+        An error that is the same everywhere on the output map arrives at a position through all entries of B that see it.
+        """
+        key = (*x.shape[-2:], torch.compiler.is_compiling() or not x.is_contiguous())
+        if key not in self._spread:
             left, right, top, bottom = layer._reversed_padding_repeated_twice
-            classes, inputs, *kernel = self.B.shape
-            h, w = size[0] + top + bottom, size[1] + left + right
-            grown = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip((h, w), layer.dilation, kernel, layer.stride)]
-            ones = self.B.new_ones(1, classes, *grown)
-            like = self.B.new_empty(1, classes * inputs, h, w)
-            op = ConvMap(layer.stride, (0, 0), layer.dilation, classes)  # a group a class
-            S = op.transpose(ones, self.B, like).view(classes, inputs, h, w)
-            order = torch.channels_last if last else torch.contiguous_format
-            self._spread[size, last] = S[..., top : h - bottom, left : w - right].contiguous(memory_format=order)
-        return self._spread[size, last]
+            axes = zip(x.shape[-2:], ((top, bottom), (left, right)), self.B.shape[2:], layer.stride, layer.dilation)
+            seen, which = zip(*(patterns(*axis) for axis in axes))
+            through = (torch.tensor(entries, dtype=self.B.dtype, device=x.device) for entries in seen)
+            S = torch.einsum("cihw,rh,qw->cirq", self.B, *through)
+            S = S.contiguous(memory_format=torch.channels_last if key[-1] else torch.contiguous_format)
+            self._spread[key] = S, *(torch.tensor(indices, device=x.device) for indices in which)
+        return self._spread[key]
 
     def _apply(self, fn: Any, recurse: bool = True) -> DirectFeedback:
         self._spread = {}
@@ -328,6 +338,16 @@ class DirectFeedback(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._spread = {}
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def patterns(n: int, padding: tuple[int, int], kernel: int, stride: int, dilation: int) -> tuple[list[list[bool]], list[int]]:
+    """Along one axis of ``n`` positions: the different patterns, each which of the kernel's entries see a position, and whose is which."""
+    before, after = padding
+    outputs = (n + before + after - dilation * (kernel - 1) - 1) // stride + 1
+    at = [[before + i - dilation * k for k in range(kernel)] for i in range(n)]
+    seen = [tuple(p % stride == 0 and 0 <= p < stride * outputs for p in row) for row in at]
+    known = list(dict.fromkeys(seen))
+    return [list(p) for p in known], [known.index(p) for p in seen]
 
 
 class DirectLinear(Converted, nn.Linear):

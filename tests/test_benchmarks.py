@@ -72,14 +72,14 @@ def test_peak_memory_of_a_linear_step_by_hand():
 @pytest.fixture(scope="module")
 def peaks():
     """Peak memory of a step of ResNet-20, in MB."""
-    return {rule: step.peak(settings(), rule) for rule in ("bp", "bp_again", "fa", "usf", "frsf", "brsf", "kp", "pfa_o")}
+    return {rule: step.peak(settings(), rule) for rule in ("bp", "bp_again", "fa", "usf", "frsf", "brsf", "dfa", "dfa:tap=block", "kp", "pfa_o")}
 
 
 def test_peak_memory_is_exact(peaks):
     assert peaks["bp"] == peaks["bp_again"]
 
 
-@pytest.mark.parametrize("rule", ["fa", "usf", "frsf", "brsf"])
+@pytest.mark.parametrize("rule", ["fa", "usf", "frsf", "brsf", "dfa", "dfa:tap=block"])
 def test_fixed_feedback_needs_at_most_5_percent_more_memory_than_backprop(peaks, rule):
     assert peaks[rule] / peaks["bp"] < 1.05
 
