@@ -101,6 +101,10 @@ class LinearMap(_Map):
         """K^T y, of the shape of ``like``."""
         return y @ K
 
+    def across(self, y: Tensor, B: Tensor) -> Tensor:
+        """B^T y on the last axis; B (out, mid)."""
+        return y @ B
+
     def correlate(self, x: Tensor, y: Tensor, like: Tensor | None = None) -> Tensor:
         """sum y x^T over all leading axes: the gradient of <y, K x> by K."""
         return y.reshape(-1, y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
@@ -130,6 +134,10 @@ class ConvMap(_Map):
     def transpose(self, y: Tensor, K: Tensor, like: Tensor) -> Tensor:
         """Transposed convolution of y, of the shape of ``like``."""
         return self.backward(y, like, K, [True, False, False])[0]
+
+    def across(self, y: Tensor, B: Tensor) -> Tensor:
+        """B^T y at every position; B (out, mid)."""
+        return (B.mT @ y.flatten(2)).unflatten(2, y.shape[2:])
 
     def correlate(self, x: Tensor, y: Tensor, like: Tensor) -> Tensor:
         """The gradient of <y, K * x> by K, of the shape of ``like``."""

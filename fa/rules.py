@@ -287,7 +287,7 @@ class PFA(Rule):
         implicit: keep ``c`` in place of R, where R = B^T W + c D_0 (with a mask on its entries, if sparse) and D_0 = R_0 - B^T W_0.
             Exact for SGD whose learning rate, momentum and decay are the same for W and R (p3 section 1.2): the mismatch D receives no
             gradient, so that one number, moved by the optimizer exactly as it moves R, says what is left of it. No R in memory, and no
-            weight-sized product in a dense linear layer under a small batch. Clipping the gradient's norm must leave the feedback out of
+            weight-sized product in a layer of few samples or positions, unless it is sparse. Clipping the gradient's norm must leave the feedback out of
             the norm, for c's gradient is 0 where R's is not. Default ``False``; ``"first"``: in the network's first layer alone, whose R
             sends no error, which pays where feedback is sparse; an optimizer that it does not fit raises.
         init: of R; B always has the scale above. ``"match"``: the RMS of W, so that the path's gain is 1.
@@ -361,22 +361,26 @@ class PFA(Rule):
             return (W if BBt is None else mix(BBt, W)) + c * BD
         return mix(B, self.population(W, B, R, mask, D, c))
 
-    def transport(self, dy, W, memo, B=None, R=None, mask=None, D=None, BBt=None, BD=None, c=None):
-        """dx of a linear layer along the drawn path, where the batch is too small for the product to pay; else None."""
-        if W.dim() > 2 or self.norm != "fixed" or dy.numel() // W.shape[0] >= W.shape[0]:
+    def transport(self, op, x, dy, W, memo, B=None, R=None, mask=None, D=None, BBt=None, BD=None, c=None):
+        """dx along the drawn path, where there are so few samples, or positions of a map, that the product does not pay; else None."""
+        if self.norm != "fixed" or not self.drawn(op, dy, W):
             return None
         t = dy.dtype  # that of autocast, where it is on
         if B is not None:
-            memo["activity"] = dy @ B.to(t)
-            return memo["activity"] @ self.population(W, B, R, mask, D, c).to(t)
-        return None if BBt is None else (dy @ BBt.to(t)) @ W.to(t) + c.to(t) * (dy @ BD.to(t))
+            memo["activity"] = op.across(dy, B.to(t))
+            return op.transpose(memo["activity"], self.population(W, B, R, mask, D, c).to(t), x)
+        return None if BBt is None else op.transpose(op.across(dy, BBt.to(t)), W.to(t), x) + op.transpose(dy, (c * BD).to(t), x)
 
-    def feedback_grad(self, op, x, dy, dW, W, memo, B=None, c=None):
+    def drawn(self, op: Any, dy: Tensor, W: Tensor) -> bool:
+        """Whether the drawn path costs less than products of weights."""
+        return op.groups == 1 and dy.numel() // W.shape[0] < W.shape[0]
+
+    def feedback_grad(self, op, x, dy, dW, W, memo, B=None, R=None, c=None):
         if c is not None:
             return {"c": torch.zeros_like(c)}
-        if W.dim() == 2 and dy.numel() // W.shape[0] < W.shape[0]:
-            activity = memo["activity"] if "activity" in memo else dy @ B.to(dy.dtype)
-            return {"R": op.correlate(x, activity).to(B.dtype)}
+        if self.drawn(op, dy, W):
+            activity = memo["activity"] if "activity" in memo else op.across(dy, B.to(dy.dtype))
+            return {"R": op.correlate(x, activity, R).to(B.dtype)}
         return {"R": mix(B.mT, dW)}
 
 

@@ -57,6 +57,7 @@ LINEAR = {  # shape of the input, inputs, outputs, bias
     "large batch": ((20, 6), 6, 4, True),
     "tokens": ((2, 3, 5), 5, 8, True),
     "many tokens": ((4, 2, 3, 5), 5, 3, False),
+    "few tokens": ((1, 2, 2, 5), 5, 8, True),
     "one output": ((7, 4), 4, 1, True),
 }
 
@@ -70,6 +71,8 @@ CONV = {  # constructor's arguments, input
     "groups": (dict(in_channels=4, out_channels=6, kernel_size=3, padding=1, groups=2), (2, 4, 5, 5)),
     "depthwise": (dict(in_channels=3, out_channels=6, kernel_size=3, padding=1, groups=3), (2, 3, 5, 5)),
     "1x1 stride": (dict(in_channels=4, out_channels=6, kernel_size=1, stride=2), (2, 4, 7, 7)),
+    "few positions": (dict(in_channels=3, out_channels=12, kernel_size=3, stride=2, padding=1), (2, 3, 4, 4)),
+    "few positions, groups": (dict(in_channels=4, out_channels=12, kernel_size=3, stride=2, padding=1, groups=2), (2, 4, 4, 4)),
     "same": (dict(in_channels=2, out_channels=4, kernel_size=3, padding="same", dilation=2), (2, 2, 6, 6)),
     "same, even kernel": (dict(in_channels=2, out_channels=4, kernel_size=(2, 4), padding="same"), (2, 2, 6, 6)),
     "same, one side even": (dict(in_channels=2, out_channels=4, kernel_size=(3, 5), padding="same"), (2, 2, 6, 8)),
