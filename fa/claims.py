@@ -34,8 +34,6 @@ COLUMNS = ("id", "paper", "figure", "claim", "target", "tolerance", "source of t
 FREE = ("experiment", "seed", "repeats", "measure")  # a table may differ from the paper-scale plan in these fields
 
 
-
-
 @dataclass(frozen=True)
 class Claim:
     """A row of data/claims.csv, with its criterion compiled."""
@@ -189,9 +187,8 @@ def _sources(experiment: str, mode: str) -> tuple[pd.DataFrame | None, pd.DataFr
     except UserError:
         return None, reference, {}, [], None
     plan = experiments.plan(experiment, "paper")
-    due = None
-    if sidecar.get("partial"):
-        swept, there = experiments.find(experiment).swept, sidecar["configs"]
-        planned = plan if mode != "quick" else experiments.plan(experiment, mode)
+    planned = plan if mode != "quick" else experiments.plan(experiment, mode)
+    swept, there, due = experiments.find(experiment).swept, sidecar["configs"], None
+    if sidecar["partial"] or mode != "quick" and len(there) < len(plan):  # e.g. collected with fewer seeds
         due = pd.DataFrame([{"rule": c.rule, "seed": getattr(c, "seed", None), **swept(c), "there": c.run in there} for c in planned])
     return table, reference, sidecar, [asdict(config) for config in plan], due

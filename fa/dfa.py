@@ -1,7 +1,7 @@
 """Direct feedback alignment: the error at the network's output is sent to every layer at once, through fixed random matrices.
 
-This is the one rule here that is not layer-wise. At each tap the graph is cut; when the output error arrives, one autograd function
-hands every tap its own copy, B_l e. No error travels down layer by layer, so the backward pass computes no dx at all and is cheaper
+This is the one rule here that is not layer-wise. At each tap the graph is cut; when the output error e arrives, every tap is sent
+B_l e. No error travels down layer by layer, so the backward pass computes no dx at all and is cheaper
 than backprop's. Nothing is replaced by hooks: a scaled loss scales every gradient, and a skip path adds its own error by itself.
 """
 
@@ -47,6 +47,7 @@ class DFA(Rule):
         init: scale of B_l. ``"match"``: the RMS of the layer's own W at conversion; ``"xavier"``: Xavier on B_l's shape (p3's).
         density: fraction of entries of B_l (of the shared matrix) that exist, without rescaling.
 
+    Samples are the first axis of every layer's input, and of the output. Several errors a sample (one a token) go to inputs that have as many.
     ``feedback_weight`` raises and ``alignment`` leaves its layers out: no kernel of W's shape exists.
     Source: Nokland 2016 (arXiv 1609.01596); the default form: authors' code of p3 (a fork of BioTorch); shared: after
     Launay et al. 2019 (arXiv 1906.04554) and their TinyDFA; which columns a layer takes and how they are scaled is our reading.
@@ -110,7 +111,8 @@ class BlockTap:
 
     def __call__(self, block: nn.Module, args: tuple) -> tuple:
         """A forward pre-hook."""
-        return (self.layer.feedback.tap(args[0], self.layer), *args[1:])
+        fb = getattr(self.layer, "feedback", None)
+        return (fb.tap(args[0], self.layer), *args[1:]) if isinstance(fb, DirectFeedback) else args  # else it has another rule by now
 
 
 class Tape:
@@ -126,8 +128,7 @@ class Tape:
     def __init__(self, net: nn.Module) -> None:
         self.net, self.own = net, None
         self.handles: list[Any] = []
-        self.open()
-        self.recording = False
+        self.open(recording=False)
 
     def put_on(self) -> None:
         """Stand between the network and its ``forward``."""
@@ -135,23 +136,27 @@ class Tape:
         self.net.forward = self.forward
 
     def remove(self) -> None:
-        """Step aside."""
-        if vars(self.net).pop("forward", None) and self.own:
-            self.net.forward = self.own
+        """Step aside, unless somebody has set another ``forward`` since, which calls this one."""
+        if getattr(vars(self.net).get("forward"), "__self__", None) is self:
+            del self.net.forward
+            if self.own:
+                self.net.forward = self.own
         for handle in self.handles:
             handle.remove()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's forward pass."""
-        self.open()
-        return self.close(self.own(*args, **kwargs) if self.own else type(self.net).forward(self.net, *args, **kwargs))
-
-    def open(self) -> None:
-        """Start a pass."""
         self.recording = True
-        self.tapped: set[str] = set()  # names of layers
-        self.classes = 0
+        try:
+            return self.close(self.own(*args, **kwargs) if self.own else type(self.net).forward(self.net, *args, **kwargs))
+        finally:  # also of a pass that failed, or that a checkpoint ran again only as far as it had to
+            self.open(recording=False)
+
+    def open(self, recording: bool = True) -> None:
+        """Start a pass, or forget what the last one left."""
+        self.recording = recording
         self.error = Error()
+        self.classes = 0
         self.calls: list[Tensor] = []  # of taps in eager code
         self.taps: list[Tensor] = []  # in compiled code, beside what spreads the error over each
         self.spreads: list[Spread] = []
@@ -160,8 +165,7 @@ class Tape:
         """Tap ``x``: its gradient will be the output error, spread."""
         self.classes = spread[0].shape[0]
         if torch.compiler.is_compiling():
-            # a view, so that two layers which read one tensor have a gradient each
-            self.taps.append(x.view_as(x))
+            self.taps.append(_Mark.apply(x))
             self.spreads.append(spread)
         else:
             self.calls.append(_Tap.apply(x, spread, self.error))
@@ -169,7 +173,6 @@ class Tape:
     def close(self, out: Any) -> Any:
         """End a pass: the output error will go to every tap."""
         calls, taps, spreads = self.calls, self.taps, self.spreads
-        self.calls, self.taps, self.spreads, self.recording = [], [], [], False
         if not (calls or taps):
             return out
         if not isinstance(out, Tensor):
@@ -198,6 +201,8 @@ def send(e: Tensor, spread: Spread, shape: torch.Size) -> Tensor:
     S, rows, columns = spread
     if rows is None:
         d = e @ S.flatten(1).to(e.dtype)
+        if S.dim() == 2 and d.dim() == len(shape) and d.shape != shape:
+            raise RuntimeError(f"dfa: an output of shape {tuple(e.shape)} has no error for each row of an input of shape {tuple(shape)}")
         if S.dim() == 2 and d.dim() < len(shape):
             d = d.reshape(shape[0], *[1] * (len(shape) - 2), shape[-1]).expand(shape)
         return d.reshape(shape)
@@ -223,6 +228,19 @@ class _Tap(torch.autograd.Function):
         return send(ctx.error.e, ctx.spread, ctx.shape), None, None
 
 
+class _Mark(torch.autograd.Function):
+    """Identity: what a compiled pass taps, a gradient for each layer that reads a tensor, whatever becomes of the tensor in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> Tensor:
+        return d
+
+
 class _Announce(torch.autograd.Function):
     """Identity on the output; backward keeps the error where the taps find it, and calls them."""
 
@@ -230,7 +248,7 @@ class _Announce(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, error: Error, *taps: Tensor) -> Tensor:
         ctx.error = error
         ctx.calls = [t.new_zeros(()) for t in taps]
-        return out.view_as(out)
+        return out.detach()  # no view, so that it may be changed in place
 
     @staticmethod
     @once_differentiable
@@ -246,7 +264,7 @@ class _Broadcast(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, n: int, *taps: Tensor | None) -> Tensor:
         ctx.shapes = [x.shape for x in taps[:n]]
         ctx.save_for_backward(*taps[n:])
-        return out.view_as(out)
+        return out.detach()
 
     @staticmethod
     @once_differentiable
@@ -254,6 +272,12 @@ class _Broadcast(torch.autograd.Function):
         parts = iter(ctx.saved_tensors)
         sent = [send(e, spread, shape) for shape, spread in zip(ctx.shapes, zip(parts, parts, parts))]
         return e, None, *sent, *(None for _ in ctx.saved_tensors)
+
+
+def rerun() -> bool:
+    """Whether a gradient checkpoint runs this part of a pass again. One of the reentrant kind cannot be told, and is refused."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and "_recomputation_hook" in hooks[0].__qualname__
 
 
 class DirectFeedback(nn.Module):
@@ -295,13 +319,12 @@ class DirectFeedback(nn.Module):
         if self.plain():
             return x
         if not self.tape.recording:
-            if torch._C._current_graph_task_id() != -1 and self.layer_name in self.tape.tapped:
-                return x.detach()  # a checkpoint runs the forward pass again, within a backward pass, for what it did not keep
+            if rerun():
+                return x.detach()  # for what a checkpoint did not keep; its taps are in the graph already
             raise RuntimeError(
                 f"layer {self.layer_name!r} is under dfa: call the whole network that was converted, not a part of it; gradient "
                 "checkpointing works with use_reentrant=False"
             )
-        self.tape.tapped.add(self.layer_name)
         if x.requires_grad:
             spread = isinstance(layer, nn.Conv2d) and self.rule.form == "kernel"
             self.tape.add(x, self.spread(layer, x) if spread else (self.B, None, None))

@@ -202,10 +202,11 @@ def _attach(
     rule: Rule, net: nn.Module, layers: dict[str, nn.Module], sizes: dict[str, tuple[torch.Size, torch.Size]], seed: int
 ) -> Callable[[], None]:
     """Draw the feedback of every layer; the function returned puts it in place."""
-    kind = NoisyFeedback if getattr(rule, "input", "data") != "data" else Feedback
-    feedback = {
-        name: kind(rule.at(i), _linear_map(m, sizes.get(name)), m, name, seed) for i, (name, m) in enumerate(layers.items())
-    }
+    feedback = {}
+    for i, (name, layer) in enumerate(layers.items()):
+        own = rule.at(i)
+        kind = NoisyFeedback if getattr(own, "input", "data") != "data" else Feedback
+        feedback[name] = kind(own, _linear_map(layer, sizes.get(name)), layer, name, seed)
 
     def attach() -> None:
         for name, layer in layers.items():
@@ -228,14 +229,16 @@ def put_on(layer: nn.Module, feedback: nn.Module, cls: type) -> None:
 def revert(net: nn.Module) -> nn.Module:
     """Take every rule off the network, in place; returns it. The same as ``convert(net, "bp")``."""
     layers = converted(net).values()
-    for tape in {layer.feedback.tape for layer in layers if hasattr(layer.feedback, "tape")}:
-        tape.remove()
+    tapes = {layer.feedback.tape for layer in layers if hasattr(layer.feedback, "tape")}
     for layer in layers:
         unwatch(layer)
         if hasattr(layer, "remove"):
             layer.remove()
         layer.__class__ = layer.feedback.original
         del layer.feedback
+    for tape in tapes:
+        if not any(getattr(layer.feedback, "tape", None) is tape for layer in converted(tape.net).values()):
+            tape.remove()  # else the rest of a network of which ``net`` is a part stays under its rule
     return net
 
 

@@ -288,8 +288,8 @@ class PFA(Rule):
             Exact for SGD whose learning rate, momentum and decay are the same for W and R (p3 section 1.2): the mismatch D receives no
             gradient, so that one number, moved by the optimizer exactly as it moves R, says what is left of it. No R in memory, and no
             weight-sized product in a layer of few samples or positions, unless it is sparse. Clipping the gradient's norm must leave the feedback out of
-            the norm, for c's gradient is 0 where R's is not. Default ``False``; ``"first"``: in the network's first layer alone, whose R
-            sends no error, which pays where feedback is sparse; an optimizer that it does not fit raises.
+            the norm, for c's gradient is 0 where R's is not. Default ``False``; ``"first"``: in the first layer converted alone, whose R
+            mostly sends no error, which pays where feedback is sparse. An optimizer that it does not fit raises.
         init: of R; B always has the scale above. ``"match"``: the RMS of W, so that the path's gain is 1.
 
     Source: Li & Benna 2024 (arXiv 2405.20594); authors' code layers/tfa_constructor, autograd/tfa.

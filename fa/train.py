@@ -108,6 +108,8 @@ class Config:
         for name in ("alternate", "delay_epochs"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} is negative; it must be 0 (none) or a positive number")
+        if self.delay_epochs and self.delay_epochs >= self.epochs:
+            raise UserError(f"delay_epochs={self.delay_epochs} leaves none of {self.epochs} epochs to the task; make epochs larger")
         if self.alternate or self.delay_epochs:
             r = make_rule(self.rule, **self.rule_options)
             if not (r.own_decay and r.learned):

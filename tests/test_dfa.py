@@ -476,12 +476,109 @@ def test_a_pass_that_is_compiled_in_parts_sends_every_tap_its_error():
     assert all(apart(got["_orig_mod." + k], want[k]) < 1e-12 for k in want)
 
 
-def test_a_reentrant_checkpoint_is_refused():
+def test_passes_between_a_checkpointed_one_and_its_backward_do_not_matter():
+    net = fa.convert(oracles.fixed_weights(Blocks().double()), "dfa", seed=1)
+    x, y = randn(4, 2, 6, 6, seed=2), torch.arange(4) % 3
+    want, plain = grads(net, x, y), net.checkpoint
+    net.checkpoint = lambda block, h: torch.utils.checkpoint.checkpoint(block, h, use_reentrant=False)
+    net.zero_grad()
+    loss = F.cross_entropy(net(x), y)
+    net.checkpoint = plain
+    with torch.no_grad():
+        net(x)
+    net(x)
+    loss.backward()
+    assert all(torch.equal(p.grad, want[n]) for n, p in net.named_parameters())
+    copy.deepcopy(net)  # nothing of the pass is left in it
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_a_reentrant_checkpoint_is_refused(between):
     """It runs the forward pass first without a graph, so that nothing is tapped, and lower layers would not learn."""
     net = fa.convert(Blocks().double(), "dfa")
+    plain, x, y = net.checkpoint, randn(4, 2, 6, 6, seed=2).requires_grad_(), torch.arange(4) % 3
     net.checkpoint = lambda block, h: torch.utils.checkpoint.checkpoint(block, h, use_reentrant=True)
+    loss, net.checkpoint = F.cross_entropy(net(x), y), plain
+    if between:
+        net(x)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        grads(net, randn(4, 2, 6, 6, seed=2).requires_grad_(), torch.arange(4) % 3)
+        loss.backward()
+
+
+def test_a_pass_that_failed_leaves_nothing_behind():
+    net, x, y = oracles.mlp(6, 9, 3)
+    fa.convert(net, "dfa")
+
+    def fail(*_):
+        raise KeyError
+
+    handle = list(net)[-1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        net(x)
+    handle.remove()
+    with pytest.raises(RuntimeError, match="call the whole network"):
+        net[:2](x)
+    copy.deepcopy(net)
+
+
+def test_the_output_may_be_changed_in_place():
+    net, x, y = oracles.mlp(6, 9, 3)
+    fa.convert(net, "dfa")
+    want = grads(net, x, y, lambda out, y: F.cross_entropy(out / 2, y))
+    got = grads(net, x, y, lambda out, y: F.cross_entropy(out.div_(2), y))
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_a_part_of_a_network_may_have_another_rule():
+    net, x, y = oracles.mlp(6, 9, 8, 3)
+    fa.convert(net, "dfa", seed=1)
+    want = grads(net, x, y)
+    last = [m for m in net if isinstance(m, nn.Linear)][-1]
+    fa.convert(last, "fa")
+    got = grads(net, x, y)
+    assert converted(net)["0"].feedback.rule.name == "dfa" and last.feedback.rule.name == "fa"
+    assert torch.equal(got["0.weight"], want["0.weight"]), "the error of a layer below another tap comes from the output"
+    fa.convert(net, "bp")
+    assert "forward" not in vars(net)
+
+
+def test_an_output_that_lacks_errors_for_a_layers_rows_is_refused():
+    """Tokens first in one layer, samples first in the output: e has another order than that layer's rows."""
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.two(torch.tanh(self.one(x)).transpose(0, 1)).transpose(0, 1)
+
+    net = fa.convert(Turned().double(), "dfa")
+    with pytest.raises(RuntimeError, match="has no error for each row"):
+        net(randn(2, 5, 6, seed=1)).sum().backward()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_compiled_convolutions_equal_eager_ones_in_one_graph(layout):
+    """A fresh network: nothing was made by an eager pass before. The frozen layer taps a map that is then changed in place."""
+
+    class Net(Blocks):
+        def forward(self, x):
+            h = torch.tanh(self.one(x)) * 2
+            frozen = self.two[0](h)
+            h = h.mul_(2).relu_()
+            return self.fc((frozen + self.two(h)).mean((2, 3)))
+
+    def fresh():
+        net = fa.convert(oracles.fixed_weights(Net().double()), "dfa", seed=1).to(memory_format=layout)
+        net.two[0].requires_grad_(False)
+        return net
+
+    x, y = randn(4, 2, 6, 6, seed=2).to(memory_format=layout), torch.arange(4) % 3
+    want = grads(fresh(), x, y)
+    torch.compiler.reset()
+    got = grads(torch.compile(fresh(), backend="aot_eager", fullgraph=True), x, y)
+    assert all(apart(got["_orig_mod." + k], want[k]) < 1e-12 for k in want)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -220,6 +220,7 @@ def test_the_schedule_begins_after_the_delay():
     [
         ({"alternate": -1}, "alternate=-1 is negative"),
         ({"delay_epochs": -2}, "delay_epochs=-2 is negative"),
+        ({"delay_epochs": 3, "epochs": 3}, "leaves none of 3 epochs to the task"),
         *(({"rule": rule, "options": "", "alternate": 1}, f"teach {rule} nothing") for rule in ("bp", "fa", "dfa", "kp", "pfa", "frozen")),
         ({"rule": "pfa", "options": "implicit=true", "delay_epochs": 1}, "teach pfa nothing"),
         ({"options": "clamp_forward=true", "alternate": 1}, "clamp_forward moves W"),
