@@ -164,5 +164,5 @@ def test_committed_results(path):
 @pytest.mark.parametrize("path", [p for p in RESULTS if "resnet20_eager" in p.stem], ids=lambda p: p.stem)
 def test_committed_memory_of_fixed_feedback(path):
     results = json.loads(path.read_text())["results"]
-    for rule in ("fa", "usf", "frsf", "brsf"):
+    for rule in ("fa", "usf", "frsf", "brsf", "dfa", "dfa:tap=block"):
         assert results[rule]["peak_mb"] / results["bp"]["peak_mb"] < 1.05
