@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from itertools import count
@@ -42,6 +42,8 @@ class Stepper:
         compiled: forward and backward through ``torch.compile`` (default False).
         capture: replay steps as a CUDA graph (default: on CUDA, unless a rule acts between steps, the data come from disk, or
             ``$FA_CAPTURE`` is 0).
+        seeds: of the runs that the network holds side by side (:mod:`fa.stack`), each with an order of batches and a loss of its own
+            (default: ``config``'s alone).
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class Stepper:
         train: data.Split,
         compiled: bool = False,
         capture: bool | None = None,
+        seeds: Sequence[int] = (),
     ) -> None:
         self.net, self.opt, self.config, self.train = net, opt, config, train
+        self.seeds = tuple(seeds) or (config.seed,)
         self.device = next(net.parameters()).device
-        self.forward = compile_(net) if compiled else net
+        self.forward = compile_(net, self.device) if compiled else net
         resident = isinstance(train, data.Split)  # photographs come from disk, and are cropped there
         if capture is None:
             wanted = os.environ.get("FA_CAPTURE", "1") != "0"
@@ -63,12 +67,13 @@ class Stepper:
         self.captures = capture
         self.per_epoch = len(train) // config.batch
         self.at = torch.zeros(1, dtype=torch.int64, device=self.device)  # number of the step within the epoch
-        self.index = torch.zeros(self.per_epoch, config.batch, dtype=torch.int64, device=self.device)
+        rows = len(self.seeds) * config.batch
+        self.index = torch.zeros(self.per_epoch, rows, dtype=torch.int64, device=self.device)
         self.draws = self.border = None
         if config.augment and resident:
-            self.draws = torch.zeros(self.per_epoch, 3, config.batch, dtype=torch.int64, device=self.device)
+            self.draws = torch.zeros(self.per_epoch, 3, rows, dtype=torch.int64, device=self.device)
             self.border = torch.tensor(data.SETS[config.dataset].black, device=self.device)
-        self.losses = torch.zeros(self.per_epoch, dtype=torch.float64, device=self.device)
+        self.losses = torch.zeros(self.per_epoch, len(self.seeds), dtype=torch.float64, device=self.device)
         self.feed: Iterator[tuple[Tensor, Tensor]] | None = None
         self.phases: Iterator[str] = iter(())
         self.phase = "joint"  # of the step at hand
@@ -90,25 +95,30 @@ class Stepper:
             group["lr"] = config.feedback_lr * now["lr"] / config.lr if group["own_decay"] and config.feedback_lr else now["lr"]
             if not group["own_decay"]:  # feedback whose gradient holds its decay gets none from the optimizer, in no epoch
                 group["weight_decay"] = now["weight_decay"]
-        order = torch.randperm(len(self.train), generator=generator(config.seed, "order", epoch))
-        index = order[: self.per_epoch * config.batch].view(-1, config.batch)
+        n = self.per_epoch * config.batch
+        orders = [torch.randperm(len(self.train), generator=generator(seed, "order", epoch))[:n] for seed in self.seeds]
+        index = torch.cat([order.view(-1, config.batch) for order in orders], 1)
         if isinstance(self.train, data.Split):
             self.index.copy_(index)
         else:
             self.feed = self.train.feed(index, config.seed, epoch, config.augment)
         if self.draws is not None:
-            draws = data.draw_crops(index.numel(), generator(config.seed, "augment", epoch))
-            self.draws.copy_(draws.view(3, -1, config.batch).transpose(0, 1))
+            draws = [data.draw_crops(n, generator(seed, "augment", epoch)).view(3, -1, config.batch) for seed in self.seeds]
+            self.draws.copy_(torch.cat(draws, 2).transpose(0, 1))
         self.at.zero_()
         return self.per_epoch
 
     def epoch(self, epoch: int, limit: int | None = None) -> Generator[None, None, Tensor]:
-        """Train one epoch, or its first ``limit`` batches; yields after every step, returns their losses, float64, on the device."""
+        """Train one epoch, or its first ``limit`` batches; yields after every step.
+
+        Returns:
+            The losses, float64, on the device: (steps,), or (steps, runs) of several.
+        """
         steps = min(self.begin(epoch), self.per_epoch if limit is None else limit)
         for _ in range(steps):
             self.step()
             yield
-        return self.losses[:steps]
+        return self.losses[:steps] if len(self.seeds) > 1 else self.losses[:steps, 0]
 
     def step(self) -> None:
         """One batch: forward, loss, backward, optimizer. Nothing is read back from the device."""
@@ -129,18 +139,26 @@ class Stepper:
         self._learn(x, y)
 
     def _learn(self, x: Tensor, y: Tensor) -> None:
+        runs = len(self.seeds)
+        if runs > 1:  # images of different runs as channels of one
+            x = x.unflatten(0, (runs, -1)).transpose(0, 1).flatten(1, 2)
         if self.device.type == "cuda" and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, self.config.precision == "bfloat16", cache_enabled=False):
-            loss = F.cross_entropy(self.forward(x), y)
-        loss.backward()
+            out = self.forward(x)
+            if runs == 1:
+                loss = F.cross_entropy(out, y).view(1)
+            else:
+                out = out.unflatten(1, (runs, -1)).transpose(0, 1).flatten(0, 1)
+                loss = F.cross_entropy(out, y, reduction="none").view(runs, -1).mean(1)
+        loss.sum().backward()
         for group in self.opt.param_groups:
             if self.phase == ("task" if group["own_decay"] else "mirror"):
                 for p in group["params"]:  # at rest: without a gradient the optimizer leaves it alone, its momentum and decay too
                     p.grad = None
         self.opt.step()
         self.opt.zero_grad()
-        self.losses.index_copy_(0, self.at, loss.detach().double().view(1))
+        self.losses.index_copy_(0, self.at, loss.detach().double().view(1, runs))
         self.at += 1
 
     def _capture(self) -> Callable[[], None]:
@@ -213,12 +231,14 @@ def drain(run: Generator[None, None, Any]) -> Any:
             return end.value
 
 
-def compile_(net: nn.Module) -> Callable[[Tensor], Tensor]:
+def compile_(net: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
     """``torch.compile`` of a whole network. The networks of a process share their code, and with it the number of its versions."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(net, fullgraph=True)
+    # left to itself, inductor turns grouped convolutions out of channels_last
+    options = {"force_layout_optimization": True} if device.type == "cuda" else None
+    return torch.compile(net, fullgraph=True, options=options)
 
 
 def can_compile(device: str | torch.device) -> bool:

@@ -204,8 +204,10 @@ class _Local(torch.autograd.Function):
 
 @lru_cache(maxsize=None)
 def _arguments(method: Any, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``names`` that a rule's method asks for; an argument that nothing can fill raises."""
+    """Those of ``names`` that a rule's method asks for, with ``**`` all; an argument that nothing can fill raises."""
     wanted = inspect.signature(method).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in wanted.values()):
+        return names
     for name, p in list(wanted.items())[1:]:
         if name not in names and p.default is p.empty:
             raise UserError(f"{method.__qualname__} asks for {name!r}; it can have {', '.join(names)}")

@@ -21,16 +21,31 @@ from .steps import converted
 
 def angle(a: Tensor, b: Tensor) -> float:
     """Angle in degrees between two tensors of one shape, flattened, in float64; nan where one is zero."""
+    return _angle(a, b).item()
+
+
+def _angle(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.detach().double().flatten(), b.detach().double().flatten()
     cosine = a @ b / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
-    return torch.rad2deg(torch.arccos(cosine.clip(-1, 1))).item()
+    return torch.rad2deg(torch.arccos(cosine.clip(-1, 1)))
 
 
 def sample_angle(a: Tensor, b: Tensor) -> float:
     """Mean over the first axis of the angles in degrees between corresponding samples; samples with a zero vector are left out."""
+    return _sample_angle(a, b).item()
+
+
+def _sample_angle(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.detach().double().flatten(1), b.detach().double().flatten(1)
     cosine = (a * b).sum(1) / (torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1))
-    return torch.rad2deg(torch.arccos(cosine.clip(-1, 1))).nanmean().item()
+    return torch.rad2deg(torch.arccos(cosine.clip(-1, 1))).nanmean()
+
+
+def _table(rows: list[dict[str, object]], columns: list[str]) -> pd.DataFrame:
+    """A table of rows that hold numbers as tensors, which are read from their device all at once."""
+    values = [v for row in rows for v in row.values() if isinstance(v, Tensor)]
+    numbers = iter(torch.stack(values).tolist() if values else [])
+    return pd.DataFrame([{k: next(numbers) if isinstance(v, Tensor) else v for k, v in row.items()} for row in rows], columns=columns)
 
 
 def feedback_weight(layer: nn.Module) -> Tensor:
@@ -66,12 +81,12 @@ def alignment(net: nn.Module) -> pd.DataFrame:
         rows.append({
             "layer": name,
             "depth": depth,
-            "angle_deg": angle(W, K),
-            "norm_ratio": (torch.linalg.vector_norm(K) / torch.linalg.vector_norm(W)).item(),
-            "sign_concordance": (W.sign() == K.sign()).double().mean().item(),
-            "weight_norm": torch.linalg.vector_norm(W).item(),
+            "angle_deg": _angle(W, K),
+            "norm_ratio": torch.linalg.vector_norm(K) / torch.linalg.vector_norm(W),
+            "sign_concordance": (W.sign() == K.sign()).double().mean(),
+            "weight_norm": torch.linalg.vector_norm(W),
         })  # fmt: skip
-    return pd.DataFrame(rows, columns=["layer", "depth", "angle_deg", "norm_ratio", "sign_concordance", "weight_norm"])
+    return _table(rows, ["layer", "depth", "angle_deg", "norm_ratio", "sign_concordance", "weight_norm"])
 
 
 def matrices(layer: nn.Module) -> dict[str, Tensor]:
@@ -217,12 +232,12 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
             through_W = torch.autograd.grad(out, probe, delta[name])[0]
             with torch.enable_grad():
                 out = layer(probe)
-            local = sample_angle(torch.autograd.grad(out, probe, delta[name])[0], through_W)
+            local = _sample_angle(torch.autograd.grad(out, probe, delta[name])[0], through_W)
         rows.append({
             "layer": name,
             "depth": depth,
             "delta_angle_local_deg": local,
-            "delta_angle_global_deg": sample_angle(delta[name], delta_bp[name]),
-            "grad_angle_global_deg": angle(dW[name], dW_bp[name]) if name in dW else float("nan"),
+            "delta_angle_global_deg": _sample_angle(delta[name], delta_bp[name]),
+            "grad_angle_global_deg": _angle(dW[name], dW_bp[name]) if name in dW else float("nan"),
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    return _table(rows, ["layer", "depth", "delta_angle_local_deg", "delta_angle_global_deg", "grad_angle_global_deg"])

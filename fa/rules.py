@@ -103,6 +103,7 @@ class Rule:
     learned: ClassVar[tuple[str, ...]] = ()
     own_decay: ClassVar[bool] = False  # True: the feedback gradient holds its decay, so the optimizer must add none
     sgd_only: ClassVar[bool] = False
+    channels: ClassVar[tuple[str, ...]] = ()  # tensors of ``draw`` that are matrices between channels, whatever the layer
     needs_y: ClassVar[bool] = True  # False: ``feedback_grad`` gets None for y, and the forward pass keeps none
 
     init_scale: ClassVar[tuple[str, ...]] = ("match", "xavier", "kaiming")
@@ -296,6 +297,7 @@ class PFA(Rule):
     """
 
     name = "pfa"
+    channels = ("B", "BBt")
     equation = "dx = (B R)^T dy, dR = B^T dW"
     source = "Li & Benna 2024"
 

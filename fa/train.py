@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,8 +19,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from . import data, models
+from . import data, models, stack
 from .engine import Stepper, drain, on, stream
 from .errors import UserError
 from .feedback import generator
@@ -195,17 +196,35 @@ def layer_epochs(epochs: int) -> set[int]:
     return {e for e in range(epochs + 1) if e <= 10 or e % 5 == 0 or e == epochs}
 
 
-def measure(net: nn.Module, config: Config, sets: data.Data, epoch: int, extra: Extra | None = None) -> list[list[Any]]:
-    """Rows (epoch, layer, depth, metric, value) of the network after ``epoch`` epochs."""
-    rows: list[list[Any]] = []
-    splits = {"val_accuracy": sets.val, "test_accuracy": sets.test}
-    resident = isinstance(sets.train, data.Split)  # decoding a million photographs once more would cost an epoch
-    if resident and (epoch % 5 == 0 or epoch == config.epochs):
-        splits["train_accuracy"] = sets.train
-    rows += [[epoch, "", None, metric, accuracy(net, split)] for metric, split in splits.items() if split is not None]
+def watched(sets: data.Data, config: Config, epoch: int) -> dict[str, data.Split]:
+    """Metric -> the images on which accuracy is measured after so many epochs.
+
+    Every epoch: the validation images; in a run of at most 100 epochs, or without them, the test images too. The rest, and the training
+    images, at every fifth epoch, in longer runs at every 25th, and at the end. Photographs on disk are decoded for training alone.
+    """
+    long = config.epochs > 100 and sets.val is not None
+    now = epoch % (25 if long else 5) == 0 or epoch == config.epochs
+    splits = {"val_accuracy": sets.val, "test_accuracy": sets.test if now or not long else None}
+    splits["train_accuracy"] = sets.train if now and isinstance(sets.train, data.Split) else None
+    return {metric: split for metric, split in splits.items() if split is not None}
+
+
+def measure(
+    net: nn.Module,
+    config: Config,
+    sets: data.Data,
+    epoch: int,
+    extra: Extra | None = None,
+    found: dict[str, float] | None = None,
+) -> list[list[Any]]:
+    """Rows (epoch, layer, depth, metric, value) of the network after ``epoch`` epochs; ``found``: accuracies, if already measured."""
+    if found is None:
+        found = {metric: accuracy(net, split) for metric, split in watched(sets, config, epoch).items()}
+    rows: list[list[Any]] = [[epoch, "", None, metric, value] for metric, value in found.items()]
     if epoch in layer_epochs(config.epochs):
-        norms = {name: torch.linalg.vector_norm(m.weight.double()).item() for name, m in weighted(net).items()}
-        tables = [pd.DataFrame({"layer": list(norms), "depth": range(1, len(norms) + 1), "weight_norm": list(norms.values())})]
+        layers = weighted(net)
+        norms = torch.stack([torch.linalg.vector_norm(m.weight.double()) for m in layers.values()]).tolist()
+        tables = [pd.DataFrame({"layer": list(layers), "depth": range(1, len(norms) + 1), "weight_norm": norms})]
         if converted(net):
             tables.append(alignment(net).drop(columns="weight_norm"))
             tables.append(gradient_angles(net, *sets.train.first(512), F.cross_entropy))
@@ -249,69 +268,114 @@ def train(
         says ``state`` ("finished", or "diverged" with the epoch at which the loss was no longer finite) and ``seconds``.
     """
     with on(device), stream(device):
-        return drain(running(config, device, folder, until, on_epoch, extra, compiled))
+        return drain(running([Member(config, folder, on_epoch, extra)], device, until, compiled))[0]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the runs that :func:`running` trains as one; arguments as of :func:`train`."""
+
+    config: Config
+    folder: Any = None
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None
+    extra: Extra | None = None
+
+
+class Apart(Exception):
+    """A stack in which a loss is no longer finite, which a group beside it might feel: its runs are to be trained apart."""
 
 
 def running(
-    config: Config,
+    members: Sequence[Member],
     device: str = "cpu",
-    folder: Any = None,
     until: float = math.inf,
-    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
-    extra: Extra | None = None,
     compiled: bool = False,
     sets: data.Data | None = None,
-) -> Generator[None, None, pd.DataFrame | None]:
-    """:func:`train` as a generator that yields after every step, for :func:`fa.engine.together`; ``sets``: data that runs share."""
-    begin = time.monotonic()
+) -> Generator[None, None, list[pd.DataFrame | None]]:
+    """:func:`train` as a generator that yields after every step, for :func:`fa.engine.together`.
+
+    Args:
+        members: one run, or several with one :func:`fa.stack.key` that have come equally far, which are trained as a stack.
+        device: as of :func:`train`, like ``until`` and ``compiled``.
+        sets: data that runs share (default: loaded here).
+
+    Returns:
+        What :func:`train` returns, for each.
+
+    Raises:
+        Apart: from a stack.
+    """
+    begin, configs = time.monotonic(), [m.config for m in members]
+    config = configs[0]  # what is asked of it below is the same for all
     sets = sets or data.load(config.dataset, device)
-    net = seed_network(config, sets.shape, sets.classes).to(device)
+    nets = [seed_network(c, sets.shape, sets.classes).to(device) for c in configs]
     if torch.device(device).type == "cuda":
-        net = net.to(memory_format=torch.channels_last)
-    opt = sgd(net, config)
-    state, saved = {"epoch": 0, "rows": [], "seconds": 0.0}, begin
-    if checkpoint := folder and folder.checkpoint():
-        state = {k: checkpoint[k] for k in state}
-        net.load_state_dict(checkpoint["net"])
-        opt.load_state_dict(checkpoint["optimizer"])
-        for p, kept in opt.state.items():  # in this device's memory layout, which need not be that of the checkpoint
-            if kept.get("momentum_buffer") is not None:
-                kept["momentum_buffer"] = torch.empty_like(p).copy_(kept["momentum_buffer"])
-    else:
-        state["rows"] = measure(net, config, sets, 0, extra)
-    before, status = state["seconds"], {"state": "finished"}
-    stepper = Stepper(net, opt, config, sets.train, compiled)
+        nets = [net.to(memory_format=torch.channels_last) for net in nets]
+    opts = [sgd(net, c) for net, c in zip(nets, configs)]
+    states: list[dict[str, Any]] = [{"epoch": 0, "rows": [], "seconds": 0.0} for _ in members]
+    for member, net, opt, state in zip(members, nets, opts, states):
+        if checkpoint := member.folder and member.folder.checkpoint():
+            state.update((k, checkpoint[k]) for k in list(state))
+            net.load_state_dict(checkpoint["net"])
+            opt.load_state_dict(checkpoint["optimizer"])
+            for p, kept in opt.state.items():  # in this device's memory layout, which need not be that of the checkpoint
+                if kept.get("momentum_buffer") is not None:
+                    kept["momentum_buffer"] = torch.empty_like(p).copy_(kept["momentum_buffer"])
+    net, opt = nets[0], opts[0]
+    if len(members) > 1:
+        net = stack.build(configs, sets.shape, sets.classes, next(net.parameters()))
+        opt = sgd(net, config)
+        stack.join(net, opt, nets, opts)
+    stepper = Stepper(net, opt, config, sets.train, compiled, seeds=[c.seed for c in configs])
+    before, saved, last = [state["seconds"] for state in states], begin, 0.0
+
+    def look(epoch: int) -> list[list[list[Any]]]:
+        """Each run's measurements."""
+        found: list[dict[str, float] | None] = [None] * len(members)
+        if len(members) > 1:
+            each = {metric: stack.accuracies(net, len(members), split) for metric, split in watched(sets, config, epoch).items()}
+            found = [{metric: values[i] for metric, values in each.items()} for i in range(len(members))]
+        return [measure(n, m.config, sets, epoch, m.extra, f) for n, m, f in zip(nets, members, found)]
 
     def save() -> None:
-        state["seconds"] = before + time.monotonic() - begin
-        if folder:
-            folder.save({**state, "net": net.state_dict(), "optimizer": opt.state_dict()})
+        for member, net, opt, state, spent in zip(members, nets, opts, states, before):
+            if member.folder:
+                state["seconds"] = spent + time.monotonic() - begin
+                parts = {"net": net.state_dict(), "optimizer": opt.state_dict()}
+                member.folder.save({**state, **tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, parts)})  # not the whole stack
 
-    last = 0.0  # seconds of the latest epoch
-    for epoch in range(state["epoch"], config.epochs):
+    if states[0]["epoch"] == 0:
+        for state, rows in zip(states, look(0)):
+            state["rows"] = rows
+    status: dict[str, Any] = {"state": "finished"}
+    for epoch in range(states[0]["epoch"], config.epochs):
         now = time.monotonic()
         if now + 1.1 * last > until:
             save()
-            return None
-        losses = yield from stepper.epoch(epoch)
-        loss = losses.mean().item()
-        rows = [[epoch + 1, "", None, "train_loss", loss]]
-        if not math.isfinite(loss):
+            return [None] * len(members)
+        losses = (yield from stepper.epoch(epoch)).view(-1, len(members)).mean(0).tolist()
+        if not all(map(math.isfinite, losses)):
+            if len(members) > 1:
+                raise Apart
             status = {"state": "diverged", "epoch": epoch + 1}
             break
-        rows += measure(net, config, sets, epoch + 1, extra)
-        state["rows"] += rows
-        state["epoch"] = epoch + 1
-        if on_epoch:
-            on_epoch(epoch + 1, {metric: value for _, layer, _, metric, value in rows if not layer})
+        for member, state, loss, rows in zip(members, states, losses, look(epoch + 1)):
+            rows = [[epoch + 1, "", None, "train_loss", loss], *rows]
+            state["rows"] += rows
+            state["epoch"] = epoch + 1
+            if member.on_epoch:
+                member.on_epoch(epoch + 1, {metric: value for _, layer, _, metric, value in rows if not layer})
         last = time.monotonic() - now
-        if time.monotonic() - saved > 30 and epoch + 1 < config.epochs:
+        if time.monotonic() - saved > 60 and epoch + 1 < config.epochs:
             save()
             saved = time.monotonic()
-    table = pd.DataFrame(state["rows"], columns=["epoch", "layer", "depth", "metric", "value"])
-    table["depth"] = table["depth"].astype("Int64")
-    table.attrs["status"] = {**status, "seconds": round(before + time.monotonic() - begin, 1)}
-    return table
+    tables = []
+    for state, spent in zip(states, before):
+        table = pd.DataFrame(state["rows"], columns=["epoch", "layer", "depth", "metric", "value"])
+        table["depth"] = table["depth"].astype("Int64")
+        table.attrs["status"] = {**status, "seconds": round(spent + time.monotonic() - begin, 1)}
+        tables.append(table)
+    return tables
 
 
 def fingerprint(config: Config, batches: int = 20) -> list[str]:

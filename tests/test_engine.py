@@ -44,10 +44,10 @@ def store(monkeypatch, tmp_path):
 def test_runs_trained_together_equal_those_trained_alone(base):
     configs = [of(base, rule, seed) for rule, seed in (("bp", 0), ("pfa", 0), ("brsf", 1), ("dfa", 0))]
     configs[1] = replace(configs[1], epochs=1)  # one that ends before the others
-    made = dict(together((train.running(c) for c in configs), "cpu"))
+    made = dict(together((train.running([train.Member(c)]) for c in configs), "cpu"))
     assert list(made) == [1, 0, 2, 3]
     for i, config in enumerate(configs):
-        same(made[i], train.train(config))
+        same(made[i][0], train.train(config))
 
 
 def test_a_run_that_fails_leaves_those_beside_it_alone():
@@ -55,9 +55,9 @@ def test_a_run_that_fails_leaves_those_beside_it_alone():
         yield
         raise ZeroDivisionError("by design")
 
-    made = dict(together([failing(), train.running(MLP)], "cpu"))
+    made = dict(together([failing(), train.running([train.Member(MLP)])], "cpu"))
     assert isinstance(made[0], ZeroDivisionError)
-    same(made[1], train.train(MLP))
+    same(made[1][0], train.train(MLP))
 
 
 @pytest.mark.parametrize("together", [1, 2, 6])

@@ -153,9 +153,9 @@ def test_a_run_with_phases_that_is_stopped_equals_one_that_is_not(monkeypatch):
 
 def test_runs_with_phases_are_trained_beside_others():
     configs = [NOISY, replace(NOISY, alternate=0, delay_epochs=0), replace(NOISY, seed=1, alternate=1, delay_epochs=0)]
-    tables = dict(together((train.running(c) for c in configs), "cpu"))
+    tables = dict(together((train.running([train.Member(c)]) for c in configs), "cpu"))
     for i, config in enumerate(configs):
-        pd.testing.assert_frame_equal(tables[i], train.train(config), check_exact=True)
+        pd.testing.assert_frame_equal(tables[i][0], train.train(config), check_exact=True)
 
 
 def test_every_phase_has_a_captured_step_of_its_own():
