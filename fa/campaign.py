@@ -356,7 +356,7 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
     folders = [f for f in (Folder(mode, c) for c in configs) if f.finished]
     tables = [f.table(swept(f.config)) for f in folders]
     status = {f.config.run: f.status for f in folders}
-    environments = {json.dumps(s.pop("environment"), sort_keys=True) for s in status.values()}
+    environments = {json.dumps(e, sort_keys=True) for s in status.values() for e in (s.pop("environment"), *s.pop("earlier", []))}
     lacking = [c for c in configs if c.run not in status]
     for name in dict.fromkeys((experiment, *(c.experiment for c in lacking), *experiments.EXPERIMENTS)) if lacking else ():
         stays = [c for c in lacking if c.run not in status and c.run in records.held(name, mode)]

@@ -27,6 +27,7 @@ from .errors import UserError
 from .feedback import generator
 from .layers import convert, param_groups
 from .metrics import alignment, gradient_angles
+from .records import environment
 from .rules import rule as make_rule
 from .steps import converted
 
@@ -265,7 +266,8 @@ def train(
 
     Returns:
         The run's table: ``epoch, layer, depth, metric, value``; epoch 0 is the untrained network. Its ``attrs["status"]``
-        says ``state`` ("finished", or "diverged" with the epoch at which the loss was no longer finite) and ``seconds``.
+        says ``state`` ("finished", or "diverged" with the epoch at which the loss was no longer finite), ``seconds``, and ``earlier``,
+        the environments of machines that trained the run's first epochs, if there were any.
     """
     with on(device), stream(device):
         return drain(running([Member(config, folder, on_epoch, extra)], device, until, compiled))[0]
@@ -312,10 +314,12 @@ def running(
     if torch.device(device).type == "cuda":
         nets = [net.to(memory_format=torch.channels_last) for net in nets]
     opts = [sgd(net, c) for net, c in zip(nets, configs)]
-    states: list[dict[str, Any]] = [{"epoch": 0, "rows": [], "seconds": 0.0} for _ in members]
+    here = environment()
+    states: list[dict[str, Any]] = [{"epoch": 0, "rows": [], "seconds": 0.0, "environments": [here]} for _ in members]
     for member, net, opt, state in zip(members, nets, opts, states):
         if checkpoint := member.folder and member.folder.checkpoint():
-            state.update((k, checkpoint[k]) for k in list(state))
+            state.update((k, checkpoint[k]) for k in list(state) if k in checkpoint)
+            state["environments"] += [here] if here not in state["environments"] else []
             net.load_state_dict(checkpoint["net"])
             opt.load_state_dict(checkpoint["optimizer"])
             for p, kept in opt.state.items():  # in this device's memory layout, which need not be that of the checkpoint
@@ -373,7 +377,9 @@ def running(
     for state, spent in zip(states, before):
         table = pd.DataFrame(state["rows"], columns=["epoch", "layer", "depth", "metric", "value"])
         table["depth"] = table["depth"].astype("Int64")
-        table.attrs["status"] = {**status, "seconds": round(spent + time.monotonic() - begin, 1)}
+        seconds = round(spent + time.monotonic() - begin, 1)
+        earlier = [e for e in state["environments"] if e != here]  # of the machine that finishes a run its folder takes note
+        table.attrs["status"] = {**status, "seconds": seconds} | ({"earlier": earlier} if earlier else {})
         tables.append(table)
     return tables
 
