@@ -128,7 +128,7 @@ def environment() -> dict[str, str]:
     """The software and the machine, for provenance; as they were when first asked, before a long run."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of its own, which a checkpoint may not hold
         "cuda": torch.version.cuda or "" if gpu else "",
         "gpu": gpu,
         "cpu": _cpu(),

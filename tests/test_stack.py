@@ -38,7 +38,7 @@ def trained_alone(configs, sets, epochs=(0, 1)):
         net = train.seed_network(config, sets.shape, 10, torch.float64)
         opt = train.sgd(net, config)
         stepper = Stepper(net, opt, config, sets.train)
-        made.append((torch.cat([drain(stepper.epoch(e)).clone() for e in epochs]), net, opt))
+        made.append((torch.cat([drain(stepper.epoch(e, 3)).clone() for e in epochs]), net, opt))
     return made
 
 
@@ -55,7 +55,7 @@ def stacked(configs, sets, compiled=False):
 def agree(configs, sets, compiled=False):
     alone = trained_alone(configs, sets)
     whole, stepper, nets, opts = stacked(configs, sets, compiled)
-    losses = torch.cat([drain(stepper.epoch(e)).clone() for e in (0, 1)])
+    losses = torch.cat([drain(stepper.epoch(e, 3)).clone() for e in (0, 1)])
     assert torch.allclose(losses, torch.stack([a[0] for a in alone], 1), rtol=1e-10, atol=0)
     for (_, net, opt), mine, own in zip(alone, nets, opts):
         for (name, want), got in zip(net.state_dict().items(), mine.state_dict().values()):
@@ -72,7 +72,8 @@ def test_runs_in_a_stack_are_those_trained_alone(rule):
 
 
 def test_rules_side_by_side():
-    agree(runs([RULES[i] for i in (0, 1, 3, 6, 7, 8, 11)], (0, 3)), data.load("digits", dtype=torch.float64))
+    mixed = runs([RULES[i] for i in (0, 3, 6)], (0, 3)) + runs([RULES[11]], (1,))
+    agree(mixed, data.load("digits", dtype=torch.float64))
 
 
 @pytest.mark.slow
@@ -88,7 +89,7 @@ def test_a_run_that_diverges_does_not_touch_those_beside_it_here():
     _, stepper, nets, _ = stacked(configs, sets)
     with torch.no_grad():
         nets[0].conv1.weight.mul_(float("nan"))
-    losses = drain(stepper.epoch(0))
+    losses = drain(stepper.epoch(0, 3))
     want = trained_alone(configs[1:], sets, (0,))[0][0]
     assert losses[:, 0].isnan().all() and torch.allclose(losses[:, 1], want, rtol=1e-10)
 
@@ -114,15 +115,15 @@ def close(got, want):
     assert got[columns].astype(str).values.tolist() == want[columns].astype(str).values.tolist()
     angles = want.metric.str.contains("angle")
     exact = want.metric.str.contains("accuracy")
-    assert np.abs(got.value - want.value)[exact].max() < 0.6  # two of 360 images
+    assert exact.any() and np.abs(got.value - want.value)[exact].max() < 0.6  # two of 360 images
     assert np.allclose(got.value[~angles & ~exact], want.value[~angles & ~exact], rtol=2e-3)
-    assert np.nanmax(np.abs(got.value - want.value)[angles]) < 0.5
+    assert not angles.any() or np.nanmax(np.abs(got.value - want.value)[angles]) < 0.5
 
 
 def test_a_campaign_that_stacks_gives_the_tables_of_one_that_does_not(monkeypatch, tmp_path):
     """With a stop and a resumption; only a GPU stacks, so this one is told to."""
     monkeypatch.setenv("FA_RUNS", str(tmp_path))
-    configs = runs([("bp", ""), ("usf", ""), ("dfa", ""), ("pfa", "implicit=true")], (0, 1))
+    configs = [replace(c, epochs=1, lr=0.005) for c in runs([("bp", ""), ("dfa", ""), ("pfa", "implicit=true")], (0, 1))]
     want = [train.train(c) for c in configs]
     sizes, real, clock = [], train.running, iter(range(10**9))
 
@@ -139,9 +140,9 @@ def test_a_campaign_that_stacks_gives_the_tables_of_one_that_does_not(monkeypatc
     plain = {"workers": 1, "progress": False, "compiled": False}
     monkeypatch.setattr(train, "time", type("Clock", (), {"monotonic": staticmethod(lambda: 1e12 + next(clock))}))  # far behind any budget
     stopped = campaign.run(configs, "quick", **plain, budget=1e-9)
-    assert stopped.left == len(configs) and sizes == [6, 1, 1]
+    assert stopped.left == len(configs) and sizes == [4, 1, 1]
     assert campaign.run(configs, "quick", **plain).left == 0
-    assert sizes[3:] == [6, 1, 1]
+    assert sizes[3:] == [4, 1, 1]
     for config, table in zip(configs, want):
         folder = Folder("quick", config)
         close(folder.table({}), table)
