@@ -1,17 +1,20 @@
 """What training costs: images a second, seconds a run, and how much of the device that uses; for one run and for several at once.
 
     python benchmarks/train.py                                   # on a GPU p3's Figure 4 (CIFAR-10, ResNet-20), else its Figure 2 (MNIST)
-    python benchmarks/train.py --rules bp,pfa --together 1,5,30 --precision float32,bfloat16 --compile no,yes
+    python benchmarks/train.py --rules bp,bp+fa+usf --together 1,5,15 --precision float32,bfloat16 --compile no,yes
     python benchmarks/train.py --experiment p3_fig4 --device cpu --steps 4
 
 The runs are those of an experiment's paper mode, trained on random images of the data set's size: time does not depend on what they show.
-On CUDA runs at once share a process, each on a stream of its own; on the CPU each has a process and one thread. Beside them, in the same
-rounds, a plain PyTorch loop trains the same network by backprop: DataLoader, eager, float32, no feedback.
+On CUDA runs at once share a process, as in a campaign: those that can be stacked (:mod:`fa.stack`) are one network, the others take
+their steps in turn, each on a stream of its own. On the CPU each run has a process and one thread. Rules joined by "+" share the runs of a
+row evenly; what is counted of them, FLOPs, traffic and measurements, is the first one's. Beside them, in the same rounds, a plain
+PyTorch loop trains the same network by backprop: DataLoader, eager, float32, no feedback.
 
 Utilisation is of ceilings measured here: the fastest large matrix product, and the fastest copy of a large tensor. *FLOPs* are those of
 backprop's forward and backward pass, whatever the rule. *Traffic* is every byte that the operations of a plain step would read and write
-if none were fused and nothing stayed in a cache; it may therefore exceed the ceiling. *A run* is all epochs of the recipe; its
-measurements (accuracies every epoch, angles at some) are timed apart and added in the last column.
+if none were fused and nothing stayed in a cache; it may therefore exceed the ceiling. *A run* is all epochs of the recipe,
+where several are trained at once its share of the time; its measurements (accuracies, and at some epochs angles, as
+:func:`fa.train.watched` and :func:`fa.train.layer_epochs` say) are timed apart and added in the last column.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -35,12 +38,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fa import campaign, data, engine, experiments, train
+from fa import campaign, data, engine, experiments, stack, train
 from fa.records import environment
 from fa.train import Config
 
-SIZES = {"mnist": (60_000, (1, 28, 28), 10_000), "cifar10": (45_000, (3, 32, 32), 15_000), "digits": (1_437, (1, 8, 8), 360)}
-"""Data set -> training images, their shape, images evaluated after every epoch."""
+SIZES = {
+    "mnist": (60_000, 0, 10_000, (1, 28, 28)), "cifar10": (45_000, 5_000, 10_000, (3, 32, 32)), "digits": (1_437, 0, 360, (1, 8, 8))
+}  # fmt: skip
+"""Data set -> images to train, to validate and to test with, and the shape of one."""
 
 
 # -------------------------------------------------------------------------------------------------------------- one pack of runs
@@ -49,27 +54,48 @@ SIZES = {"mnist": (60_000, (1, 28, 28), 10_000), "cifar10": (45_000, (3, 32, 32)
 @lru_cache(maxsize=2)
 def images(dataset: str, device: str) -> data.Split:
     """Random images of the data set's number and shape."""
-    n, shape, _ = SIZES[dataset]
+    n, _, _, shape = SIZES[dataset]
     gen = torch.Generator().manual_seed(0)
     return data.Split(torch.randn(n, *shape, generator=gen).to(device), torch.randint(10, (n,), generator=gen).to(device))
 
 
-def network(config: Config, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The untrained network of a run, and its optimizer."""
-    net = train.seed_network(config, SIZES[config.dataset][1], 10).to(device)
-    if device == "cuda":
-        net = net.to(memory_format=torch.channels_last)
-    return net, train.sgd(net, config)
+def network(configs: Sequence[Config], device: str) -> tuple[nn.Module, torch.optim.SGD, list[nn.Module]]:
+    """The untrained network of a run, or the stack of several; its optimizer; and each run's own network."""
+    shape = SIZES[configs[0].dataset][3]
+    nets = [train.seed_network(config, shape, 10).to(device) for config in configs]
+    if device != "cpu":
+        nets = [net.to(memory_format=torch.channels_last) for net in nets]
+    opts = [train.sgd(net, config) for net, config in zip(nets, configs)]
+    if len(configs) == 1:
+        return nets[0], opts[0], nets
+    whole = stack.build(configs, shape, 10, next(nets[0].parameters()))
+    opt = train.sgd(whole, configs[0])
+    stack.join(whole, opt, nets, opts)
+    return whole, opt, nets
 
 
-def stepping(configs: list[Config], device: str, compiled: bool) -> Callable[[int], None]:
-    """A function that takes so many steps of every run, in turn, and waits for the device."""
+def pack(recipes: Sequence[Config], n: int) -> list[Config]:
+    """So many runs, spread evenly over the recipes, those of one side by side."""
+    return [replace(recipes[i * len(recipes) // n], seed=i) for i in range(n)]
+
+
+def groups(configs: Sequence[Config], device: str) -> list[tuple[Config, ...]]:
+    """What takes its steps as one: on CUDA the runs that can be stacked, and else every run."""
+    found: dict[Any, list[Config]] = {}
+    for i, config in enumerate(configs):
+        alike = stack.key(config) if device != "cpu" else None
+        found.setdefault(i if alike is None else alike, []).append(config)
+    return [tuple(group) for group in found.values()]
+
+
+def stepping(configs: Sequence[Config], device: str, compiled: bool, capture: bool | None = None) -> Callable[[int], None]:
+    """A function that takes so many steps of every run, its groups in turn, and waits for the device."""
     split, crew = images(configs[0].dataset, device), []
-    for config in configs:
-        own = engine.stream(device)
+    for group in groups(configs, device):
+        own, seeds = engine.stream(device), [config.seed for config in group]
         with own:
-            net, opt = network(config, device)
-            crew.append((own, endless(partial(engine.Stepper(net, opt, config, split, compiled).epoch, 1))))
+            net, opt, _ = network(group, device)
+            crew.append((own, endless(partial(engine.Stepper(net, opt, group[0], split, compiled, capture, seeds).epoch, 1))))
     wait(device)
 
     def steps(n: int) -> None:
@@ -101,7 +127,7 @@ def plain(config: Config, device: str, workers: int) -> Callable[[int], None]:
 
     loader = torch.utils.data.DataLoader(Images(), config.batch, shuffle=True, drop_last=True, num_workers=workers,
                                          pin_memory=device == "cuda", persistent_workers=workers > 0)  # fmt: skip
-    net = train.seed_network(replace(config, rule="bp", options=""), SIZES[config.dataset][1], 10).to(device)
+    net = train.seed_network(replace(config, rule="bp", options=""), SIZES[config.dataset][3], 10).to(device)
     opt = torch.optim.SGD(net.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     batches = endless(lambda: loader)
 
@@ -209,8 +235,8 @@ class Traffic(TorchDispatchMode):
 def work_of(config: Config) -> tuple[float, float]:
     """FLOPs and bytes an image of a backprop step, counted on the CPU."""
     bp = replace(config, rule="bp", options="", precision="float32")
-    net, opt = network(bp, "cpu")
-    x, y = torch.randn(config.batch, *SIZES[config.dataset][1]), torch.zeros(config.batch, dtype=torch.int64)
+    net, opt, _ = network([bp], "cpu")
+    x, y = torch.randn(config.batch, *SIZES[config.dataset][3]), torch.zeros(config.batch, dtype=torch.int64)
     with FlopCounterMode(display=False) as flops, Traffic() as traffic:
         F.cross_entropy(net(x), y).backward()
         opt.step()
@@ -218,24 +244,24 @@ def work_of(config: Config) -> tuple[float, float]:
     return flops.get_total_flops() / config.batch, traffic.bytes * element / 4 / config.batch
 
 
-def measuring(config: Config, device: str) -> float:
-    """Seconds that the measurements of a whole run take."""
-    net, _ = network(config, device)
-    n = SIZES[config.dataset][2]
-    split = images(config.dataset, device)
-    test = data.Split(split.x[:n], split.y[:n])
-    sets = data.Data(config.dataset, 10, test, None, test)
+@lru_cache(maxsize=None)
+def measuring(group: tuple[Config, ...], device: str) -> float:
+    """Seconds that the measurements of a whole run take, the first of a group of :func:`groups`."""
+    config, runs = group[0], len(group)
+    net, _, nets = network(group, device)
+    train_images, (_, val, test, _) = images(config.dataset, device), SIZES[config.dataset]
+    val, test = (data.Split(*train_images.first(n)) if n else None for n in (val, test))
+    sets = data.Data(config.dataset, 10, train_images, val, test)
 
     def timed(work: Callable[[], Any]) -> float:
         work()
         return seconds(work)
 
     with engine.on(device):
-        evaluation = timed(lambda: train.accuracy(net, test))
-        layers = timed(lambda: train.measure(net, config, sets, 0)) - 2 * evaluation
-    fifth = sum(e % 5 == 0 or e == config.epochs for e in range(config.epochs + 1))
-    training = fifth * len(split) / len(test)  # the training images are evaluated every fifth epoch
-    return (config.epochs + 1 + training) * evaluation + len(train.layer_epochs(config.epochs)) * max(layers, 0.0)
+        evaluation = timed(lambda: stack.accuracies(net, runs, test) if runs > 1 else train.accuracy(net, test)) / runs
+        layers = timed(lambda: train.measure(nets[0], config, sets, 0, found={}))
+    seen = sum(len(split) for e in range(config.epochs + 1) for split in train.watched(sets, config, e).values())
+    return seen * evaluation / len(test) + len(train.layer_epochs(config.epochs)) * layers
 
 
 # ------------------------------------------------------------------------------------------------------------------------ main
@@ -249,9 +275,11 @@ def words(text: str) -> list[str]:
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", default="", help="whose paper-scale runs (default: p3_fig4 on a GPU, p3_fig2 on a CPU)")
-    parser.add_argument("--rules", default="", help="comma separated (default: the experiment's)")
-    parser.add_argument("--together", default="", help="runs at once, comma separated (default: 1,5,30 on a GPU, 1 and the cores on a CPU)")
+    parser.add_argument("--experiment", default="", help="whose runs (default: p3_fig4 on a GPU, p3_fig2 on a CPU)")
+    parser.add_argument("--mode", default="paper", choices=("quick", "paper"), help="of the experiment (default paper)")
+    parser.add_argument("--rules", default="", help="comma separated; bp+fa: such runs side by side (default: the experiment's)")
+    parser.add_argument("--together", default="", help="runs at once, comma separated; fewer than a row's rules are left out "
+                        "(default: 1,5,15 on a GPU, 1 and the cores on a CPU)")  # fmt: skip
     parser.add_argument("--precision", default="float32", help="float32, bfloat16, or both (default float32)")
     parser.add_argument("--compile", default="no", help="no, yes, or both (default no)")
     parser.add_argument("--steps", type=int, default=0, help="steps of every run in a round (default: 200 on a GPU, 40 on a CPU)")
@@ -262,30 +290,35 @@ def main() -> None:
     device = campaign.pick_device(args.device)
     name = args.experiment or ("p3_fig4" if device == "cuda" else "p3_fig2")
     steps, cores = args.steps or (200 if device == "cuda" else 40), campaign.pick_workers("auto")
-    numbers = [int(n) for n in words(args.together)] or ([1, 5, 30] if device == "cuda" else sorted({1, cores}))
-    runs = experiments.plan(name, "paper", rules=args.rules)
-    rules = list(dict.fromkeys(c.rule for c in runs))
-    first = {rule: next(c for c in runs if c.rule == rule) for rule in rules}
+    numbers = [int(n) for n in words(args.together)] or ([1, 5, 15] if device == "cuda" else sorted({1, cores}))
+    entries = [[rule.strip() for rule in entry.split("+")] for entry in words(args.rules)]
+    first: dict[str, Config] = {}
+    for config in experiments.plan(name, args.mode, rules=",".join(dict.fromkeys(rule for entry in entries for rule in entry))):
+        first.setdefault(config.rule, config)
+    entries = entries or [[rule] for rule in first]
+    base, width = next(iter(first.values())), max(8, *(len("+".join(entry)) for entry in entries))
     results: list[dict[str, Any]] = []
-    where = {**environment(), "device": device, "experiment": name, "steps": steps, "rounds": args.rounds, "cores": cores}
-    print(f"{name}: {first[rules[0]].model} on {first[rules[0]].dataset}, batch {first[rules[0]].batch}; torch {where['torch']}, "
+    where = {**environment(), "device": device, "experiment": name, "mode": args.mode, "steps": steps, "rounds": args.rounds,
+             "cores": cores}  # fmt: skip
+    print(f"{name}: {base.model} on {base.dataset}, batch {base.batch}; torch {where['torch']}, "
           f"{where['gpu'] or where['cpu']}; medians of {args.rounds} rounds of {steps} steps")  # fmt: skip
     head = ("rule", "precision", "compiled", "at once", "images/s", "to plain", "FLOPs", "traffic", "s a run", "measured")
-    print("{:8} {:9} {:8} {:>7} {:>10} {:>8} {:>6} {:>7} {:>8} {:>9}".format(*head))
+    print(f"{{:{width}}} {{:9}} {{:8}} {{:>7}} {{:>10}} {{:>8}} {{:>6}} {{:>7}} {{:>8}} {{:>9}}".format(*head))
     with engine.on(device):
-        ordinary = plain(first[rules[0]], device, workers=min(8, cores) if device == "cuda" else 0)
+        ordinary = plain(base, device, workers=min(8, cores) if device == "cuda" else 0)
         ordinary(2)
         for precision in words(args.precision):
             ceiling, copy = ceilings(device, precision)
             where[f"ceiling_{precision}"] = {"flops": ceiling, "bytes": copy}
             for compiled in (word == "yes" for word in words(args.compile)):
-                flops, traffic = work_of(replace(first[rules[0]], precision=precision))
-                for rule in rules:
-                    config = replace(first[rule], precision=precision)
-                    extra = measuring(config, device)
-                    for n in numbers:
-                        pack = [replace(config, seed=i) for i in range(n)]
-                        speed, ratio = rates(pack, ordinary, device, compiled, steps, args.rounds)
+                flops, traffic = work_of(replace(base, precision=precision))
+                for entry in entries:
+                    rule, recipes = "+".join(entry), [replace(first[rule], precision=precision) for rule in entry]
+                    config = recipes[0]
+                    for n in (n for n in numbers if n >= len(entry)):
+                        runs = pack(recipes, n)
+                        extra = measuring(groups(runs, device)[0], device)
+                        speed, ratio = rates(runs, ordinary, device, compiled, steps, args.rounds)
                         busy = min(n, cores) if device == "cpu" else 1
                         alone = SIZES[config.dataset][0] // config.batch * config.batch * config.epochs / speed
                         row = {
@@ -294,7 +327,7 @@ def main() -> None:
                             "seconds_per_run": alone, "seconds_per_run_measured": alone + extra / (1 if device == "cuda" else n),
                         }  # fmt: skip
                         results.append(row)
-                        print(f"{rule:8} {precision:9} {'yes' if compiled else 'no':8} {n:7} {speed:10.0f} {ratio:8.2f} {row['flops']:6.1%} "
+                        print(f"{rule:{width}} {precision:9} {'yes' if compiled else 'no':8} {n:7} {speed:10.0f} {ratio:8.2f} {row['flops']:6.1%} "
                               f"{row['traffic']:7.1%} {alone:8.1f} {row['seconds_per_run_measured']:9.1f}", flush=True)  # fmt: skip
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -302,22 +335,22 @@ def main() -> None:
 
 
 def rates(
-    pack: list[Config], ordinary: Callable[[int], None], device: str, compiled: bool, steps: int, rounds: int
+    runs: list[Config], ordinary: Callable[[int], None], device: str, compiled: bool, steps: int, rounds: int
 ) -> tuple[float, float]:
     """Images a second of all runs of a pack, and relative to the plain loop in the same round: medians over rounds."""
-    count, speeds, ratios = pack[0].batch * steps * len(pack), [], []
+    count, speeds, ratios = runs[0].batch * steps * len(runs), [], []
 
     def race(go: Callable[[], float]) -> None:
         for _ in range(rounds):
             own, other = go(), seconds(lambda: ordinary(max(steps // 4, 2)))
             speeds.append(count / own)
-            ratios.append(speeds[-1] * other / (pack[0].batch * max(steps // 4, 2)))
+            ratios.append(speeds[-1] * other / (runs[0].batch * max(steps // 4, 2)))
 
     if device == "cpu":
-        with crew(pack, compiled, steps, rounds) as go:
+        with crew(runs, compiled, steps, rounds) as go:
             race(go)
     else:
-        take = stepping(pack, device, compiled)
+        take = stepping(runs, device, compiled)
         take(engine.WARM + 2)
         race(lambda: seconds(lambda: take(steps)))
     return statistics.median(speeds), statistics.median(ratios)

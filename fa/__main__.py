@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--workers", default="auto", help="processes (default: auto, one for each core)")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     run.add_argument("--add", action="store_true", help="train only what neither the run store nor data/records holds")
-    run.add_argument("--together", type=int, default=0, help="runs that a process takes in turn (default: 1 on the CPU, else 8)")
+    run.add_argument("--together", type=int, default=0, help="runs that a process trains at once (default: 1 on the CPU, else 15)")
     run.add_argument("--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile (auto: on CUDA, if it can)")
     run.add_argument("--dry-run", action="store_true", help="say what would be trained and for how long, and stop")
 

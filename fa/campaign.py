@@ -137,7 +137,7 @@ def run(
         device: "auto", "cpu" or "cuda".
         progress: show it.
         held: identities of runs that a record holds and that are therefore not trained.
-        together: runs that a process takes in turn (default 0: one on the CPU, :data:`PACK` on CUDA).
+        together: runs that a process trains at once (default 0: one on the CPU, :data:`PACK` on CUDA).
         compiled: train through ``torch.compile`` (default None: on CUDA where there is a compiler).
 
     Raises:

@@ -1,13 +1,15 @@
-"""The benchmark of a training step: what it counts as peak memory, what it prints, and the results that are committed."""
+"""The benchmarks: what counts as a step's peak memory, what is printed, and the results that are committed."""
 
 import argparse
+import importlib
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fa import ROOT
+from fa import ROOT, experiments
 
 _spec = importlib.util.spec_from_file_location("step", ROOT / "benchmarks" / "step.py")
 step = importlib.util.module_from_spec(_spec)
@@ -136,6 +138,90 @@ def test_a_measurement_from_end_to_end(tmp_path, capsys, monkeypatch):
     assert list(data["results"]) == ["bp", "bp_again", "fa"] and data["where"]["torch"] == torch.__version__
     assert data["results"]["bp"]["cpu"] == [1, 1, 1] and all(r["ms"] > 0 and r["peak_mb"] > 0 for r in data["results"].values())
     assert capsys.readouterr().out == step.table(**data) + "\n"
+
+
+# ------------------------------------------------------------------------------------------ whole trainings
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Runs a benchmark with arguments, on the CPU, and returns its module. Processes that it starts import it by its name."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(name, arguments=""):
+        module = importlib.import_module(name)
+        if arguments:
+            monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments.split()])
+            module.main()
+        return module
+
+    return run
+
+
+def test_trainings_of_two_rules_from_end_to_end(benchmark, tmp_path, capsys):
+    path = tmp_path / "r.json"
+    where = "--experiment p3_fig4 --mode quick --device cpu"
+    benchmark("train", f"{where} --rules bp+fa --together 1,2 --steps 2 --rounds 1 --json {path}")
+    (row,) = json.loads(path.read_text())["results"]
+    assert (row["rule"], row["together"]) == ("bp+fa", 2)  # one run cannot be of two rules
+    assert row["images_per_s"] > 0 and row["seconds_per_run_measured"] > row["seconds_per_run"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_pack_is_spread_over_its_rules_and_grouped_as_a_campaign_does(benchmark):
+    train = benchmark("train")
+    recipes = {c.rule: c for c in experiments.plan("p3_fig4", "quick", seeds=1)}
+    runs = train.pack([recipes["bp"], recipes["dfa"], recipes["fa"]], 5)
+    assert [c.rule for c in runs] == ["bp", "bp", "dfa", "dfa", "fa"] and len({c.seed for c in runs}) == 5
+    assert train.groups(runs, "cpu") == [(c,) for c in runs]
+    assert train.groups(runs, "cuda") == [(runs[0], runs[1], runs[4]), (runs[2],), (runs[3],)]
+
+
+def test_a_stack_is_stepped_and_measured_as_one(benchmark, monkeypatch):
+    """What only a GPU does, here on the CPU."""
+    train = benchmark("train")
+    recipes = experiments.plan("p3_fig4", "quick", rules="bp,fa")
+    runs, groups, seen = train.pack(recipes, 4), train.groups, []
+    step, accuracies = train.engine.Stepper.step, train.stack.accuracies
+    monkeypatch.setattr(train, "groups", lambda configs, device: groups(configs, "cuda"))
+    monkeypatch.setattr(train.engine.Stepper, "step", lambda self: seen.append(self.seeds) or step(self))
+    monkeypatch.setattr(train.stack, "accuracies", lambda net, n, split: seen.append((n, len(split))) or accuracies(net, n, split))
+    train.stepping(runs, "cpu", False)(2)
+    assert seen == [(0, 1, 2, 3)] * 2
+    monkeypatch.setattr(train, "seconds", lambda work: work() and 7.0)
+    # 5 epochs: after each and before them 360 test images, at epochs 0 and 5 1437 training images; layers at all 6
+    assert train.measuring(tuple(runs), "cpu") == pytest.approx(7 / 4 * (6 + 2 * 1437 / 360) + 6 * 7)
+    assert seen[2:] == [(4, 360)] * 2
+
+
+def test_long_trainings_are_mostly_validated(benchmark, monkeypatch):
+    train = benchmark("train")
+    config = replace(experiments.plan("p3_fig4", "quick")[0], epochs=150)
+    monkeypatch.setitem(train.SIZES, "digits", (1_000, 100, 200, (1, 8, 8)))
+    monkeypatch.setattr(train.train, "accuracy", lambda *args: None)
+    monkeypatch.setattr(train.train, "measure", lambda *args, **named: None)
+    monkeypatch.setattr(train, "seconds", lambda work: work() or 2.0)
+    train.images.cache_clear()  # of another number
+    # validation at 151 epochs, all images at 7, layers at 39: 0 to 10, then every fifth
+    assert train.measuring((config,), "cpu") == pytest.approx(2 / 200 * (151 * 100 + 7 * 1_200) + 39 * 2)
+    train.images.cache_clear()
+
+
+def test_the_check_of_a_gpu_runs_on_a_cpu(benchmark, capsys):
+    benchmark("check_cuda", "--mode quick --rules dfa,pfa --stack 2")
+    dfa, not_stacked, pfa, stacked = capsys.readouterr().out.splitlines()
+    assert all("gap 0.0e+00" in line for line in (dfa, pfa)) and not_stacked.split() == "dfa cannot be stacked".split()
+    assert "2 runs stacked" in stacked and float(stacked.split()[2]) < 1e-4
+
+
+def test_the_check_of_a_gpu_finds_a_difference(benchmark, capsys, monkeypatch):
+    check = benchmark("check_cuda")
+    monkeypatch.setattr(check, "losses", lambda configs, device, captured, compiled: torch.ones(16, len(configs)) + 0.02 * captured)
+    monkeypatch.setattr(check, "times", lambda *args: (0.0, 0.0, 0.0))
+    with pytest.raises(SystemExit, match="(?s)bp, kp: captured and eager .*bp, kp: stacked and single"):
+        benchmark("check_cuda", "--mode quick --rules bp,kp --stack 2")
+    benchmark("check_cuda", "--mode quick --rules bp,kp --stack 2 --tolerance 0.1")
 
 
 # ------------------------------------------------------------------------------------------ what is committed
