@@ -189,7 +189,7 @@ def forecast(todo: list[Any], mode: str, budget: float | None = None, workers: s
     for path in (records.runs_root() / mode).glob("*/*/status.json"):
         status, config = json.loads(path.read_text()), json.loads((path.parent / "config.json").read_text())
         on_gpu = bool(status["environment"]["gpu"])
-        if status["state"] == "finished" and on_gpu == (device != "cpu"):
+        if status["state"] == "finished" and on_gpu == (device != "cpu") and "earlier" not in status:
             per_epoch = status["seconds"] / status.get("together", 1) / config.get("epochs", 1)
             spent.setdefault(_kind(config), []).append(per_epoch)
     unknown = [c for c in todo if _kind(asdict(c)) not in spent]
@@ -313,23 +313,30 @@ def _tables(
                 sets[config.dataset] = data.load(config.dataset, device)
                 if device != "cpu":
                     torch.cuda.synchronize()  # the runs' own streams do not wait for the one that loads
-            come = (folder.checkpoint() or {"epoch": 0})["epoch"]
         except Exception as error:
             yield from ((i, error) for i in range(len(mine)))
             return
         members.append(Member(config, folder, told, partial(e.extra, config) if e.extra else None))
+        try:
+            come = (folder.checkpoint() or {"epoch": 0})["epoch"]
+        except Exception as error:
+            yield i, error
+            continue
         alike = _stack(config) if device != "cpu" else None
         groups.setdefault((alike, come) if alike else i, []).append(i)
     todo = [sorted(group, key=lambda i: mine[i][0].rule) for group in groups.values()]  # runs of one rule side by side
     while todo:
         trained = [running([members[i] for i in group], device, until, compiled, sets[mine[group[0]][0].dataset]) for group in todo]
         apart: list[list[int]] = []
-        for number, result in engine.together(trained, device):
+        for number, result in engine.together(trained, device):  # what fails as a stack is tried apart
             group = todo[number]
-            if isinstance(result, Apart):
+            if isinstance(result, Exception) and len(group) > 1 and not isinstance(result, UserError):
+                if not isinstance(result, Apart):
+                    traceback.print_exception(result)
                 apart += [[i] for i in group]
             else:
                 yield from zip(group, [result] * len(group) if isinstance(result, Exception) else result)
+            del result  # an exception holds its stack
         todo = apart
 
 

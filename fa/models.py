@@ -55,7 +55,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (n, inputs, h, w) -> (n, outputs, h / stride, w / stride), each times ``runs`` channels."""
-        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(widen(x, 0, self.inputs, self.runs))))))
+        wide = x if self.runs == 1 else widen(x, 0, self.inputs, self.runs)
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(wide)))))
         if self.new:
             x = widen(x[:, :, :: self.stride, :: self.stride], self.new // 2, y.shape[1] // self.runs, self.runs)
         return torch.relu(x + y)
@@ -64,8 +65,6 @@ class BasicBlock(nn.Module):
 def widen(x: Tensor, before: int, channels: int, runs: int) -> Tensor:
     """Each run's part of the channels with so many zeros before it, and as many after it as make up ``channels``."""
     after = channels - before - x.shape[1] // runs
-    if before == after == 0:
-        return x
     parts = [F.pad(part, (0, 0, 0, 0, before, after)) for part in x.chunk(runs, 1)]
     return parts[0] if runs == 1 else torch.cat(parts, 1)
 
@@ -101,7 +100,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (n, inputs, h, w) -> logits (n, classes), each times ``runs`` channels."""
-        x = torch.relu(self.bn1(self.conv1(widen(x, 0, self.inputs, self.runs))))
+        x = x if self.runs == 1 else widen(x, 0, self.inputs, self.runs)
+        x = torch.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x))).mean((2, 3), keepdim=isinstance(self.fc, nn.Conv2d))
         return self.fc(x).flatten(1)
 

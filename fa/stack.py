@@ -18,25 +18,27 @@ from torch import Tensor, nn
 
 from . import data, models
 from .layers import convert
-from .rules import Rule
+from .rules import BP, FA, FRSF, KP, PFA, USF, PFAo, Rule
 from .rules import rule as make_rule
 
 if TYPE_CHECKING:
     from .train import Config
 
-RULES = ("bp", "fa", "usf", "frsf", "kp", "pfa", "pfa_o")
+RULES = (BP, FA, USF, FRSF, KP, PFA, PFAo)
 """Rules that do to every group of a grouped convolution what they do to a layer; the others meet a layer, or a network, as a whole."""
 
 
 def key(config: Config) -> Config | None:
     """What runs that can be stacked have in common, all but seed and rule; None where a run cannot be stacked.
 
-    It must be of a CIFAR ResNet, under one of :data:`RULES`, and take no norm or mean over a layer, as ``norm="track"`` does.
+    It must be of a CIFAR ResNet, on images that lie on the device, under one of :data:`RULES`, and take no norm or mean over a layer, as
+    ``norm="track"`` does. In float32 the output layer, here a convolution, is made in TF32.
     """
-    options = config.rule_options
-    by_layer = options.get("norm", "fixed") != "fixed" or options.get("clamp_forward") or options.get("scale") == "track"
-    between = options.get("form", "kernel") == "dense" or options.get("implicit") and options.get("density", 1) != 1
-    if not models.is_cifar_resnet(config.model) or config.rule not in RULES or by_layer or between:
+    options, rule = config.rule_options, make_rule(config.rule, **config.rule_options)
+    by_layer = rule.norm != "fixed" or rule.clamp_forward or options.get("scale", "init") not in ("init", "xavier")
+    between = options.get("form") == "dense" or options.get("implicit") == "first" or options.get("implicit") and rule.density < 1
+    resident = not isinstance(data.SETS.get(config.dataset), data.Album)
+    if not models.is_cifar_resnet(config.model) or not resident or type(rule) not in RULES or by_layer or between:
         return None
     return replace(config, rule="bp", options="", seed=0)
 

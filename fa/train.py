@@ -200,8 +200,9 @@ def layer_epochs(epochs: int) -> set[int]:
 def watched(sets: data.Data, config: Config, epoch: int) -> dict[str, data.Split]:
     """Metric -> the images on which accuracy is measured after so many epochs.
 
-    Every epoch: the validation images; in a run of at most 100 epochs, or without them, the test images too. The rest, and the training
-    images, at every fifth epoch, in longer runs at every 25th, and at the end. Photographs on disk are decoded for training alone.
+    In a run of more than 100 epochs that has validation images, these at every epoch, test and training images at every 25th; in other
+    runs validation and test images at every epoch, training images at every fifth; all at the end. Photographs on disk are decoded for
+    training alone.
     """
     long = config.epochs > 100 and sets.val is not None
     now = epoch % (25 if long else 5) == 0 or epoch == config.epochs

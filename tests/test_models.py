@@ -145,3 +145,9 @@ def test_xavier_start():
     again = models.xavier_(nn.Sequential(nn.Conv2d(30, 50, 3).double()), rng(1))
     assert torch.equal(again[0].weight.float(), net[0].weight)  # of any dtype
     assert not torch.equal(models.xavier_(nn.Conv2d(30, 50, 3), rng(2)).weight, net[0].weight)
+
+
+def test_images_of_another_number_of_channels_are_refused():
+    for channels in (1, 2, 4, 16):
+        with pytest.raises(RuntimeError, match="channels"):
+            models.resnet(8)(torch.randn(2, channels, 16, 16))

@@ -18,6 +18,7 @@ from fa.notebooks import Notebook
 PAPER = experiments.plan("x_precision", "paper")
 PAIRED = "paired(test_accuracy, rule=bp, precision=bfloat16, minus_precision=float32, epoch=last)"
 CLAIMS = [c for c in claims.load() if c.experiment == "x_precision"]
+DEEP = experiments.plan("x_precision_cifar", "paper")
 
 
 def test_the_float32_runs_are_figure_2s_own_and_the_others_differ_in_precision_alone() -> None:
@@ -38,6 +39,21 @@ def test_quick_mode_trains_every_rule_in_both_precisions_on_digits() -> None:
     runs = experiments.plan("x_precision", "quick")
     assert Counter((c.rule, c.precision) for c in runs) == {(r, p): 2 for r in x_precision.RULES for p in x_precision.PRECISIONS}
     assert {(c.experiment, c.dataset, c.hidden, c.epochs) for c in runs} == {("x_precision", "digits", "64,64", 10)}
+
+
+def test_resnet_20_is_figure_4s_in_both_precisions() -> None:
+    """One seed; every run is one of that figure, which takes it by its ``precision``, and a pair differs in nothing else."""
+    full, half = ([c for c in DEEP if c.precision == p] for p in x_precision.PRECISIONS)
+    of = dict(seeds=1, rules=",".join(x_precision.CIFAR_RULES))
+    assert half == experiments.plan("p3_fig4", "paper", **of) and full == experiments.plan("p3_fig4", "paper", precision="float32", **of)
+    assert [replace(c, precision="float32") for c in half] == full and DEEP == [c for pair in zip(full, half) for c in pair]
+    assert {(c.experiment, c.dataset, c.model, c.epochs, c.seed) for c in DEEP} == {("p3_fig4", "cifar10", "resnet20", 250, 0)}
+    assert len({c.run for c in DEEP}) == len(DEEP) == 8
+    assert [x_precision.CIFAR.swept(c)["precision"] for c in DEEP] == 4 * ["float32", "bfloat16"]
+    quick = experiments.plan("x_precision_cifar", "quick")
+    assert [(c.rule, c.precision) for c in quick] == [(r, p) for r in ("bp", "pfa") for p in x_precision.PRECISIONS]
+    assert {(c.dataset, c.model, c.epochs) for c in quick} == {("digits", "resnet8", 2)}
+    assert {c.rule for c in experiments.plan("x_precision_cifar", "quick", rules="kp")} == {"kp"}
 
 
 @pytest.mark.parametrize("rule", x_precision.RULES)
@@ -181,6 +197,37 @@ def test_seeds_are_paired_along_any_axis() -> None:
                            ("mean(test_accuracy, precision=16) > 0", "precision takes words or all")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             value(wrong)
+
+
+def deep(run: str = "", metric: str = "", shift: float = 0.0) -> dict[str, dict]:
+    """What the claims about ResNet-20 make of runs that all end alike, one metric of one run shifted (of one layer among 20)."""
+    ends = [("val_accuracy", "", 90.0), *(("angle_deg", f"layer{i}", 20.0) for i in range(20))]
+    rows = [{"run": c.run, "rule": c.rule, "seed": 0, "epoch": 250, "layer": layer, "metric": m, "precision": c.precision, "value": v}
+            for c in DEEP for m, layer, v in ends if c.rule != "bp" or not layer]  # fmt: skip
+    table = pd.DataFrame(rows)
+    table.loc[(table.run == run) & (table.metric == metric) & table.layer.isin(["", "layer7"]), "value"] += shift
+    configs = {c.run: asdict(c) for c in DEEP}
+    beside = {"configs": configs, "status": {name: {"state": "finished"} for name in configs}}
+    about = (c for c in claims.load() if c.experiment == "x_precision_cifar")
+    judged = (claims.judge(c, table, records.reference("x_precision_cifar"), beside, list(configs.values())) for c in about)
+    return {row["id"].removeprefix("x_precision_cifar_"): row for row in judged}
+
+
+def test_a_pair_of_resnets_is_held_against_the_papers_seeds() -> None:
+    paper = records.reference("p3_fig4").query("metric == 'val_accuracy' and epoch == 250").set_index("rule")
+    rows = deep()
+    assert {row["verdict"] for row in rows.values()} == {"holds"} and {row["n"] for row in rows.values()} == {1}
+    assert list(rows) == [*(f"accuracy_{r}" for r in x_precision.CIFAR_RULES), "angle", "angle_usf"]
+    half = {c.rule: c.run for c in DEEP if c.precision == "bfloat16"}
+    for rule in x_precision.CIFAR_RULES:
+        band = 2 * 2**0.5 * paper.sd[rule]
+        assert float(rows[f"accuracy_{rule}"]["tolerance"]) == pytest.approx(band, abs=0.005)
+        for shift, verdict in ((band + 0.01, "fails"), (-band - 0.01, "fails"), (band - 0.01, "holds")):
+            seen = {name: row["verdict"] for name, row in deep(half[rule], "val_accuracy", shift).items()}
+            assert seen.pop(f"accuracy_{rule}") == verdict and set(seen.values()) == {"holds"}
+    for rule, claim, bound, verdict in (("usf", "angle_usf", 2, "fails"), ("pfa", "angle", 0.5, "partly"), ("pfa_o", "angle", 0.5, "partly")):
+        assert deep(half[rule], "angle_deg", 20 * bound - 0.1)[claim]["verdict"] == "holds"  # the mean of 20 layers
+        assert deep(half[rule], "angle_deg", 20 * bound + 0.1)[claim]["verdict"] == verdict
 
 
 def test_a_page_across_the_papers_is_after_none() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fa import campaign, data, engine, experiments, models, stack, train
+import fa
+from fa import UserError, campaign, data, engine, experiments, models, stack, train
 from fa.engine import Stepper, drain, together
 from fa.records import Folder
 from fa.train import Config, Member
@@ -103,10 +104,17 @@ def test_what_can_be_stacked():
     for change in (
         {"rule": "dfa"}, {"rule": "wm"}, {"rule": "brsf"}, {"model": "mlp", "hidden": "16"}, {"model": "resnet18"},
         {"rule": "fa", "options": "norm=track"}, {"rule": "fa", "options": "clamp_forward=true"}, {"rule": "fa", "options": "form=dense"},
-        {"rule": "usf", "options": "scale=track"}, {"rule": "pfa", "options": "implicit=true density=0.5"},
+        {"rule": "usf", "options": "scale=track"}, {"rule": "usf", "options": "scale=0.1"},
+        {"rule": "pfa", "options": "implicit=true density=0.5"}, {"rule": "pfa", "options": "implicit=first"},
+        {"dataset": "tiny-imagenet-20"},
     ):  # fmt: skip
         assert stack.key(replace(BASE, **change)) is None
     assert models.is_cifar_resnet("resnet20") and not models.is_cifar_resnet("resnet18")
+
+
+def test_a_rule_of_the_users_own_is_not_stacked_for_its_name(monkeypatch):
+    monkeypatch.setitem(fa.RULES, "fa", type("Mine", (fa.RULES["fa"],), {}))
+    assert stack.key(replace(BASE, rule="fa")) is None
 
 
 def close(got, want):
@@ -154,3 +162,29 @@ def test_a_stack_with_a_loss_that_is_not_finite_is_taken_apart(monkeypatch):
     monkeypatch.setattr(Stepper, "epoch", lambda self, epoch: (yield) or torch.full((3, 2), float("nan"), dtype=torch.float64))
     with pytest.raises(train.Apart):
         drain(train.running(members))
+
+
+def test_what_fails_as_a_stack_is_tried_apart_and_a_broken_checkpoint_is_its_runs_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("FA_RUNS", str(tmp_path))
+    configs = [replace(c, epochs=1) for c in runs([("bp", "")], (0, 1, 2))]
+    folders = [Folder("quick", c) for c in configs]
+    broken = folders[2].path / "checkpoint.pt"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"nothing")
+    sizes, sets = [], data.load("digits")
+
+    def failing(members, *args):
+        sizes.append(len(members))
+        if len(members) > 1:
+            raise RuntimeError("out of memory, say")
+        yield
+        return [members[0].config.seed]
+
+    monkeypatch.setattr(campaign, "running", failing)
+    monkeypatch.setattr(campaign.data, "load", lambda name, device: sets)
+    monkeypatch.setattr(campaign.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(campaign.engine, "together", lambda made, device: together(made, "cpu"))
+    mine = list(zip(configs, folders))
+    found = dict(campaign._tables(mine, "meta", float("inf"), False, lambda *event: None))
+    assert sizes == [2, 1, 1] and found[0] == 0 and found[1] == 1
+    assert isinstance(found[2], UserError) and "delete it" in str(found[2])
