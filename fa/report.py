@@ -40,7 +40,7 @@ REPORT = """\
 
 ## Reproducibility summary
 
-**Scope of reproducibility.** {scope} Every claim was turned into a criterion before its runs were made (section 2).
+**Scope of reproducibility.** {scope} Every claim was turned into a criterion before its runs were made, or, where its source says so, before they were compared (section 2).
 
 **Methodology.** Independent implementation in PyTorch; the authors' released code was read for its facts and none of
 it is used. Networks, data, hyperparameters and seeds are the papers' (section 3). {compute_short}
