@@ -66,12 +66,7 @@ def network(configs: Sequence[Config], device: str) -> tuple[nn.Module, torch.op
     if device != "cpu":
         nets = [net.to(memory_format=torch.channels_last) for net in nets]
     opts = [train.sgd(net, config) for net, config in zip(nets, configs)]
-    if len(configs) == 1:
-        return nets[0], opts[0], nets
-    whole = stack.build(configs, shape, 10, next(nets[0].parameters()))
-    opt = train.sgd(whole, configs[0])
-    stack.join(whole, opt, nets, opts)
-    return whole, opt, nets
+    return *train.combined(configs, nets, opts, shape, 10), nets
 
 
 def pack(recipes: Sequence[Config], n: int) -> list[Config]:
@@ -81,11 +76,8 @@ def pack(recipes: Sequence[Config], n: int) -> list[Config]:
 
 def groups(configs: Sequence[Config], device: str) -> list[tuple[Config, ...]]:
     """What takes its steps as one: on CUDA the runs that can be stacked, and else every run."""
-    found: dict[Any, list[Config]] = {}
-    for i, config in enumerate(configs):
-        alike = stack.key(config) if device != "cpu" else None
-        found.setdefault(i if alike is None else alike, []).append(config)
-    return [tuple(group) for group in found.values()]
+    alike = [[i] for i in range(len(configs))] if device == "cpu" else stack.groups(configs, [0] * len(configs))
+    return [tuple(configs[i] for i in group) for group in alike]
 
 
 def stepping(configs: Sequence[Config], device: str, compiled: bool, capture: bool | None = None) -> Callable[[int], None]:

@@ -1,7 +1,8 @@
 """Campaigns: train the runs that are missing, in several processes, within a time budget; collect what is finished.
 
 A finished run is never trained twice; one that was stopped, or killed, goes on from its checkpoint. On the CPU each run has one process
-and one thread, so that its numbers do not depend on how many run beside it; on CUDA a process takes the steps of several runs in turn.
+and one thread, so that its numbers do not depend on how many run beside it; on CUDA a process trains several at once, those that share a
+recipe as one network (:mod:`fa.stack`), the others by taking their steps in turn.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .train import Apart, Config, Member, fingerprint, running, train
 
 PACK = 15
 """Runs that a process on CUDA trains at once, stacked or in turn: they end together, so that fewer would leave the device idle and more
-finish late. Stacks of ResNet-20 pay in multiples of four, less what is missing to one; 15 are three rules of five seeds."""
+finish late. 15 are three rules of five seeds."""
 
 
 @dataclass
@@ -190,7 +191,7 @@ def forecast(todo: list[Any], mode: str, budget: float | None = None, workers: s
         status, config = json.loads(path.read_text()), json.loads((path.parent / "config.json").read_text())
         on_gpu = bool(status["environment"]["gpu"])
         if status["state"] == "finished" and on_gpu == (device != "cpu") and "earlier" not in status:
-            per_epoch = status["seconds"] / status.get("together", 1) / config.get("epochs", 1)
+            per_epoch = _share(status) / config.get("epochs", 1)
             spent.setdefault(_kind(config), []).append(per_epoch)
     unknown = [c for c in todo if _kind(asdict(c)) not in spent]
     total = sum(getattr(c, "epochs", 1) * statistics.fmean(spent[_kind(asdict(c))]) for c in todo if c not in unknown)
@@ -200,6 +201,11 @@ def forecast(todo: list[Any], mode: str, budget: float | None = None, workers: s
         text += f", and {len(unknown)} runs of a kind that has not been trained here yet"
     calls = f"; {math.ceil(total / budget)} calls of {clock(budget)}" if budget and not unknown else ""
     return f"{text}{calls}" if todo else "nothing is left to train"
+
+
+def _share(status: dict[str, Any]) -> float:
+    """Seconds of a finished run, where others were trained at once its part of them; statuses of old say how many there were."""
+    return status.get("share", status["seconds"] / status.get("together", 1))
 
 
 def _kind(config: dict[str, Any]) -> tuple[Any, ...]:
@@ -301,13 +307,11 @@ def _tables(
 ) -> Iterator[tuple[int, Any]]:
     """(number in the pack, its table, None if time was up, or the exception that ended it), as each ends."""
     sets: dict[str, Any] = {}
-    members, groups = [], {}
     for i, (config, folder) in enumerate(mine):
         e = experiments.find(config.experiment)
-        told = partial(_tell, on, config)
         try:
             if e.run is not train:
-                yield i, e.run(config, device, folder, until, told)
+                yield i, e.run(config, device, folder, until, partial(_tell, on, config))
                 return
             if config.dataset not in sets:
                 sets[config.dataset] = data.load(config.dataset, device)
@@ -316,28 +320,33 @@ def _tables(
         except Exception as error:
             yield from ((i, error) for i in range(len(mine)))
             return
-        members.append(Member(config, folder, told, partial(e.extra, config) if e.extra else None))
-        try:
-            come = (folder.checkpoint() or {"epoch": 0})["epoch"]
-        except Exception as error:
-            yield i, error
-            continue
-        alike = _stack(config) if device != "cpu" else None
-        groups.setdefault((alike, come) if alike else i, []).append(i)
-    todo = [sorted(group, key=lambda i: mine[i][0].rule) for group in groups.values()]  # runs of one rule side by side
+    todo, stacking = list(range(len(mine))), device != "cpu"
     while todo:
-        trained = [running([members[i] for i in group], device, until, compiled, sets[mine[group[0]][0].dataset]) for group in todo]
-        apart: list[list[int]] = []
+        members = {}
+        for i in todo:
+            config, folder = mine[i]
+            extra = experiments.find(config.experiment).extra
+            try:
+                told, extra = partial(_tell, on, config), partial(extra, config) if extra else None
+                members[i] = Member(config, folder, told, extra, folder.checkpoint())
+            except Exception as error:
+                yield i, error
+        own, groups = list(members), [[i] for i in members]
+        if stacking:
+            come = [(members[i].checkpoint or {"epoch": 0})["epoch"] for i in own]
+            groups = [[own[k] for k in group] for group in stack.groups([mine[i][0] for i in own], come)]
+        crew = [[members[i] for i in group] for group in groups]
+        trained = [running(m, device, until, compiled, sets[m[0].config.dataset], len(own)) for m in crew]
+        todo, stacking = [], False
         for number, result in engine.together(trained, device):  # what fails as a stack is tried apart
-            group = todo[number]
+            group = groups[number]
             if isinstance(result, Exception) and len(group) > 1 and not isinstance(result, UserError):
                 if not isinstance(result, Apart):
                     traceback.print_exception(result)
-                apart += [[i] for i in group]
+                todo += group
             else:
                 yield from zip(group, [result] * len(group) if isinstance(result, Exception) else result)
             del result  # an exception holds its stack
-        todo = apart
 
 
 def _tell(on: Callable[..., None], config: Any, epoch: int, values: dict[str, float]) -> None:
@@ -391,7 +400,7 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
         "status": status,
         "environments": [json.loads(e) for e in sorted(environments)],
         "fingerprints": fingerprints(done),
-        "wall_seconds": round(sum(s["seconds"] / s.get("together", 1) for s in status.values()), 1),
+        "wall_seconds": round(sum(map(_share, status.values())), 1),
     }
     return records.write(experiment, mode, pd.concat(tables), about)
 

@@ -2,8 +2,8 @@
 
 On the CPU a step is a step. On a CUDA device the first few are taken as they come, then one is captured as a graph, from the
 gathering of the batch to the optimizer, and replayed; a change of the schedule captures anew, and every phase has a graph of its own.
-Several runs take their steps in turn, each on a stream of its own: the kernels of one small network leave gaps that those of another
-fill, and every run computes what it would alone.
+Several runs, or stacks of them (:mod:`fa.stack`), take their steps in turn, each on a stream of its own: the kernels of one small network
+leave gaps that those of another fill, and every run computes what it would alone.
 """
 
 from __future__ import annotations

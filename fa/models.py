@@ -46,8 +46,8 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, runs: int = 1) -> None:
         super().__init__()
-        self.inputs = square(inputs, outputs, runs)
-        self.conv1 = nn.Conv2d(self.inputs * runs, outputs * runs, 3, stride, padding=1, groups=runs, bias=False)
+        self.lacking = lacking(inputs, outputs, runs)
+        self.conv1 = nn.Conv2d((inputs + self.lacking) * runs, outputs * runs, 3, stride, padding=1, groups=runs, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs * runs)
         self.conv2 = nn.Conv2d(outputs * runs, outputs * runs, 3, padding=1, groups=runs, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs * runs)
@@ -55,24 +55,24 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (n, inputs, h, w) -> (n, outputs, h / stride, w / stride), each times ``runs`` channels."""
-        wide = x if self.runs == 1 else widen(x, 0, self.inputs, self.runs)
-        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(wide)))))
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(widen(x, 0, self.lacking, self.runs))))))
         if self.new:
-            x = widen(x[:, :, :: self.stride, :: self.stride], self.new // 2, y.shape[1] // self.runs, self.runs)
+            x = widen(x[:, :, :: self.stride, :: self.stride], self.new // 2, self.new - self.new // 2, self.runs)
         return torch.relu(x + y)
 
 
-def widen(x: Tensor, before: int, channels: int, runs: int) -> Tensor:
-    """Each run's part of the channels with so many zeros before it, and as many after it as make up ``channels``."""
-    after = channels - before - x.shape[1] // runs
+def widen(x: Tensor, before: int, after: int, runs: int) -> Tensor:
+    """Each run's part of the channels with so many channels of zeros before and after it."""
+    if not before and not after:
+        return x
     parts = [F.pad(part, (0, 0, 0, 0, before, after)) for part in x.chunk(runs, 1)]
     return parts[0] if runs == 1 else torch.cat(parts, 1)
 
 
-def square(inputs: int, outputs: int, runs: int) -> int:
-    """Inputs of a convolution: of several runs as many as outputs, for cuDNN is slow at other groups. The new ones get zeros, so that
-    their weights, which start as zeros, stay zeros."""
-    return inputs if runs == 1 else max(inputs, outputs)
+def lacking(inputs: int, outputs: int, runs: int) -> int:
+    """Inputs that each of several runs' convolutions gets, so that it has as many as outputs, for cuDNN is slow at other groups. They are
+    zeros, so that their weights, which start as zeros, stay zeros."""
+    return 0 if runs == 1 else max(outputs - inputs, 0)
 
 
 class ResNet(nn.Module):
@@ -88,8 +88,8 @@ class ResNet(nn.Module):
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise UserError(f"resnet{depth}: a CIFAR ResNet has 6 n + 2 layers: 20, 32, 44, 56, 110, ...")
-        self.inputs, self.runs = square(inputs, 16, runs), runs
-        self.conv1 = nn.Conv2d(self.inputs * runs, 16 * runs, 3, padding=1, groups=runs, bias=False)
+        self.lacking, self.runs = lacking(inputs, 16, runs), runs
+        self.conv1 = nn.Conv2d((inputs + self.lacking) * runs, 16 * runs, 3, padding=1, groups=runs, bias=False)
         self.bn1 = nn.BatchNorm2d(16 * runs)
         widths, blocks = (16, 16, 32, 64), (depth - 2) // 6
         for stage in (1, 2, 3):
@@ -100,8 +100,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (n, inputs, h, w) -> logits (n, classes), each times ``runs`` channels."""
-        x = x if self.runs == 1 else widen(x, 0, self.inputs, self.runs)
-        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn1(self.conv1(widen(x, 0, self.lacking, self.runs))))
         x = self.layer3(self.layer2(self.layer1(x))).mean((2, 3), keepdim=isinstance(self.fc, nn.Conv2d))
         return self.fc(x).flatten(1)
 

@@ -43,6 +43,20 @@ def key(config: Config) -> Config | None:
     return replace(config, rule="bp", options="", seed=0)
 
 
+def groups(configs: Sequence[Config], come: Sequence[int]) -> list[list[int]]:
+    """Numbers of the runs that train as one: those with one :func:`key` that have come equally far, those of a rule side by side.
+
+    Args:
+        configs: runs.
+        come: epochs that each has behind it.
+    """
+    found: dict[Any, list[int]] = {}
+    for i, config in enumerate(configs):
+        alike = key(config)
+        found.setdefault(i if alike is None else (alike, come[i]), []).append(i)
+    return [sorted(group, key=lambda i: configs[i].rule) for group in found.values()]
+
+
 @dataclass(frozen=True)
 class Stacked(Rule):
     """The rules of a stack's runs, on a grouped layer.

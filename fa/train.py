@@ -267,21 +267,35 @@ def train(
 
     Returns:
         The run's table: ``epoch, layer, depth, metric, value``; epoch 0 is the untrained network. Its ``attrs["status"]``
-        says ``state`` ("finished", or "diverged" with the epoch at which the loss was no longer finite), ``seconds``, and ``earlier``,
+        says ``state`` ("finished", or "diverged" with the epoch at which the loss was no longer finite), ``seconds``, ``share`` (of them, where others trained beside), and ``earlier``,
         the environments of machines that trained the run's first epochs, if there were any.
     """
     with on(device), stream(device):
-        return drain(running([Member(config, folder, on_epoch, extra)], device, until, compiled))[0]
+        member = Member(config, folder, on_epoch, extra, folder.checkpoint() if folder else None)
+        return drain(running([member], device, until, compiled))[0]
+
+
+def combined(
+    configs: Sequence[Config], nets: Sequence[nn.Module], opts: Sequence[torch.optim.SGD], shape: Sequence[int], classes: int
+) -> tuple[nn.Module, torch.optim.SGD]:
+    """What is trained, and its optimizer: a run's own network, or the stack of several, which shares their memory (:func:`fa.stack.join`)."""
+    if len(configs) == 1:
+        return nets[0], opts[0]
+    whole = stack.build(configs, shape, classes, next(nets[0].parameters()))
+    opt = sgd(whole, configs[0])
+    stack.join(whole, opt, nets, opts)
+    return whole, opt
 
 
 @dataclass(frozen=True)
 class Member:
-    """One of the runs that :func:`running` trains as one; arguments as of :func:`train`."""
+    """One of the runs that :func:`running` trains as one; arguments as of :func:`train`, and the checkpoint it goes on from, if any."""
 
     config: Config
     folder: Any = None
     on_epoch: Callable[[int, dict[str, float]], None] | None = None
     extra: Extra | None = None
+    checkpoint: dict[str, Any] | None = None
 
 
 class Apart(Exception):
@@ -294,6 +308,7 @@ def running(
     until: float = math.inf,
     compiled: bool = False,
     sets: data.Data | None = None,
+    at_once: int = 1,
 ) -> Generator[None, None, list[pd.DataFrame | None]]:
     """:func:`train` as a generator that yields after every step, for :func:`fa.engine.together`.
 
@@ -301,6 +316,7 @@ def running(
         members: one run, or several with one :func:`fa.stack.key` that have come equally far, which are trained as a stack.
         device: as of :func:`train`, like ``until`` and ``compiled``.
         sets: data that runs share (default: loaded here).
+        at_once: runs that this process trains meanwhile, these included (default 1): ``share`` in a run's status is its part of the seconds.
 
     Returns:
         What :func:`train` returns, for each.
@@ -316,9 +332,9 @@ def running(
         nets = [net.to(memory_format=torch.channels_last) for net in nets]
     opts = [sgd(net, c) for net, c in zip(nets, configs)]
     here = environment()
-    states: list[dict[str, Any]] = [{"epoch": 0, "rows": [], "seconds": 0.0, "environments": [here]} for _ in members]
+    states: list[dict[str, Any]] = [{"epoch": 0, "rows": [], "seconds": 0.0, "share": 0.0, "environments": [here]} for _ in members]
     for member, net, opt, state in zip(members, nets, opts, states):
-        if checkpoint := member.folder and member.folder.checkpoint():
+        if checkpoint := member.checkpoint:
             state.update((k, checkpoint[k]) for k in list(state) if k in checkpoint)
             state["environments"] += [here] if here not in state["environments"] else []
             net.load_state_dict(checkpoint["net"])
@@ -326,13 +342,15 @@ def running(
             for p, kept in opt.state.items():  # in this device's memory layout, which need not be that of the checkpoint
                 if kept.get("momentum_buffer") is not None:
                     kept["momentum_buffer"] = torch.empty_like(p).copy_(kept["momentum_buffer"])
-    net, opt = nets[0], opts[0]
-    if len(members) > 1:
-        net = stack.build(configs, sets.shape, sets.classes, next(net.parameters()))
-        opt = sgd(net, config)
-        stack.join(net, opt, nets, opts)
+    net, opt = combined(configs, nets, opts, sets.shape, sets.classes)
     stepper = Stepper(net, opt, config, sets.train, compiled, seeds=[c.seed for c in configs])
-    before, saved, last = [state["seconds"] for state in states], begin, 0.0
+    before, saved, last = [(state["seconds"], state["share"]) for state in states], begin, 0.0
+
+    def clock() -> None:
+        """Bring each run's seconds up to date."""
+        spent = time.monotonic() - begin
+        for state, (seconds, share) in zip(states, before):
+            state["seconds"], state["share"] = seconds + spent, share + spent / at_once
 
     def look(epoch: int) -> list[list[list[Any]]]:
         """Each run's measurements."""
@@ -343,9 +361,9 @@ def running(
         return [measure(n, m.config, sets, epoch, m.extra, f) for n, m, f in zip(nets, members, found)]
 
     def save() -> None:
-        for member, net, opt, state, spent in zip(members, nets, opts, states, before):
+        clock()
+        for member, net, opt, state in zip(members, nets, opts, states):
             if member.folder:
-                state["seconds"] = spent + time.monotonic() - begin
                 parts = {"net": net.state_dict(), "optimizer": opt.state_dict()}
                 member.folder.save({**state, **tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, parts)})  # not the whole stack
 
@@ -371,16 +389,19 @@ def running(
             if member.on_epoch:
                 member.on_epoch(epoch + 1, {metric: value for _, layer, _, metric, value in rows if not layer})
         last = time.monotonic() - now
-        if time.monotonic() - saved > 60 and epoch + 1 < config.epochs:
+        if time.monotonic() - saved > 30 and epoch + 1 < config.epochs:
             save()
             saved = time.monotonic()
     tables = []
-    for state, spent in zip(states, before):
+    clock()
+    for state in states:
         table = pd.DataFrame(state["rows"], columns=["epoch", "layer", "depth", "metric", "value"])
         table["depth"] = table["depth"].astype("Int64")
-        seconds = round(spent + time.monotonic() - begin, 1)
+        spent = {"seconds": round(state["seconds"], 1)}
+        if state["share"] != state["seconds"]:
+            spent["share"] = round(state["share"], 1)
         earlier = [e for e in state["environments"] if e != here]  # of the machine that finishes a run its folder takes note
-        table.attrs["status"] = {**status, "seconds": seconds} | ({"earlier": earlier} if earlier else {})
+        table.attrs["status"] = {**status, **spent} | ({"earlier": earlier} if earlier else {})
         tables.append(table)
     return tables
 

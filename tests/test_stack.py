@@ -47,9 +47,7 @@ def stacked(configs, sets, compiled=False):
     """A stack, its steps, and the runs' networks and optimizers."""
     nets = [train.seed_network(c, sets.shape, 10, torch.float64) for c in configs]
     opts = [train.sgd(net, c) for net, c in zip(nets, configs)]
-    whole = stack.build(configs, sets.shape, 10, next(nets[0].parameters()))
-    opt = train.sgd(whole, configs[0])
-    stack.join(whole, opt, nets, opts)
+    whole, opt = train.combined(configs, nets, opts, sets.shape, 10)
     return whole, Stepper(whole, opt, configs[0], sets.train, compiled, seeds=[c.seed for c in configs]), nets, opts
 
 
@@ -188,3 +186,27 @@ def test_what_fails_as_a_stack_is_tried_apart_and_a_broken_checkpoint_is_its_run
     found = dict(campaign._tables(mine, "meta", float("inf"), False, lambda *event: None))
     assert sizes == [2, 1, 1] and found[0] == 0 and found[1] == 1
     assert isinstance(found[2], UserError) and "delete it" in str(found[2])
+
+
+def test_a_stack_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
+    """Bit for bit as a stack; its runs alone but for float32's rounding. Their shares of the time add up."""
+    monkeypatch.setenv("FA_RUNS", str(tmp_path))
+    configs = [replace(c, lr=0.001) for c in runs([("bp", ""), ("kp", ""), ("pfa_o", "implicit=true")], (0, 1))]
+    folders = [Folder("quick", c) for c in configs]
+    want = drain(train.running([Member(c) for c in configs]))
+    now = [0.0]
+    monkeypatch.setattr(train, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+
+    def later(epoch, values):
+        now[0] = 12.0
+
+    first = train.running([Member(c, f, later) for c, f in zip(configs, folders)], until=12.0, at_once=6)
+    assert drain(first) == [None] * 6  # an epoch of 12 seconds would not fit a second time
+    begun = [f.checkpoint() for f in folders]
+    assert {(s["epoch"], s["seconds"], s["share"]) for s in begun} == {(1, 12.0, 2.0)}
+    assert all(any(m["momentum_buffer"].any() for m in s["optimizer"]["state"].values()) for s in begun)
+    members = [Member(c, f, checkpoint=s) for c, f, s in zip(configs, folders, begun)]
+    for got, whole in zip(drain(train.running(members)), want):
+        assert got.equals(whole) and got.attrs["status"]["share"] == 2.0
+    for config, folder, whole in zip(configs, folders, want):
+        close(train.train(config, folder=folder), whole)

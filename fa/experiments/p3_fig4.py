@@ -15,8 +15,8 @@ def grid(
     """The set-up of p3 section 5; quick: ResNet-8 on digits, one seed, images as they are (a crop would cut 8x8 digits off).
 
     Product feedback is implicit: exact here, for W and R share SGD's learning rate, momentum and decay, and cheaper, for a convolution
-    then multiplies two matrices of its outputs by its outputs where the population has ten times as many units. Paper mode runs forward and backward pass in bfloat16,
-    the authors all in float32; weights, optimizer and measurements are in float32.
+    then multiplies two matrices of its outputs by its outputs where the population has ten times as many units. Paper mode runs
+    forward and backward pass in bfloat16, the authors all in float32; weights, optimizer and measurements are in float32.
     """
     quick = mode == "quick"
     epochs = epochs or (5 if quick else 250)

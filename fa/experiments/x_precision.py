@@ -1,4 +1,4 @@
-"""Across the papers: does bfloat16 change a result? p3's MNIST recipe under seven rules, and its CIFAR-10 recipe under four, in both precisions."""
+"""Across the papers: does bfloat16 change a result? p3's MNIST recipe under seven rules, its CIFAR-10 recipe under four, in both."""
 
 from __future__ import annotations
 
