@@ -133,7 +133,7 @@ class Stepper:
 
     def _take(self) -> None:
         rows = self.index.index_select(0, self.at)[0]
-        x, y = self.train.x[rows], self.train.y[rows]
+        x, y = self.train.x.index_select(0, rows), self.train.y.index_select(0, rows)  # on a CPU twice as fast as x[rows]
         if self.draws is not None:
             x = data.crop(x, self.draws.index_select(0, self.at)[0], self.border)
         self._learn(x, y)
@@ -147,11 +147,12 @@ class Stepper:
         with torch.autocast(self.device.type, torch.bfloat16, self.config.precision == "bfloat16", cache_enabled=False):
             out = self.forward(x)
             if runs == 1:
-                loss = F.cross_entropy(out, y).view(1)
+                loss = total = F.cross_entropy(out, y)
             else:
                 out = out.unflatten(1, (runs, -1)).transpose(0, 1).flatten(0, 1)
                 loss = F.cross_entropy(out, y, reduction="none").view(runs, -1).mean(1)
-        loss.sum().backward()
+                total = loss.sum()
+        total.backward()
         for group in self.opt.param_groups:
             if self.phase == ("task" if group["own_decay"] else "mirror"):
                 for p in group["params"]:  # at rest: without a gradient the optimizer leaves it alone, its momentum and decay too

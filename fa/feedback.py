@@ -107,15 +107,20 @@ class LinearMap(_Map):
 
     def correlate(self, x: Tensor, y: Tensor, like: Tensor | None = None) -> Tensor:
         """sum y x^T over all leading axes: the gradient of <y, K x> by K."""
-        return y.reshape(-1, y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        return rows(y).t() @ rows(x)
 
     def backward(self, dy: Tensor, x: Tensor, K: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
         """(K^T dy, dW, db) where ``mask`` asks for them."""
         return (
             dy @ K if mask[0] else None,
             self.correlate(x, dy) if mask[1] else None,
-            dy.reshape(-1, dy.shape[-1]).sum(0) if mask[2] else None,
+            rows(dy).sum(0) if mask[2] else None,
         )
+
+
+def rows(x: Tensor) -> Tensor:
+    """All leading axes as one; x (..., n)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 @dataclass
@@ -153,13 +158,18 @@ class ConvMap(_Map):
 # ------------------------------------------------------------------------------------ the autograd function
 
 
+def cast(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the dtype of ``like``. In small layers a call of ``to`` that changes nothing is a cost that shows, as is a module's ``setattr``."""
+    return x if x.dtype == like.dtype else x.to(like.dtype)
+
+
 class _Local(torch.autograd.Function):
     """Forward y = W x + b; backward through the rule's kernel. State tensors come last and get the rule's gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, feedback: Feedback, *state: Tensor) -> Tensor:
-        out = feedback.op.forward(x, W.to(x.dtype), b)
-        ctx.feedback, ctx.out, saved = feedback, None, None
+        out = feedback.op.forward(x, cast(W, x), b)
+        ctx.feedback, saved = feedback, None
         if feedback.keeps_y and torch.compiler.is_compiling():
             saved = out
         elif feedback.keeps_y:  # not saved as autograd does: the next layer may work in place, and is then found out
@@ -178,11 +188,11 @@ class _Local(torch.autograd.Function):
         dx = None
         if need_x and fb.transport_args:
             dx = rule.transport(**{n: known[n] for n in fb.transport_args})
-        K = fb.kernel_from(known).to(dy.dtype) if need_x and dx is None else W.to(dy.dtype)
+        K = cast(fb.kernel_from(known) if need_x and dx is None else W, dy)
         mask = [need_x and dx is None, need_W or (learns and "dW" in fb.grad_args), need_b]
         through, dW, db = op.backward(dy, x, K, mask)
         if dW is not None:
-            known["dW"] = dW = dW.to(W.dtype)
+            known["dW"] = dW = cast(dW, W)
         grads: dict[str, Tensor] = {}
         if learns:
             if fb.keeps_y:
@@ -298,7 +308,7 @@ class Feedback(nn.Module):
     def mark_backward(self) -> None:
         """Note that the layer's own backward ran (the check of :func:`fa.steps.watch` reads it)."""
         if not torch.compiler.is_compiling():
-            self.backward_ran = True
+            vars(self)["backward_ran"] = True
 
 
 class NoisyFeedback(Feedback):

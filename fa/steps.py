@@ -71,7 +71,7 @@ def watch(layer: nn.Module) -> None:
                 f"the weight of layer {fb.layer_name!r} got a gradient, but the layer's own backward did not run: another module "
                 f"reads it directly, so that it would train by backprop; leave it out with convert(..., skip=[{fb.layer_name!r}])"
             )
-        fb.backward_ran = False
+        vars(fb)["backward_ran"] = False
 
     _watches[layer] = layer.held.register_post_accumulate_grad_hook(check)
 
