@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--rules", default="", help="comma separated; bp+fa: such runs side by side (default: the experiment's)")
     parser.add_argument("--together", default="", help="runs at once, comma separated; fewer than a row's rules are left out "
                         "(default: 1,5,15 on a GPU, 1 and the cores on a CPU)")  # fmt: skip
-    parser.add_argument("--precision", default="float32", help="float32, bfloat16, or both (default float32)")
+    parser.add_argument("--precision", default="", help="float32, bfloat16, or both (default: the experiment's)")
     parser.add_argument("--compile", default="no", help="no, yes, or both (default no)")
     parser.add_argument("--steps", type=int, default=0, help="steps of every run in a round (default: 200 on a GPU, 40 on a CPU)")
     parser.add_argument("--rounds", type=int, default=5)
@@ -299,7 +299,7 @@ def main() -> None:
     with engine.on(device):
         ordinary = plain(base, device, workers=min(8, cores) if device == "cuda" else 0)
         ordinary(2)
-        for precision in words(args.precision):
+        for precision in words(args.precision) or [base.precision]:
             ceiling, copy = ceilings(device, precision)
             where[f"ceiling_{precision}"] = {"flops": ceiling, "bytes": copy}
             for compiled in (word == "yes" for word in words(args.compile)):

@@ -241,7 +241,7 @@ class USF(Rule):
 
     def kernel(self, W, s, mask=None):
         scale = W.square().mean().sqrt() if self.scale == "track" else s
-        return masked(scale * W.sign(), mask)
+        return masked(W.sign().mul_(scale), mask)
 
 
 @dataclass(frozen=True)

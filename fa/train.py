@@ -299,7 +299,7 @@ class Member:
 
 
 class Apart(Exception):
-    """A stack in which a loss is no longer finite, which a group beside it might feel: its runs are to be trained apart."""
+    """A stack in which a loss or a weight is no longer finite, which a group beside it might feel: its runs are to be trained apart."""
 
 
 def running(
@@ -377,9 +377,10 @@ def running(
             save()
             return [None] * len(members)
         losses = (yield from stepper.epoch(epoch)).view(-1, len(members)).mean(0).tolist()
-        if not all(map(math.isfinite, losses)):
-            if len(members) > 1:
-                raise Apart
+        finite = all(map(math.isfinite, losses))
+        if len(members) > 1 and not (finite and all(torch.isfinite(torch.stack([p.sum() for p in net.parameters()])).tolist())):
+            raise Apart  # before a checkpoint is written; the last step's weights no loss has seen
+        if not finite:
             status = {"state": "diverged", "epoch": epoch + 1}
             break
         for member, state, loss, rows in zip(members, states, losses, look(epoch + 1)):

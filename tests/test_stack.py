@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,6 +162,23 @@ def test_a_stack_with_a_loss_that_is_not_finite_is_taken_apart(monkeypatch):
     monkeypatch.setattr(Stepper, "epoch", lambda self, epoch: (yield) or torch.full((3, 2), float("nan"), dtype=torch.float64))
     with pytest.raises(train.Apart):
         drain(train.running(members))
+
+
+def test_a_stack_whose_last_step_spoilt_a_weight_is_taken_apart_before_it_is_saved(monkeypatch):
+    saved = []
+    members = [Member(c, SimpleNamespace(save=saved.append, checkpoint=lambda: None)) for c in runs([("bp", "")], (0, 1))]
+
+    def epoch(self, epoch):
+        yield
+        with torch.no_grad():
+            self.net.conv1.weight[0] = float("nan")
+        return torch.ones(3, 2, dtype=torch.float64)
+
+    monkeypatch.setattr(Stepper, "epoch", epoch)
+    monkeypatch.setattr(train.time, "monotonic", itertools.count(0, 100).__next__)  # a checkpoint is due after every epoch
+    with pytest.raises(train.Apart):
+        drain(train.running(members))
+    assert not saved
 
 
 def test_what_fails_as_a_stack_is_tried_apart_and_a_broken_checkpoint_is_its_runs_own(monkeypatch, tmp_path):
