@@ -360,7 +360,7 @@ class PFA(Rule):
 
     def kernel(self, W, B=None, R=None, mask=None, D=None, BBt=None, BD=None, c=None):
         if B is None:
-            return (W if BBt is None else mix(BBt, W)) + c * BD
+            return torch.addcmul(W if BBt is None else mix(BBt, W), c, BD)
         return mix(B, self.population(W, B, R, mask, D, c))
 
     def transport(self, op, x, dy, W, memo, B=None, R=None, mask=None, D=None, BBt=None, BD=None, c=None):
@@ -371,7 +371,10 @@ class PFA(Rule):
         if B is not None:
             memo["activity"] = op.across(dy, B.to(t))
             return op.transpose(memo["activity"], self.population(W, B, R, mask, D, c).to(t), x)
-        return None if BBt is None else op.transpose(op.across(dy, BBt.to(t)), W.to(t), x) + op.transpose(dy, (c * BD).to(t), x)
+        if BBt is None:
+            return None
+        rest = (dy * c.flatten()).to(t)  # c BD would be a product of weight size
+        return op.transpose(op.across(dy, BBt.to(t)), W.to(t), x) + op.transpose(rest, BD.to(t), x)
 
     def drawn(self, op: Any, dy: Tensor, W: Tensor) -> bool:
         """Whether the drawn path costs less than products of weights."""

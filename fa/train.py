@@ -201,11 +201,11 @@ def watched(sets: data.Data, config: Config, epoch: int) -> dict[str, data.Split
     """Metric -> the images on which accuracy is measured after so many epochs.
 
     In a run of more than 100 epochs that has validation images, these at every epoch, test and training images at every 25th; in other
-    runs validation and test images at every epoch, training images at every fifth; all at the end. Photographs on disk are decoded for
-    training alone.
+    runs validation and test images at every epoch, training images, which take a third of an epoch, at every tenth; all at the end.
+    Photographs on disk are decoded for training alone.
     """
     long = config.epochs > 100 and sets.val is not None
-    now = epoch % (25 if long else 5) == 0 or epoch == config.epochs
+    now = epoch % (25 if long else 10) == 0 or epoch == config.epochs
     splits = {"val_accuracy": sets.val, "test_accuracy": sets.test if now or not long else None}
     splits["train_accuracy"] = sets.train if now and isinstance(sets.train, data.Split) else None
     return {metric: split for metric, split in splits.items() if split is not None}
