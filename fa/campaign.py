@@ -366,8 +366,14 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
         partial: write the table although runs are missing; it is marked, and figures made from it say so.
 
     Raises:
-        UserError: runs are missing and ``partial`` is not set, or none is finished.
+        UserError: runs are missing and ``partial`` is not set, or none is finished; or "paper" and the record holds runs of the figure
+            that ``configs`` leaves out, which would be lost.
     """
+    planned = {c.run for c in experiments.plan(experiment, mode)} if mode == "paper" else set()
+    if lost := planned & records.held(experiment, mode) - {c.run for c in configs}:
+        raise UserError(
+            f"the record of {experiment} holds {len(lost)} runs of the figure that these settings leave out; collect it without --rules and --seeds"
+        )
     swept = experiments.find(experiment).swept
     folders = [f for f in (Folder(mode, c) for c in configs) if f.finished]
     tables = [f.table(swept(f.config)) for f in folders]

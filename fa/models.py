@@ -81,7 +81,7 @@ class ResNet(nn.Module):
     Args:
         runs: so many networks side by side, in groups of channels that do not meet (default 1); see :mod:`fa.stack`.
 
-    Source: He et al. 2016, section 4.2; p3 section 1.5.
+    Source: He et al. 2016, section 4.2; p3 (authors' code).
     """
 
     def __init__(self, depth: int, classes: int, inputs: int = 3, runs: int = 1) -> None:
@@ -149,7 +149,7 @@ def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] =
 def xavier_(net: nn.Module, gen: torch.Generator) -> nn.Module:
     """Xavier-uniform weights and zero biases for every linear and convolutional layer, in place, drawn from ``gen``.
 
-    Source: p3 section 1.3 (authors' option ``init: xavier``, used for every rule). Entries are drawn in float64, so that networks of
+    Source: p3 (authors' option ``init: xavier``, used for every rule). Entries are drawn in float64, so that networks of
     any dtype start alike.
     """
     for m in net.modules():

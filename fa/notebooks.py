@@ -467,16 +467,13 @@ def index() -> str:
     from . import claims
     from .experiments import EXPERIMENTS
 
-    by_stem = {e.notebook: name for name, e in EXPERIMENTS.items()}
     lines = ["| notebook | shows | record | claims |", "|---|---|---|---|"]
     for path in find():
         title = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()[0].lstrip("# ")
-        held = verdicts = ""
-        if name := by_stem.get(path.stem):
-            cfg = Notebook(name)
-            held = ", ".join(filter(None, [f"{cfg.table().run.nunique()} runs" if len(cfg.table()) else "", cfg.partial()]))
-            verdicts = counted(claims.verdicts(name).verdict)
-        lines.append(f"| [{path.stem}]({path.name}) | {title} | {held} | {verdicts} |")
+        shown = [Notebook(name) for name, e in EXPERIMENTS.items() if e.notebook == path.stem]
+        held = [", ".join(filter(None, [f"{len(set(cfg.table().run))} runs" if len(cfg.table()) else "", cfg.partial()])) for cfg in shown]
+        verdicts = [counted(claims.verdicts(cfg.experiment).verdict) for cfg in shown]
+        lines.append(f"| [{path.stem}]({path.name}) | {title} | {'; '.join(held)} | {'; '.join(verdicts)} |")
     return "\n".join(lines)
 
 

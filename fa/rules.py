@@ -163,7 +163,7 @@ class FA(Rule):
             of space; needs ``convert(..., sample=x)``. With ``init="match"`` it has the Frobenius norm of the matrix that
             the convolution itself is, borders aside (ours), else the standard deviation asked for.
 
-    Source: Lillicrap et al. 2016 (Nat. Commun. 7:13276); both forms for convolutions: p1 section 1.2.
+    Source: Lillicrap et al. 2016 (Nat. Commun. 7:13276); both forms for convolutions: p1.
     """
 
     name = "fa"
@@ -214,7 +214,7 @@ class USF(Rule):
         scale: the magnitude s. ``"init"`` (default): the RMS of ``W`` at conversion; ``"xavier"``: sqrt(2 / (fan_in +
             fan_out)) (p3's "SF" and BioTorch); ``"track"``: the RMS of ``W`` now (p1's strict normalisation); or a number.
 
-    Source: Liao et al. 2016 (arXiv 1510.05067); p1 section 1.2; p3 section 2.
+    Source: Liao et al. 2016 (arXiv 1510.05067); p1; p3 (authors' code, ``usf``).
     """
 
     name = "usf"
@@ -251,7 +251,7 @@ class KP(Rule):
     .. math:: dx = B^T dy, \qquad dB = dW
 
     Under equal learning rate, momentum and decay, W - B receives no gradient and only decays, whatever the data.
-    Source: Kolen & Pollack 1994; Akrout et al. 2019 (arXiv 1904.05391); p2 section 2.7.
+    Source: Kolen & Pollack 1994; Akrout et al. 2019 (arXiv 1904.05391); p2 (authors' code, custom_optimizers.py).
     """
 
     name = "kp"
@@ -286,7 +286,7 @@ class PFA(Rule):
             out`` is rounded down.
         density: as in :class:`Rule`, for B and R independently; B is rescaled by 1 / sqrt(density), R is not (authors' code).
         implicit: keep ``c`` in place of R, where R = B^T W + c D_0 (with a mask on its entries, if sparse) and D_0 = R_0 - B^T W_0.
-            Exact for SGD whose learning rate, momentum and decay are the same for W and R (p3 section 1.2): the mismatch D receives no
+            Exact for SGD whose learning rate, momentum and decay are the same for W and R (our derivation): the mismatch D receives no
             gradient, so that one number, moved by the optimizer exactly as it moves R, says what is left of it. No R in memory, and no
             weight-sized product in a layer of few samples or positions, unless it is sparse. Clipping the gradient's norm must leave the feedback out of
             the norm, for c's gradient is 0 where R's is not. Default ``False``; ``"first"``: in the first layer converted alone, whose R
@@ -428,7 +428,7 @@ class FRSF(Rule):
 
     .. math:: dx = (|M| \circ \mathrm{sign}(W))^T dy
 
-    Source: Liao et al. 2016; p1 section 1.2.
+    Source: Liao et al. 2016; p1.
     """
 
     name = "frsf"
@@ -626,7 +626,7 @@ class WM(Primitives):
     """Weight mirror: a Hebbian term and decay. dB = 2d B - a <y x^T>; here with the layer's own input.
 
     It learns in every step, beside the task; for mirror phases and a mirror before training see :class:`fa.train.Config`.
-    Source: Akrout et al. 2019; p2 section 2.3.
+    Source: Akrout et al. 2019; p2 (authors' code, Alignments/primitives.py).
     """
 
     name = "wm"
@@ -640,7 +640,7 @@ class WM(Primitives):
 class IA(Primitives):
     """Information alignment: the decoder of a regularised linear autoencoder. dB = 2d B - a <y x^T> + 2n <y (B^T y)^T>.
 
-    Source: p2 section 2.4.
+    Source: p2 (authors' code, Alignments/primitives.py).
     """
 
     name = "ia"
@@ -654,7 +654,7 @@ class IA(Primitives):
 class SA(Primitives):
     """Symmetric alignment: a leaky estimate of W. dB = 2d B - s W.
 
-    Source: p2 section 2.5.
+    Source: p2 (authors' code, Alignments/primitives.py).
     """
 
     name = "sa"
@@ -667,7 +667,7 @@ class SA(Primitives):
 class AA(Primitives):
     """Activation alignment: B x is fitted to W x. dB = 2p <(B x) x^T> - a <y x^T>.
 
-    Source: p2 section 2.6.
+    Source: p2 (authors' code, Alignments/primitives.py).
     """
 
     name = "aa"

@@ -69,9 +69,9 @@ class Config:
         precision: "float32" (on CUDA convolutions are then made in TF32, PyTorch's default), or "bfloat16": forward and backward under autocast, weights and optimizer in float32.
         revision: of the recipe; raised by any fix that changes numbers.
 
-    Defaults are p3's MNIST recipe (p3 section 5).
+    Defaults are p3's MNIST recipe (the authors' configuration).
 
-    Phases (p2 section 1.3; its ``alternate_step_freq`` and ``delay_epochs``) are for feedback that learns from activity or W, and not
+    Phases (``alternate_step_freq`` and ``delay_epochs`` of p2's code) are for feedback that learns from activity or W, and not
     from the task: wm, ia, sa, aa, primitives. A mirror-only step moves that feedback and nothing else, a task-only step all but it. What
     rests does not move at all: no decay, and its momentum waits. That is our reading; p2's code multiplies one loss by 0 and steps both
     optimizers, so that momentum coasts through the other's phase. Running statistics of batch norm follow activity in every step (p2's

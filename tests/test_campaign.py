@@ -237,6 +237,19 @@ def test_collect_refuses_a_part_unless_it_is_told():
     assert path.read_bytes() == first[0]  # whatever the order
 
 
+def test_collect_drops_no_run_of_the_figure_from_a_record(monkeypatch):
+    figure, other = plan("bp,fa", seeds=2), plan("kp")
+    monkeypatch.setattr(experiments, "plan", lambda *args: figure)
+    campaign.run([*figure, *other], "paper", workers=1, device="cpu", progress=False)
+    path = campaign.collect("p3_fig2", "paper", figure)
+    before = path.read_bytes()
+    with pytest.raises(fa.UserError, match="holds 2 runs of the figure.*without --rules and --seeds"):
+        campaign.collect("p3_fig2", "paper", figure[:2], partial=True)
+    assert path.read_bytes() == before
+    campaign.collect("p3_fig2", "paper", [*figure, *other])  # more is welcome
+    campaign.collect("p3_fig2", "paper", figure)  # and what is not of the figure may go
+
+
 def test_a_record_that_is_not_there():
     with pytest.raises(fa.UserError, match="mode='quick' or 'paper'"):
         records.read("p3_fig2", "quick")

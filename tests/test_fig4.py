@@ -17,7 +17,7 @@ PAPER = experiments.plan("p3_fig4", "paper")
 
 
 def test_the_grid_is_the_authors() -> None:
-    """p3 section 5; kp, which the paper leaves out, has pfa's schedule."""
+    """The authors' configuration; kp, which the paper leaves out, has pfa's schedule."""
     assert Counter(c.rule for c in PAPER) == dict.fromkeys(p3_fig4.RULES, 5) and len({c.run for c in PAPER}) == 35
     for c in PAPER:
         assert (c.dataset, c.model, c.batch, c.epochs, c.augment, c.precision) == ("cifar10", "resnet20", 128, 250, True, "bfloat16")

@@ -36,7 +36,7 @@ COEFFICIENTS = {
     "sa": ("sa", {}),
     "aa": ("aa", {}),
 }
-DEFAULTS = {  # p2's code, section 2.1: decay, amp, null, sparse, self
+DEFAULTS = {  # p2's code: decay, amp, null, sparse, self
     "wm": (1e-3, 1e-3, 0, 0, 0),
     "ia": (1e-3, 2e-3, 1e-3, 0, 0),
     "sa": (1e-3, 0, 0, 0, 2e-3),

@@ -50,7 +50,7 @@ def test_without_records_every_claim_is_not_tested(site: Path) -> None:
     assert text.count("not tested: no record") == n
     per_figure = pd.Series([c.experiment for c in claims.load()]).value_counts()
     assert all(f"| {k} | 0 | 0 | 0 | {k} (no record" in readme for k in per_figure) and "No claim is tested yet." in readme
-    assert f"Of {n} claims, 0 hold, 0 hold partly, 0 fail and {n} are not tested." in text
+    assert f"Of {n} claims, 0 hold, 0 hold partly, 0 fail and {n} are not tested.\n" in text
     assert all(f"`{c.id}`: `{c.criterion}`" in text for c in claims.load())
     assert readme.startswith("# Title\n") and "\nkept\n" in readme and "outdated" not in readme
     assert "[![p3_fig2](figures/p3_fig2.png)](figures/p3_fig2.pdf)" in readme and "(notebooks/32_x.ipynb)" in readme
@@ -81,8 +81,9 @@ def test_verdicts_measurements_and_machine_are_told(site: Path, monkeypatch) -> 
     monkeypatch.setattr(records, "sidecar", lambda experiment: beside)
     text = report.render()[site / "REPORT.md"]
     assert "| 98.38 ± 0.03 | 5 | holds |" in text and "| fc1 1 ± 0.1; fc 2 | 5 | fails |" in text
+    assert "1 hold," in text and "1 are from the papers and 0 are predictions or derivations of ours; 0 rest on one run" in text
     assert f"* fails: {rows[1]['claim']} — fc 2 is off." in text
-    assert "30 of 30 runs, which took 61 s one by one (commit abc1234, torch 2.11.0)." in text
+    assert "30 of 30 runs, 61 s in all (commit abc1234, torch 2.11.0)." in text
     assert "5 seeds): lr 0.01." in text and "| pfa | 9e-05 |" in text
 
 

@@ -557,14 +557,14 @@ def flat(gen):
         (flat, "kp", {}, 90.0),
         (flat, "pfa", {"expansion": 2}, 90.0),
     ],
-)  # p1 section 1.3
+)
 def test_angle_that_a_rule_has_by_construction(draw, rule, options, degrees):
     assert wide(draw, rule, **options) == pytest.approx(degrees, abs=0.2)
 
 
 @pytest.mark.parametrize("inputs, out", [(784, 512), (512, 512), (512, 10)])
 def test_path_norm_ratio_at_the_start_is_the_papers(inputs, out):
-    """p3 section 1.3: sqrt((fan_in + fan_out) / (fan_in + 10 fan_out)); 0.469, 0.427 and 0.927 in its figure."""
+    """p3's initial scales: sqrt((fan_in + fan_out) / (fan_in + 10 fan_out)); 0.469, 0.427 and 0.927 in its figure."""
     net = models.xavier_(nn.Linear(inputs, out), oracles.rng(3))
     ratio = fa.alignment(fa.convert(net, "pfa", init="xavier", expansion=10)).norm_ratio.item()
     assert ratio == pytest.approx(math.sqrt((inputs + out) / (inputs + 10 * out)), rel=0.03)
@@ -580,7 +580,7 @@ def test_fixed_matrix_has_identity_expectation(expansion, density):
 
 
 def test_eigenvalues_of_the_fixed_matrix():
-    """p3 section 1.2: mean 1, standard deviation 1 / sqrt(expansion)."""
+    """Marchenko and Pastur: mean 1, standard deviation 1 / sqrt(expansion)."""
     B = fa.rules.PFA(expansion=4).fixed(300, 1, torch.empty(0, dtype=torch.float64), oracles.rng(0))
     values = torch.linalg.eigvalsh(B @ B.T)
     assert values.mean().item() == pytest.approx(1, abs=0.02)

@@ -247,7 +247,7 @@ def test_schedule():
     assert [s["weight_decay"] for s in told] == [0.1, 1e-3, 1e-3, 1e-3, 1e-3]
     constant = replace(TINY, lr_drops="", first_weight_decay=0.0)
     assert all(constant.schedule(e) == {"lr": 0.05, "weight_decay": 1e-3} for e in range(5))
-    paper = Config("p3_fig2", "pfa", 0, weight_decay=9e-5, first_weight_decay=0.03)  # p3 section 1.6 and 5
+    paper = Config("p3_fig2", "pfa", 0, weight_decay=9e-5, first_weight_decay=0.03)  # the authors' configuration
     assert paper.schedule(0) == {"lr": 0.01, "weight_decay": 0.03}
     assert paper.schedule(1) == {"lr": 0.01, "weight_decay": 9e-5}
     assert paper.schedule(20) == {"lr": 0.005, "weight_decay": 9e-5}

@@ -24,7 +24,7 @@ DECAYED = ("kp", "pfa", "pfa_o")  # strong decay in the first epoch, so that the
 def grid(
     mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, expansion: int = 10, **own: Any
 ) -> list[Config]:
-    """MNIST, 784-512-512-10, the set-up of p3 section 5; quick: digits, three seeds, and the first epoch's decay over fewer steps."""
+    """MNIST, 784-512-512-10, the authors' configuration; quick: digits, three seeds, and the first epoch's decay over fewer steps."""
     quick = mode == "quick"
     epochs = epochs or (40 if not quick else 30)
     runs = []

@@ -12,7 +12,7 @@ RULES = ("bp", "fa", "dfa", "usf", "kp", "pfa", "pfa_o")  # kp is ours, the pape
 def grid(
     mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, precision: str = ""
 ) -> list[Config]:
-    """The set-up of p3 section 5; quick: ResNet-8 on digits, one seed, images as they are (a crop would cut 8x8 digits off).
+    """The authors' configuration; quick: ResNet-8 on digits, one seed, images as they are (a crop would cut 8x8 digits off).
 
     Product feedback is implicit: exact here, for W and R share SGD's learning rate, momentum and decay, and cheaper, for a convolution
     then multiplies two matrices of its outputs by its outputs where the population has ten times as many units. Paper mode runs

@@ -16,7 +16,7 @@ RULES = ("bp", "usf", "pfa", "pfa_o")
 def grid(
     mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, precision: str = "bfloat16"
 ) -> list[Config]:
-    """The set-up of p3 section 5, one seed (the paper's is 2021, ours 0); quick: Figure 4's, or the stand-in's on photographs.
+    """The authors' configuration, one seed (the paper's is 2021, ours 0); quick: Figure 4's, or the stand-in's on photographs.
 
     The authors train under float16 autocast with a scaled loss; bfloat16 is its like that needs no scaling.
     """

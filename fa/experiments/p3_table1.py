@@ -116,7 +116,7 @@ def mirrored(config: Config, net: nn.Module, epoch: int) -> list[list[Any]]:
 def explicit(config: Config, net: nn.Module) -> nn.Module:
     """The network itself, or its twin in float64 that stores the R which implicit product feedback leaves out.
 
-    R = B^T W + c (R_0 - B^T W_0), with B, R_0 and W_0 drawn anew from the run's seed (p3 section 1.2).
+    R = B^T W + c (R_0 - B^T W_0), with B, R_0 and W_0 drawn anew from the run's seed (:class:`fa.rules.PFA`).
     """
     if not config.rule_options.get("implicit"):
         return net
