@@ -23,7 +23,7 @@ PAPERS = {
     "p2": "D. Kunin, A. Nayebi, J. Sagastuy-Brena, S. Ganguli, J. M. Bloom, D. L. K. Yamins (2020). Two Routes to "
           "Scalable Credit Assignment without Weight Symmetry. ICML. arXiv:2003.01513.",
     "p3": "Li Ji-An, M. K. Benna (2024). Deep Learning without Weight Symmetry. arXiv:2405.20594. "
-          "Authors' code: github.com/jil095/product_feedback_alignment, commit d1d413b.",
+          "Authors' code: github.com/jil095/product_feedback_alignment, commit d1d413b; Table 1: that of version 1 (PMC11160852).",
 }  # fmt: skip
 RULES = (
     "FA: T. P. Lillicrap, D. Cownden, D. B. Tweed, C. J. Akerman (2016). Random synaptic feedback weights support "
@@ -289,7 +289,8 @@ def _hyperparameters(experiment: str) -> str:
         return f"`{experiment}`: no plan yet."
     untold = ["experiment", "run", "measure", "revision"]
     frame = pd.DataFrame(configs, dtype=object).drop(columns=untold, errors="ignore")
-    seeds = f", {frame.pop('seed').nunique()} seeds" if "seed" in frame else ""
+    n = frame.pop("seed").nunique() if "seed" in frame else 0
+    seeds = f", {n} seed{'s' if n > 1 else ''}" if n else ""
     rules = frame.groupby("rule", sort=False).agg(lambda c: ", ".join(map(str, c.dropna().unique())))
     same = [c for c in rules if rules[c].nunique() == 1]
     common = "; ".join(f"{c} {rules[c].iloc[0]}" for c in same if rules[c].iloc[0])
