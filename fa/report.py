@@ -40,9 +40,9 @@ REPORT = """\
 
 ## Reproducibility summary
 
-**Scope of reproducibility.** {scope} Every claim has a criterion that a program evaluates. It was written before the runs that it
-asks for were made, with two exceptions: Table 1, the sparse-feedback figure and notebook 37 also judge runs that Figure 2 had
-recorded before, and where the source of a target says otherwise (section 2).
+**Scope of reproducibility.** {scope} Every claim has a criterion that a program evaluates, written before the runs that it asks for
+were made. Exceptions: Table 1, the sparse-feedback figure and notebook 37 also judge runs that Figure 2 had recorded before; and some sources of
+targets say otherwise (section 2).
 
 **Methodology.** Independent implementation in PyTorch; the authors' released code was read for its facts and none of
 it is used. Networks, data and hyperparameters of Figures 2 to 4 and of the sparse-feedback figure are p3's, precision excepted (section 5.3); KP
