@@ -40,6 +40,7 @@ import fa
 from fa import models
 from fa.campaign import keep_pages
 from fa.records import environment
+from fa.train import parse_options
 
 RULES = "bp_again,fa,usf,frsf,brsf,kp,sa,pfa,pfa_o,dfa,dfa:tap=block,ia,aa,wm,wm:input=uniform"
 NO_BLOCKS = ("mlp", "lenet")  # networks on which tap=block has nothing to cut
@@ -77,7 +78,7 @@ def stepper(args: argparse.Namespace, rule: str) -> Callable[[], None]:
     if name.startswith("biotorch_"):
         net = biotorch(args.net, name.removeprefix("biotorch_"))
     elif name not in ("bp", "bp_again"):
-        net = fa.convert(net, name, **dict(pair.split("=") for pair in options.split("+") if pair))
+        net = fa.convert(net, name, **parse_options(options.replace("+", " ")))
     net = net.to(args.device)
     opt = torch.optim.SGD(fa.param_groups(net, lr=1e-3, weight_decay=1e-4), momentum=0.9, fused=True)
     gen = torch.Generator().manual_seed(0)
