@@ -15,6 +15,7 @@ import pandas as pd
 
 from . import claims, criteria, experiments, records
 from .errors import UserError
+from .notebooks import Notebook
 from .paths import ROOT
 
 PAPERS = {
@@ -237,10 +238,10 @@ def _counts(table: pd.DataFrame) -> str:
     counted = (f"Of {len(table)} claims, {n['holds']} hold, {n['partly']} hold partly, {n['fails']} fail and "
                f"{n['not tested']} are not tested.")
     held = table[table.verdict == "holds"]
-    ours = held.source.str.startswith(("our", "unknown")).sum()
+    own = held.source.str.startswith(("our", "unknown", "third party"))
     if not len(held):
         return counted
-    return (f"{counted} Of those that hold, {len(held) - ours} are from the papers and {ours} are predictions or derivations of ours; "
+    return (f"{counted} Of those that hold, {(~own).sum()} are from the papers and {own.sum()} are predictions or derivations of ours; "
             f"{(held.n.astype(str) == '1').sum()} rest on one run a rule.")
 
 
@@ -311,18 +312,13 @@ def _figure(experiment: str) -> str:
 
 
 def _so_far(experiment: str) -> str:
-    """What a partial record, whose claims are not judged, holds: each rule's accuracy at the end."""
+    """Of a partial record, whose claims are not judged: accuracies at the end beside the published ones."""
     if not _sidecar(experiment).get("partial"):
         return ""
-    table = records.read(experiment)
-    table = table[table.metric.isin(["val_accuracy", "test_accuracy"])]
-    last = table[table.epoch == table.groupby("run").epoch.transform("max")]
-    lines = []
-    for metric, rows in last.groupby("metric", sort=False):
-        told = [f"{rule} {v.mean():.2f}" + (f" ± {v.std():.2f}" if len(v) > 1 else "") + f" (n = {len(v)})"
-                for rule, v in rows.groupby("rule", sort=False).value]
-        lines.append(f"* `{metric}`: {', '.join(told)}")
-    return "Recorded so far, after the last epoch, in percent:\n\n" + "\n".join(lines) + "\n\n"
+    page = Notebook(experiment)
+    shown = [m for m in ("val_accuracy", "test_accuracy") if m in set(page.table().metric)]
+    tables = "\n\n".join(f"{metric}\n{page.compare(metric)}" for metric in shown)
+    return f"Recorded so far ({page.partial()}); after the last epoch, in percent:\n\n```\n{tables}\n```\n\n"
 
 
 def _gallery() -> str:

@@ -87,6 +87,28 @@ def test_verdicts_measurements_and_machine_are_told(site: Path, monkeypatch) -> 
     assert "5 seeds): lr 0.01." in text and "| pfa | 9e-05 |" in text
 
 
+def test_a_partial_record_is_shown_and_not_judged(site: Path, monkeypatch) -> None:
+    class Page:
+        def __init__(self, experiment: str) -> None:
+            self.experiment = experiment
+
+        def table(self) -> pd.DataFrame:
+            return pd.DataFrame({"metric": ["train_loss", "val_accuracy"]})
+
+        def compare(self, metric: str) -> str:
+            return f"{metric} of {self.experiment}"
+
+        def partial(self) -> str:
+            return "1 of 5 seeds"
+
+    assert report._so_far("p3_fig4") == ""  # here it has no record
+    monkeypatch.setattr(report, "Notebook", Page)
+    monkeypatch.setattr(report, "_sidecar", lambda experiment: {"partial": experiment == "p3_fig4"})
+    assert report._so_far("p3_fig2") == ""
+    text = report._so_far("p3_fig4")
+    assert "(1 of 5 seeds)" in text and "val_accuracy of p3_fig4" in text and "test_accuracy" not in text
+
+
 @pytest.mark.parametrize("readme", [None, "no markers", "<!-- claims:end --><!-- claims:begin -->",
                                     "<!-- claims:begin --><!-- claims:end -->" * 2])
 def test_a_readme_without_its_markers_is_refused(site: Path, readme: str | None) -> None:
