@@ -126,7 +126,7 @@ def test_results_are_printed_again_from_their_file(tmp_path, capsys, monkeypatch
 
 def test_a_measurement_from_end_to_end(tmp_path, capsys, monkeypatch):
     path = tmp_path / "new" / "r.json"
-    arguments = ["--net", "mlp", "--batch", "8", "--rounds", "3", "--threads", "1", "--rules", "bp_again,fa", "--json", str(path)]
+    arguments = ["--net", "mlp", "--batch", "8", "--rounds", "3", "--threads", "1", "--rules", "bp_again,fa,pfa:implicit=true+expansion=2", "--json", str(path)]
     threads = torch.get_num_threads()
     monkeypatch.setattr("sys.argv", ["step.py", *arguments])
     monkeypatch.setattr(step, "keep_pages", lambda: None)  # of the process that measures
@@ -135,7 +135,7 @@ def test_a_measurement_from_end_to_end(tmp_path, capsys, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     data = json.loads(path.read_text())
-    assert list(data["results"]) == ["bp", "bp_again", "fa"] and data["where"]["torch"] == torch.__version__
+    assert list(data["results"]) == ["bp", "bp_again", "fa", "pfa:implicit=true+expansion=2"] and data["where"]["torch"] == torch.__version__
     assert data["results"]["bp"]["cpu"] == [1, 1, 1] and all(r["ms"] > 0 and r["peak_mb"] > 0 for r in data["results"].values())
     assert capsys.readouterr().out == step.table(**data) + "\n"
 

@@ -258,6 +258,10 @@ def test_what_is_measured_when():
     assert train.layer_epochs(40) == {*range(11), 15, 20, 25, 30, 35, 40}
     assert train.layer_epochs(12) == {*range(11), 12}
     assert train.layer_epochs(3) == {0, 1, 2, 3}
+    mnist, sets = Config("p3_fig2", "bp", 0), data.load("digits")  # 40 epochs, no validation images
+    looked = {e: set(train.watched(sets, mnist, e)) for e in range(41)}
+    assert all("test_accuracy" in found for found in looked.values())
+    assert [e for e, found in looked.items() if "train_accuracy" in found] == [0, 10, 20, 30, 40]
     table = train.train(replace(TINY, epochs=2))
     whole = table[table.layer == ""]
     assert set(whole[whole.metric == "train_loss"].epoch) == {1, 2}
