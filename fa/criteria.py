@@ -190,10 +190,12 @@ def _per_seed(scope: Scope, metric: str, chosen: dict[str, list], how: str) -> p
 
     def diverged(have: pd.Index) -> None:
         for run, status in scope.sidecar.get("status", {}).items():
+            if status["state"] != "diverged":
+                continue
             config = configs.get(run, {})
             asked = all(_where(pd.Series([config[a]]), a, v)[0] for a, v in chosen.items()
                         if a in config and a != "epoch" and v != ["all"])
-            if status["state"] == "diverged" and asked and config.get("seed") not in have:
+            if asked and config.get("seed") not in have:
                 raise Diverged(f"{config.get('rule', 'run')} diverged with seed {config.get('seed', run)}")
 
     try:
