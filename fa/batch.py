@@ -122,7 +122,8 @@ def _execute(job: _Job, outputs: Path, jobs: int) -> tuple[_Job, float, str]:
     """Run one notebook in a process of its own; what it says goes to a log beside its output."""
     out = outputs / f"{job.name}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"FA_BUILD": str(job.build)} | ({"FA_WORKERS": "1"} if jobs > 1 else {}) | ({"FA_ADD": "1"} if job.add else {})
+    alone = {} if jobs == 1 else {"FA_WORKERS": "1", "OMP_NUM_THREADS": "1"}  # threads of two jobs wait for one another
+    env = os.environ | {"FA_BUILD": str(job.build)} | alone | ({"FA_ADD": "1"} if job.add else {})
     env["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")  # this Python's kernel, whatever else the user has
     command = [sys.executable, "-m", "papermill", str(job.notebook), str(out), "-k", "python3", "--cwd", str(ROOT)]
     command += ["--no-progress-bar", "--log-output", "-y", json.dumps(job.parameters)]
