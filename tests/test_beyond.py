@@ -16,11 +16,13 @@ from fa.train import seed_network, train
 def recurrence(config, steps: int) -> list[float]:
     """Share of the mismatch left after each epoch: v <- mu v + wd D, D <- D - lr v."""
     D, v, after = 1.0, 0.0, [1.0]
+    drops = [int(e) for e in config.lr_drops.split(",")]
     for epoch in range(config.epochs):
         decay = config.first_weight_decay if epoch == 0 and config.first_weight_decay else config.weight_decay
+        lr = config.lr * config.lr_factor ** sum(epoch >= e for e in drops)
         for _ in range(steps):
             v = config.momentum * v + decay * D
-            D -= config.lr * v
+            D -= lr * v
         after.append(D)
     return after
 
@@ -87,6 +89,13 @@ def test_the_claims_about_decay_have_the_recurrences_targets() -> None:
     assert len(found) == len(p3_beyond.DECAYS)
 
 
+def test_what_resnet8_has_left_has_the_recurrences_target() -> None:
+    """351 steps an epoch, and a learning rate that drops."""
+    config = experiments.plan("p3_beyond_resnet8", "paper", seeds=1, rules="pfa_o")[0]
+    (claim,) = [c for c in claims.load() if c.id == "p3_beyond_resnet8_left"]
+    assert float(claim.target) == pytest.approx(recurrence(config, 45000 // 128)[-1], abs=1e-5)
+
+
 def test_the_cifar_grid_is_the_papers_recipe_in_fewer_epochs() -> None:
     runs = experiments.plan("p3_beyond_cifar", "paper")
     assert len(runs) == 3 * (2 + len(p3_beyond_cifar.EXPANSIONS)) == len({c.run for c in runs})
@@ -97,10 +106,23 @@ def test_the_cifar_grid_is_the_papers_recipe_in_fewer_epochs() -> None:
     assert sorted({c.rule_options["expansion"] for c in runs if c.rule == "pfa"}) == list(p3_beyond_cifar.EXPANSIONS)
 
 
-@pytest.mark.parametrize("size", p3_beyond_cifar.EXPANSIONS)
-def test_every_expansion_has_a_population_in_every_layer(size: int) -> None:
-    runs = experiments.plan("p3_beyond_cifar", "paper", seeds=1, rules="pfa")
+def test_the_resnet8_grid_is_the_same_recipe_with_fewer_layers() -> None:
+    runs = experiments.plan("p3_beyond_resnet8", "paper")
+    assert len(runs) == 3 * (3 + len(p3_beyond_cifar.SMALL_EXPANSIONS)) == len({c.run for c in runs})
+    for deep in experiments.plan("p3_beyond_cifar", "paper", rules="pfa_o"):
+        same = replace(deep, experiment="p3_beyond_resnet8", model="resnet8", epochs=10, lr_drops="4,6,8")
+        assert same in runs
+    assert sorted({c.rule_options["expansion"] for c in runs if c.rule == "pfa"}) == list(p3_beyond_cifar.SMALL_EXPANSIONS)
+
+
+DEEP = [("p3_beyond_cifar", 20, size) for size in p3_beyond_cifar.EXPANSIONS]
+SHALLOW = [("p3_beyond_resnet8", 8, size) for size in p3_beyond_cifar.SMALL_EXPANSIONS]
+
+
+@pytest.mark.parametrize("name, layers, size", DEEP + SHALLOW)
+def test_every_expansion_has_a_population_in_every_layer(name: str, layers: int, size: float) -> None:
+    runs = experiments.plan(name, "paper", seeds=1, rules="pfa")
     config = next(c for c in runs if c.rule_options["expansion"] == size)
     net = seed_network(config, (3, 32, 32), 10)
     weights = [m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
-    assert len(weights) == 20 and all(m.feedback.BBt.shape == (m.weight.shape[0],) * 2 for m in weights)
+    assert len(weights) == layers and all(m.feedback.BBt.shape == (m.weight.shape[0],) * 2 for m in weights)
