@@ -295,7 +295,7 @@ class DirectFeedback(nn.Module):
         shape = (classes, inputs, *W.shape[2:]) if size is None else (classes, *size) if W.dim() > 2 else (classes, inputs)
         match rule.init:
             case "match":
-                std = rms(W)
+                std = rule.nonzero(rms(W), "init", name)
             case "xavier":
                 std = math.sqrt(2 / ((classes + inputs) * receptive))
             case "kaiming":

@@ -183,13 +183,14 @@ class _Local(torch.autograd.Function):
         fb = ctx.feedback
         x, W, b, out, *state = ctx.saved_tensors
         need_x, need_W, need_b, _, *need_state = ctx.needs_input_grad
-        rule, op, learns = fb.rule, fb.op, any(need_state)
+        rule, op = fb.rule, fb.op
+        learns = any(need_state) and (need_W or "dW" not in fb.grad_args)  # what follows W's own update rests while W is frozen
         known = dict(zip(fb.names, state), W=W, op=op, dy=dy, x=x, y=None, memo={})
         dx = None
         if need_x and fb.transport_args:
             dx = rule.transport(**{n: known[n] for n in fb.transport_args})
         K = cast(fb.kernel_from(known) if need_x and dx is None else W, dy)
-        mask = [need_x and dx is None, need_W or (learns and "dW" in fb.grad_args), need_b]
+        mask = [need_x and dx is None, need_W, need_b]
         through, dW, db = op.backward(dy, x, K, mask)
         if dW is not None:
             known["dW"] = dW = cast(dW, W)
@@ -208,7 +209,7 @@ class _Local(torch.autograd.Function):
             dW if need_W else None,
             db,
             None,
-            *(grads[n] if need else None for n, need in zip(fb.names, need_state)),
+            *(grads[n] if learns and need else None for n, need in zip(fb.names, need_state)),
         )
 
 
@@ -236,7 +237,10 @@ class Feedback(nn.Module):
         if rule.sgd_only and not layer.weight.requires_grad:
             raise UserError(f"implicit feedback moves with its weight, and that of layer {name!r} is frozen; leave implicit out")
         W = layer.weight.detach()
-        state = rule.draw(op, W, generator(seed, name))
+        try:
+            state = rule.draw(op, W, generator(seed, name))
+        except UserError as error:
+            raise UserError(f"layer {name!r}: {error}" if name else str(error)) from None
         for key, value in state.items():
             if key in rule.learned:
                 self.register_parameter(key, nn.Parameter(value))
@@ -280,7 +284,8 @@ class Feedback(nn.Module):
         """The effective kernel from tensors at hand."""
         K = self.rule.kernel(**{n: known[n] for n in self.kernel_args})
         if self.rule.norm == "track":
-            K = K * (torch.linalg.vector_norm(known["W"]) / torch.linalg.vector_norm(K))
+            size = torch.linalg.vector_norm(K)
+            K = K * (torch.linalg.vector_norm(known["W"]) / size.clamp_min(torch.finfo(size.dtype).tiny))  # a kernel of zeros stays one
         return K
 
     def after_step(self, W: Tensor) -> None:

@@ -80,7 +80,9 @@ _REFUSED = (  # layers with a matrix that errors pass through, for which there i
     nn.RNNCellBase,
     nn.modules.lazy.LazyModuleMixin,
 )
-_REFUSED_NAMES = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")  # torchvision's Swin reads its layers' weights itself
+_REFUSED_NAMES = (  # torchvision's: Swin reads its layers' weights itself, a deformable convolution is none of torch's
+    "ShiftedWindowAttention", "ShiftedWindowAttentionV2", "DeformConv2d"
+)  # fmt: skip
 
 
 def _targets(net: nn.Module, skip: str | Iterable[str]) -> dict[str, nn.Module]:
@@ -121,6 +123,8 @@ def _targets(net: nn.Module, skip: str | Iterable[str]) -> dict[str, nn.Module]:
             problems.append(f"{name} ({type(m).__name__}: a subclass with behaviour of its own)")
         elif not isinstance(m._parameters.get("weight"), nn.Parameter):
             problems.append(f"{name} (its weight is computed from other parameters)")
+        elif m.weight.is_complex():
+            problems.append(f"{name} (its weight is complex)")
         elif len(holders[id(m.weight)]) > 1:
             problems.append(f"{name} (its weight is tied: {', '.join(holders[id(m.weight)])})")
         else:
@@ -158,7 +162,8 @@ def convert(
 
     Raises:
         UserError: unknown rule or option; a layer that cannot be converted, by name (tied or computed weights, subclasses,
-            transposed, recurrent and lazy layers). Nothing is changed then.
+            transposed, recurrent, complex and lazy layers); learned feedback within ``DistributedDataParallel``; a parametrization
+            (``torch.nn.utils.parametrize``) that came after an earlier rule. Nothing is changed then.
 
     Example:
         >>> net = fa.convert(torch.nn.Linear(4, 2), "fa", seed=1)
@@ -170,6 +175,8 @@ def convert(
         raise UserError(f"rule must be a name of fa.RULES or a fa.Rule, not {type(rule).__name__}")
     if r.name == "bp":
         return revert(net)
+    if r.learned and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in net.modules()):
+        raise UserError("DistributedDataParallel averages the parameters it was given: convert the network first, then wrap it")
     layers = _targets(net, skip)
     sizes = {} if sample is None else _sizes(net, sample)
     attach = r.attach if hasattr(r, "attach") else partial(_attach, r)
@@ -229,6 +236,11 @@ def put_on(layer: nn.Module, feedback: nn.Module, cls: type) -> None:
 def revert(net: nn.Module) -> nn.Module:
     """Take every rule off the network, in place; returns it. The same as ``convert(net, "bp")``."""
     layers = converted(net).values()
+    if late := [layer.feedback.layer_name for layer in layers if hasattr(layer, "parametrizations")]:
+        raise UserError(
+            f"parametrized after their rule was put on: {', '.join(late)}; remove the parametrizations first "
+            f"(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
     tapes = {layer.feedback.tape for layer in layers if hasattr(layer.feedback, "tape")}
     for layer in layers:
         unwatch(layer)

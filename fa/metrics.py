@@ -165,14 +165,14 @@ def nearest(a: Tensor, b: Tensor) -> float:
 @contextmanager
 def exact_backprop(net: nn.Module) -> Iterator[nn.Module]:
     """Within the block the network's backward pass is plain backprop, whatever its rule; feedback is left as it is."""
-    layers = list(converted(net).values())
-    for layer in layers:
-        layer.feedback.exact = True
+    before = {layer.feedback: layer.feedback.exact for layer in converted(net).values()}
+    for feedback in before:
+        feedback.exact = True
     try:
         yield net
     finally:
-        for layer in layers:
-            layer.feedback.exact = False
+        for feedback, exact in before.items():
+            feedback.exact = exact
 
 
 def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> pd.DataFrame:
@@ -180,15 +180,15 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
 
     Args:
         net: a converted network; its mode (train or eval) is kept and its buffers, e.g. running statistics, are restored.
-        x: inputs (n, ...).
+        x: inputs (n, ...), on the network's device.
         y: targets, as ``loss`` takes them.
         loss: (output, target) -> scalar.
 
     Returns:
-        One row a converted layer: ``layer``, ``depth``, and in degrees ``delta_angle_local_deg`` (the error at the layer's input
-        through B_eff against that through W, from the same error at its output; nan under dfa), ``delta_angle_global_deg`` (the
-        error at the layer's output under the rule against exact backprop through the whole network), both means over
-        samples, and ``grad_angle_global_deg`` (the batch's dW under the rule against exact backprop; nan for a frozen weight).
+        One row for every converted layer that the loss depends on: ``layer``, ``depth``, and in degrees ``delta_angle_local_deg``
+        (the error at the layer's input through B_eff against that through W, from the same error at its output; nan under dfa),
+        ``delta_angle_global_deg`` (the error at the layer's output under the rule against exact backprop through the whole network),
+        both means over samples, and ``grad_angle_global_deg`` (the batch's dW under the rule against exact backprop; nan for a frozen weight).
     """
     layers = converted(net)
     buffers = {k: v.clone() for k, v in net.named_buffers()}
@@ -196,21 +196,22 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
     def backward() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         inputs, outputs, handles = {}, {}, []
         for name, layer in layers.items():
-            def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
-                inputs[name], outputs[name] = args[0].detach(), out  # fmt: skip
+            def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> Tensor:
+                inputs[name], outputs[name] = args[0].detach().clone(), out
+                return out.clone()  # what follows may work in place
             handles.append(layer.register_forward_hook(keep))
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):  # both passes draw the same dropout
                 value = loss(net(x), y)
                 names = [n for n, out in outputs.items() if out.requires_grad]
                 moving = [n for n in names if layers[n].held.requires_grad]
                 wanted = [outputs[n] for n in names] + [layers[n].held for n in moving]
-                grads = torch.autograd.grad(value, wanted)
+                grads = torch.autograd.grad(value, wanted, allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()
-        of_weights = {n: g[layers[n].rows] for n, g in zip(moving, grads[len(names) :])}
-        return inputs, dict(zip(names, grads)), of_weights
+        of_weights = {n: g[layers[n].rows] for n, g in zip(moving, grads[len(names) :]) if g is not None}
+        return inputs, {n: g for n, g in zip(names, grads) if g is not None}, of_weights
 
     try:
         inputs, delta, dW = backward()

@@ -126,12 +126,21 @@ class Rule:
         fan_in, fan_out = fans(W)
         match self.init:
             case "match":
-                return rms(W)
+                return rms(W) if self.learned else self.nonzero(rms(W), "init")
             case "xavier":
                 return math.sqrt(2 / (fan_in + fan_out))
             case "kaiming":
                 return math.sqrt(1 / (3 * fan_in))
         return float(self.init)
+
+    def nonzero(self, size: float, option: str, layer: str = "") -> float:
+        """``size``, of a weight whose feedback will keep it."""
+        if not size:
+            raise UserError(
+                f"{self.name}: the weight{layer and f' of layer {layer!r}'} is all zeros, and feedback of its size would never send an error; "
+                f"initialise it before converting, or set {option}='xavier'"
+            )
+        return size
 
     def at(self, index: int) -> Rule:
         """The rule as the network's layer number ``index`` (from 0, in the order of its modules) has it."""
@@ -230,7 +239,9 @@ class USF(Rule):
 
     def draw(self, op, W, gen):
         match self.scale:
-            case "init" | "track":
+            case "init":
+                s = self.nonzero(rms(W), "scale")
+            case "track":
                 s = rms(W)
             case "xavier":
                 s = math.sqrt(2 / sum(fans(W)))
@@ -615,7 +626,7 @@ class Primitives(Rule):
             else:
                 data = op.correlate(x, y, W).mul_(-a)
         every = self.positions == "mean" or W.dim() == 2  # samples (every token is one), or samples times output positions
-        data = data.to(B.dtype).div_(dy.numel() // W.shape[0] if every else dy.shape[0])
+        data = data.to(B.dtype).div_(max(dy.numel() // W.shape[0] if every else dy.shape[0], 1))  # 1: an empty batch
         if self.decay:
             data.add_(B, alpha=2 * self.decay)
         return {"B": data.sub_(W, alpha=self.self_) if self.self_ else data}

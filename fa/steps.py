@@ -99,7 +99,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     lacking = 0
     for layer in list(_unheld):
         fb, W = layer.feedback, id(layer.held)
-        learned = [id(p) for p in fb.parameters()]
+        learned = [id(p) for p in fb.parameters() if p.requires_grad]  # feedback may be frozen on purpose
         if all(p in group_of for p in learned):
             if fb.rule.sgd_only and not (type(optimizer) is torch.optim.SGD and {group_of[p] for p in learned} == {group_of.get(W)}):
                 raise RuntimeError(

@@ -681,3 +681,83 @@ def test_a_loss_made_under_exact_backprop_may_be_differentiated_later():
         loss = F.cross_entropy(net(x), y)
     loss.backward()
     assert all(torch.equal(p.grad, plain[n]) for n, p in net.named_parameters() if n in plain)
+
+
+# ----------------------------------------------------------------------------- what a loop of one's own may do to a network
+
+
+@pytest.mark.parametrize("rule, option", [("fa", "init"), ("usf", "scale"), ("frsf", "init"), ("brsf", "init"), ("dfa", "init")])
+def test_feedback_of_the_size_of_a_weight_of_zeros_is_refused_by_name(rule, option):
+    """A head that starts at zero, as torchvision's ViT has it, would never send an error down."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    nn.init.zeros_(net[2].weight)
+    with pytest.raises(fa.UserError, match=f"'2'.*all zeros.*{option}='xavier'"):
+        fa.convert(net, rule)
+    fa.convert(net, rule, **{option: "xavier"})
+
+
+@pytest.mark.parametrize("rule", ["kp", "pfa", "wm", "sa", "frozen"])
+def test_feedback_that_learns_may_start_at_a_weight_of_zeros(rule):
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    nn.init.zeros_(net[2].weight)
+    fa.convert(net, rule, norm="track")
+    net(torch.randn(6, 4).double()).square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("rule, learns", [("kp", False), ("pfa", False), ("pfa_o", False), ("wm", True), ("sa", True)])
+def test_feedback_that_follows_the_weights_update_rests_while_the_weight_is_frozen(rule, learns):
+    net = fa.convert(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), rule)
+    net[2].weight.requires_grad_(False)
+    net(torch.randn(6, 4)).square().sum().backward()
+    assert all((p.grad is not None) == learns for p in net[2].feedback.parameters())
+    assert all(p.grad is not None for p in net[0].parameters())
+
+
+def test_learned_feedback_within_a_distributed_network_is_refused():
+    """It would be left out of the average over processes; fixed feedback has no gradient to be averaged."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Linear(4, 3))
+        with pytest.raises(fa.UserError, match="convert the network first"):
+            fa.convert(wrapped, "kp")
+        fa.convert(wrapped, "fa")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_parametrization_that_came_after_the_rule_is_named_and_nothing_changes():
+    net = fa.convert(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), "fa")
+    nn.utils.parametrizations.weight_norm(net[1])
+    for rule, skip in (("bp", ()), ("kp", "1")):
+        with pytest.raises(fa.UserError, match="parametrized after.*: 1; remove"):
+            fa.convert(net, rule, skip=skip)
+    assert net(torch.randn(2, 4)).shape == (2, 3)
+    nn.utils.parametrize.remove_parametrizations(net[1], "weight")
+    assert type(fa.convert(net, "bp")[1]) is nn.Linear
+
+
+def test_complex_and_deformable_layers_are_refused_by_name():
+    import torchvision
+
+    with pytest.raises(fa.UserError, match="its weight is complex"):
+        fa.convert(nn.Linear(4, 3, dtype=torch.complex64), "fa")
+    with pytest.raises(fa.UserError, match="DeformConv2d: no feedback"):
+        fa.convert(nn.Sequential(nn.Linear(4, 3), torchvision.ops.DeformConv2d(3, 3, 3)), "fa")
+
+
+@pytest.mark.parametrize("rule", ["wm", "ia", "aa", "kp"])
+def test_an_empty_batch_leaves_learned_feedback_finite(rule):
+    net = fa.convert(nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(12, 2)), rule)
+    net(torch.empty(0, 1, 4, 4)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_feedback_frozen_on_purpose_needs_no_optimizer():
+    net = fa.convert(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), "kp")
+    for p in fa.feedback_parameters(net):
+        p.requires_grad_(False)
+    opt = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
+    for _ in range(3):
+        net(torch.randn(2, 4)).sum().backward()
+        opt.step()

@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import oracles
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -211,3 +212,46 @@ def test_gradient_angles_with_a_frozen_layer():
     net[0].weight.requires_grad_(False)
     table = fa.gradient_angles(net, x, y, F.cross_entropy)
     assert table.layer.tolist()[-1] == "2"
+
+
+def test_gradient_angles_see_a_layers_own_output_where_the_next_works_in_place():
+    def net(inplace):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(1, 4, 3), nn.ReLU(inplace), nn.Conv2d(4, 6, 3), nn.ReLU(inplace), nn.Flatten(), nn.Linear(96, 3)
+        return fa.convert(nn.Sequential(*layers).double(), "fa", seed=1)
+
+    x, y = torch.randn(16, 1, 8, 8, dtype=torch.float64), torch.arange(16) % 3
+    plain, inplace = (fa.gradient_angles(net(i), x, y, F.cross_entropy) for i in (False, True))
+    pd.testing.assert_frame_equal(plain, inplace)
+
+
+def test_gradient_angles_give_both_passes_the_same_dropout_and_draw_nothing():
+    net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 3)).double()
+    fa.convert(net, "frozen")  # B = W
+    x, y, before = torch.randn(16, 8, dtype=torch.float64), torch.arange(16) % 3, torch.get_rng_state()
+    angles = fa.gradient_angles(net, x, y, F.cross_entropy)
+    assert angles.drop(columns=["layer", "depth"]).to_numpy() == pytest.approx(0, abs=1e-5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_gradient_angles_leave_out_a_layer_that_the_loss_does_not_use():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.aux = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 2)
+
+        def forward(self, x):
+            self.seen = self.aux(self.body(x))
+            return self.head(self.body(x))
+
+    angles = fa.gradient_angles(fa.convert(Two(), "fa"), torch.randn(6, 4), torch.arange(6) % 3, F.cross_entropy)
+    assert list(angles.layer) == ["body", "head"]
+
+
+def test_exact_backprop_may_be_nested():
+    net = fa.convert(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), "fa")
+    with fa.exact_backprop(net):
+        with fa.exact_backprop(net[0]):
+            pass
+        assert net[0].feedback.exact and net[1].feedback.exact
+    assert not net[0].feedback.exact and not net[1].feedback.exact
