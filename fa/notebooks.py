@@ -20,6 +20,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -244,7 +245,9 @@ class Notebook:
         from . import RULES, campaign, records
         from .experiments import find as experiment_of
 
-        own_rule = any(RULES[c.rule].__module__ == "__main__" for c in self.runs)  # which no other process would know
+        own_rule = [c for c in self.runs if RULES[c.rule].__module__ == "__main__"]  # which no other process would know
+        for config in own_rule if self.mode == "quick" else ():  # its code is no part of a run's identity, and may have changed
+            shutil.rmtree(records.Folder(self.mode, config).path, ignore_errors=True)
         add = os.environ.get("FA_ADD") and self.mode == "paper" and not self.chosen
         held = campaign.recorded(self.mode) if add else ()
         summary = campaign.run(self.runs, self.mode, workers=1 if own_rule else "auto", device=self.device, held=held)

@@ -188,11 +188,13 @@ def read(experiment: str, mode: str = "record") -> pd.DataFrame:
     """An experiment's table; ``layer`` is "" for the whole network.
 
     Raises:
-        UserError: there is no such table.
+        UserError: there is no such table, or it is not the one that its sidecar was written with.
     """
     path = record_path(experiment, mode)
     if not path.exists():
         raise UserError(f"there is no {path.relative_to(ROOT)}; set mode='quick' or 'paper' to make it")
+    if mode != "quick" and hashlib.sha256(path.read_bytes()).hexdigest() != sidecar(experiment, mode).get("sha256"):
+        raise UserError(f"{path.relative_to(ROOT)} was changed after {experiment}.json, which holds its sha256, was written; restore both")
     return _read_csv(path)
 
 

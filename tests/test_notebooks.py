@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -297,3 +298,27 @@ def test_quick_mode_of_a_notebook_from_another_folder(tmp_path):
     assert figure["dataset"] == "digits" and figure["runs"] == 6
     shown = "".join(o.get("text", "") for c in read(tmp_path / "out.ipynb").cells for o in c.get("outputs", []))
     assert "Made here, mode 'quick'" in shown and "not tested" in shown
+
+
+def test_a_rule_of_a_page_is_trained_anew_when_its_code_has_changed(monkeypatch, tmp_path):
+    """Its code is no part of a run's identity."""
+    monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("FA_BUILD", str(tmp_path / "build"))
+
+    def angle(factor):
+        class Mine(fa.Rule):
+            name = "mine"
+
+            def kernel(self, W):
+                return factor * W
+
+        Mine.__module__ = "__main__"
+        monkeypatch.setitem(fa.RULES, "mine", dataclass(frozen=True)(Mine))
+        table = notebooks.Notebook("p3_fig2", mode="quick", rules=["mine"], seeds=1, epochs=1, device="cpu").table()
+        return table[(table.metric == "angle_deg") & (table.epoch == 1)].value
+
+    assert angle(2.0).max() < 1e-3 and angle(-3.0).min() > 179.9
+
+
+def test_a_rule_named_twice_is_one():
+    assert experiments.plan("p3_fig2", "quick", rules="bp, kp,bp") == experiments.plan("p3_fig2", "quick", rules="bp,kp")

@@ -66,3 +66,14 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path, monkeypatch: pytes
     assert list(again.layer) == ["", "fc1"] and again.value.tolist() == pytest.approx([1 / 3, 2.0], rel=1e-7)
     assert records.sidecar("x", "quick")["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [p.name for p in sorted(tmp_path.glob("quick/*"))] == ["x.csv", "x.json"]  # nothing half written is left
+
+
+def test_a_table_that_was_edited_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads it, a report or a collection that would give it a new checksum."""
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    rows = [["r", "bp", 0, 1, "", None, "test_accuracy", 98.0]]
+    path = records.write("p3_fig2", "record", pd.DataFrame(rows, columns=records.COLUMNS), {"configs": {}})
+    assert records.read("p3_fig2").value.tolist() == [98.0]
+    path.write_text(path.read_text().replace("98", "99"))
+    with pytest.raises(UserError, match="p3_fig2.csv was changed after"):
+        records.read("p3_fig2")

@@ -33,7 +33,7 @@ def plan(
         mode: "quick" or "paper".
         seeds: number of seeds (0: the mode's own).
         epochs: number of epochs (0: the mode's own).
-        rules: comma separated names of ``fa.RULES`` ("": the figure's).
+        rules: comma separated names of ``fa.RULES``, each counted once ("": the figure's).
         dataset: a name of ``fa.data.SETS`` ("": the mode's own).
         own: the experiment's own parameters.
 
@@ -45,7 +45,7 @@ def plan(
         raise UserError(f"unknown mode {mode!r} to train in; known modes: quick, paper")
     if seeds < 0 or epochs < 0:
         raise UserError(f"seeds={seeds} and epochs={epochs} must not be negative; 0 stands for the mode's own")
-    names = tuple(r.strip() for r in rules.split(",") if r.strip()) or e.rules
+    names = tuple(dict.fromkeys(r.strip() for r in rules.split(",") if r.strip())) or e.rules
     for name in names:
         if name not in RULES:
             raise UserError(f"unknown rule {name!r}; known rules: {', '.join(sorted(RULES))}")
