@@ -194,18 +194,19 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
     buffers = {k: v.clone() for k, v in net.named_buffers()}
 
     def backward() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        inputs, outputs, handles = {}, {}, []
+        inputs, edges, handles = {}, {}, []
         for name, layer in layers.items():
-            def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> Tensor:
-                inputs[name], outputs[name] = args[0].detach().clone(), out
-                return out.clone()  # what follows may work in place
+            def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
+                inputs[name] = args[0].detach()
+                if out.requires_grad:  # its place in the graph, which stays the layer's own output where what follows works in place
+                    edges[name] = torch.autograd.graph.get_gradient_edge(out)  # fmt: skip
             handles.append(layer.register_forward_hook(keep))
         try:
             with torch.enable_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):  # both passes draw the same dropout
                 value = loss(net(x), y)
-                names = [n for n, out in outputs.items() if out.requires_grad]
+                names = list(edges)
                 moving = [n for n in names if layers[n].held.requires_grad]
-                wanted = [outputs[n] for n in names] + [layers[n].held for n in moving]
+                wanted = [*edges.values(), *(layers[n].held for n in moving)]
                 grads = torch.autograd.grad(value, wanted, allow_unused=True)
         finally:
             for handle in handles:
