@@ -194,7 +194,7 @@ def read(experiment: str, mode: str = "record") -> pd.DataFrame:
     if not path.exists():
         raise UserError(f"there is no {path.relative_to(ROOT)}; set mode='quick' or 'paper' to make it")
     if mode != "quick" and hashlib.sha256(path.read_bytes()).hexdigest() != sidecar(experiment, mode).get("sha256"):
-        raise UserError(f"{path.relative_to(ROOT)} was changed after {experiment}.json, which holds its sha256, was written; restore both")
+        raise UserError(f"{path.relative_to(ROOT)} was changed after {experiment}.json, which holds its sha256, was written; restore both, or delete both and collect again")
     return _read_csv(path)
 
 

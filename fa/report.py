@@ -146,7 +146,7 @@ not the plot. PFA's strong first epoch of weight decay is in the configuration f
   so that rules can be compared seed by seed; in the authors' code the rules consume one stream and so start from
   different weights.
 * Test accuracy is evaluated in float32; the authors evaluate under float16 autocast.
-* Figure 4 is trained in bfloat16 under autocast, where the authors train in float32. On MNIST that changes nothing that five seeds can
+* Figure 4 is trained in bfloat16 under autocast (and with it notebook 38), where the authors train in float32. On MNIST that changes nothing that five seeds can
   show; on CIFAR-10 the one seed of SF that was trained in both ended 0.9 points lower, outside its criterion (notebook 40).
 * KP under p3's recipe, WM's coefficients, the stand-in's recipe and the swept decays and expansions are ours.
 * Angles and norm ratios are measured on every seed and in float64; the authors' figure shows seed 0.

@@ -134,7 +134,16 @@ class Rule:
         return float(self.init)
 
     def nonzero(self, size: float, option: str, layer: str = "") -> float:
-        """``size``, of a weight whose feedback will keep it."""
+        """The size of a weight, for feedback that will keep it.
+
+        Args:
+            size: RMS of the weight at conversion.
+            option: the rule's option that can ask for another size, for the message.
+            layer: name of the layer, for the message (default: not told).
+
+        Raises:
+            UserError: it is 0.
+        """
         if not size:
             raise UserError(
                 f"{self.name}: the weight{layer and f' of layer {layer!r}'} is all zeros, and feedback of its size would never send an error; "
