@@ -6,6 +6,7 @@ name             images                train / val / test       normalised with 
 digits           8x8 grey, 10 classes  1,437 / - / 360          training split (ours) scikit-learn's package
 mnist            28x28 grey, 10        60,000 / - / 10,000      0.1307, 0.3081 (p3)   ``MNIST/raw``
 cifar10          32x32 RGB, 10         45,000 / 5,000 / 10,000  per channel (p3)      ``cifar-10-batches-py``
+cifar10-16       16x16 RGB, 10         45,000 / 5,000 / 10,000  as cifar10            the same files
 imagenet         224x224 RGB, 1,000    1,281,167 / 50,000 / -   ImageNet's (p3)       ``imagenet/{train,val}``
 tiny-imagenet-20 32x32 RGB, 20         2,000 / 500 / -          ImageNet's            ``tiny-imagenet-20``
 ================ ===================== ======================== ===================== =======================
@@ -143,6 +144,25 @@ def _cifar10(files: list[bytes]) -> Arrays:
     return {"train": (x_train[kept], y_train[kept]), "val": (x_train[held], y_train[held]), "test": (x[-1], y[-1])}
 
 
+def _cifar10_16(files: list[bytes]) -> Arrays:
+    """CIFAR-10 with each block of 2x2 pixels averaged, so that a step of a convolutional network costs a quarter."""
+
+    def halved(x: np.ndarray) -> np.ndarray:  # (n, 3, 32, 32) uint8 -> (n, 3, 16, 16); quarters of whole numbers are exact
+        return x.reshape(-1, 3, 16, 2, 16, 2).mean((3, 5), dtype=np.float32)
+
+    return {split: (halved(x), y) for split, (x, y) in _cifar10(files).items()}
+
+
+CIFAR10_FILES = {
+    "cifar-10-batches-py/data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "cifar-10-batches-py/data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "cifar-10-batches-py/data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "cifar-10-batches-py/data_batch_4": "634d18415352ddfa80567beed471001a",
+    "cifar-10-batches-py/data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e",
+}
+
+
 SETS: dict[str, Source | Album] = {
     "digits": Source(
         "8x8 grey: 1,437 train, 360 test", 10, 16, (0.3052,), (0.3760,),
@@ -156,12 +176,10 @@ SETS: dict[str, Source | Album] = {
     "cifar10": Source(
         "32x32 RGB: 45,000 train, 5,000 validation, 10,000 test", 10, 255,
         (0.4914, 0.4821, 0.4465), (0.2470, 0.2435, 0.2616),
-        {"cifar-10-batches-py/data_batch_1": "c99cafc152244af753f735de768cd75f",
-         "cifar-10-batches-py/data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-         "cifar-10-batches-py/data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-         "cifar-10-batches-py/data_batch_4": "634d18415352ddfa80567beed471001a",
-         "cifar-10-batches-py/data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-         "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e"}, _cifar10),
+        CIFAR10_FILES, _cifar10),
+    "cifar10-16": Source(
+        "16x16 RGB, means of 2x2 pixels of cifar10: 45,000 train, 5,000 validation, 10,000 test", 10, 255,
+        (0.4914, 0.4821, 0.4465), (0.2470, 0.2435, 0.2616), CIFAR10_FILES, _cifar10_16),
     "imagenet": Album(
         "ILSVRC 2012 photographs: 1,281,167 train, 50,000 validation", 1000, "imagenet",
         {"train": 1_281_167, "val": 50_000}),
@@ -255,6 +273,11 @@ def augment(x: Tensor, generator: torch.Generator, pad: int = 4, fill: Sequence[
         raise UserError(f"augment: fill has {len(fill)} values for {x.shape[1]} channels; "
                         "pass fill=fa.data.SETS[name].black for the data set at hand")
     return crop(x, draw_crops(len(x), generator, pad).to(x.device), torch.tensor(fill, device=x.device), pad)
+
+
+def pad_of(shape: Sequence[int]) -> int:
+    """Width of the border that training images (channels, height, width) are cropped from: an eighth of the height, p3's 4 of 32."""
+    return max(shape[-2] // 8, 1)
 
 
 def draw_crops(n: int, generator: torch.Generator, pad: int = 4) -> Tensor:

@@ -72,6 +72,7 @@ class Stepper:
         self.draws = self.border = None
         if config.augment and resident:
             self.draws = torch.zeros(self.per_epoch, 3, rows, dtype=torch.int64, device=self.device)
+            self.pad = data.pad_of(train.x.shape)
             self.border = torch.tensor(data.SETS[config.dataset].black, device=self.device)
         self.losses = torch.zeros(self.per_epoch, len(self.seeds), dtype=torch.float64, device=self.device)
         self.feed: Iterator[tuple[Tensor, Tensor]] | None = None
@@ -103,7 +104,7 @@ class Stepper:
         else:
             self.feed = self.train.feed(index, config.seed, epoch, config.augment)
         if self.draws is not None:
-            draws = [data.draw_crops(n, generator(seed, "augment", epoch)).view(3, -1, config.batch) for seed in self.seeds]
+            draws = [data.draw_crops(n, generator(seed, "augment", epoch), self.pad).view(3, -1, config.batch) for seed in self.seeds]
             self.draws.copy_(torch.cat(draws, 2).transpose(0, 1))
         self.at.zero_()
         return self.per_epoch
@@ -135,7 +136,7 @@ class Stepper:
         rows = self.index.index_select(0, self.at)[0]
         x, y = self.train.x.index_select(0, rows), self.train.y.index_select(0, rows)  # on a CPU twice as fast as x[rows]
         if self.draws is not None:
-            x = data.crop(x, self.draws.index_select(0, self.at)[0], self.border)
+            x = data.crop(x, self.draws.index_select(0, self.at)[0], self.border, self.pad)
         self._learn(x, y)
 
     def _learn(self, x: Tensor, y: Tensor) -> None:

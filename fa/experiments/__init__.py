@@ -16,7 +16,7 @@ from .experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "Experiment", "MODES", "find", "plan"]
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (p3_fig2.EXPERIMENT, p3_fig3.EXPERIMENT, p3_fig4.EXPERIMENT, p3_fig5.STAND_IN, p3_fig5.EXPERIMENT, p3_sparse.EXPERIMENT, p3_beyond.EXPERIMENT, p3_beyond_cifar.SMALL, p3_beyond_cifar.EXPERIMENT, p3_table1.EXPERIMENT, x_precision.EXPERIMENT, x_precision.CIFAR)}
+EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (p3_fig2.EXPERIMENT, p3_fig3.EXPERIMENT, p3_fig4.EXPERIMENT, p3_fig4.SMALL, p3_fig5.STAND_IN, p3_fig5.EXPERIMENT, p3_sparse.EXPERIMENT, p3_beyond.EXPERIMENT, p3_beyond_cifar.SMALL, p3_beyond_cifar.EXPERIMENT, p3_table1.EXPERIMENT, x_precision.EXPERIMENT, x_precision.CIFAR)}
 """Name -> experiment."""
 
 
