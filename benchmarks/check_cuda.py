@@ -25,8 +25,11 @@ import torch
 from torch import Tensor
 from train import images, network, seconds, stepping, wait
 
-from fa import data, engine, experiments, stack, train
-from fa.train import Config
+from fa import experiments
+from fa.train import data, stack
+from fa.train import loop as train
+from fa.train import step as engine
+from fa.train.config import Config
 
 SAME, ROUNDED = 1e-5, 1e-2  # largest relative gaps of losses: by the same kernels; by others, at a low learning rate
 
@@ -40,7 +43,9 @@ def losses(configs: list[Config], device: str, captured: bool, compiled: bool) -
     same = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
     with engine.on(device), same, engine.stream(device):
         net, opt, nets = network(configs, device)
-        stepper = engine.Stepper(net, opt, config, split, compiled, captured and device == "cuda", [c.seed for c in configs])
+        stepper = engine.Stepper(
+            net, opt, config, split, compiled, captured and device == "cuda", [c.seed for c in configs]
+        )
         kept = [*net.parameters(), *(p for own in nets for p in own.parameters())]
         for epoch in (0, 1):
             run = stepper.epoch(epoch)
@@ -56,7 +61,9 @@ def losses(configs: list[Config], device: str, captured: bool, compiled: bool) -
                 stack.accuracies(net, runs, split)
             for own in nets:
                 train.measure(own, config, sets, 5, found={} if runs > 1 else None)
-            assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, kept)), "a measurement altered the network"
+            assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, kept)), (
+                "a measurement altered the network"
+            )
         return torch.cat(made).cpu()
 
 
@@ -81,10 +88,16 @@ def main() -> None:
     parser.add_argument("--experiment", default="p3_fig4")
     parser.add_argument("--mode", default="paper", choices=("quick", "paper"), help="of the experiment (default paper)")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--alternate", type=int, default=0, help="task-only steps after each mirror-only one (default 0: no phases)")
+    parser.add_argument(
+        "--alternate", type=int, default=0, help="task-only steps after each mirror-only one (default 0: no phases)"
+    )
     parser.add_argument("--compile", action="store_true", help="compare compiled and captured steps with eager ones")
-    parser.add_argument("--stack", type=int, default=0, help="compare a stack of so many seeds with each alone (default 0: do not)")
-    parser.add_argument("--tolerance", type=float, help=f"largest gap of a loss (default {SAME:g}; compiled or stacked {ROUNDED:g})")
+    parser.add_argument(
+        "--stack", type=int, default=0, help="compare a stack of so many seeds with each alone (default 0: do not)"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, help=f"largest gap of a loss (default {SAME:g}; compiled or stacked {ROUNDED:g})"
+    )
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wrong: dict[str, list[str]] = {}
@@ -101,7 +114,9 @@ def main() -> None:
         slow = replace(config, lr=config.lr * scale, feedback_lr=config.feedback_lr * scale)
         run, allowed = ([slow], ROUNDED) if args.compile else ([config], SAME)
         pair = losses(run, device, True, args.compile), losses(run, device, False, False)
-        text = gap(config.rule, "captured and eager losses differ; set FA_CAPTURE=0 to train without capture", *pair, allowed)
+        text = gap(
+            config.rule, "captured and eager losses differ; set FA_CAPTURE=0 to train without capture", *pair, allowed
+        )
         captured, eager, measuring = times(config, device, args.compile)
         reserved = torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else float("nan")
         print(f"{text}  step {1e3 * captured:.2f} ms captured, {1e3 * eager:.2f} ms eager  "
@@ -112,7 +127,13 @@ def main() -> None:
             runs = [replace(slow, seed=seed) for seed in range(args.stack)]
             alone = torch.cat([losses([one], device, False, False) for one in runs], 1)
             stacked = losses(runs, device, True, args.compile)
-            text = gap(config.rule, "stacked and single losses differ; set --together 1 to train without stacks", stacked, alone, ROUNDED)
+            text = gap(
+                config.rule,
+                "stacked and single losses differ; set --together 1 to train without stacks",
+                stacked,
+                alone,
+                ROUNDED,
+            )
             print(f"{text}  {args.stack} runs stacked, against each alone", flush=True)
     if wrong:
         raise SystemExit("\n".join(f"{', '.join(rules)}: {remedy}" for remedy, rules in wrong.items()))

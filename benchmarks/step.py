@@ -38,9 +38,9 @@ from torch import nn
 
 import fa
 from fa import models
-from fa.campaign import keep_pages
-from fa.records import environment
-from fa.train import parse_options
+from fa.provenance import environment
+from fa.results.runs import keep_pages
+from fa.train.config import parse_options
 
 RULES = "bp_again,fa,usf,frsf,brsf,kp,sa,pfa,pfa_o,dfa,dfa:tap=block,ia,aa,wm,wm:input=uniform"
 NO_BLOCKS = ("mlp", "lenet")  # networks on which tap=block has nothing to cut
@@ -149,19 +149,33 @@ def table(where: dict, results: dict, markdown: bool = False) -> str:
     for rule, r in results.items():
         (c1, c2, c3), (w1, w2, w3) = r["cpu"], r["wall"]
         memory = r["peak_mb"] / results["bp"]["peak_mb"] if r["peak_mb"] else float("nan")
-        rows.append((rule, f"{c2:.2f}", f"{c1:.2f} to {c3:.2f}", f"{w2:.2f}", f"{w1:.2f} to {w3:.2f}", f"{r['ms']:.1f}", f"{memory:.3f}"))
+        rows.append(
+            (
+                rule,
+                f"{c2:.2f}",
+                f"{c1:.2f} to {c3:.2f}",
+                f"{w2:.2f}",
+                f"{w1:.2f} to {w3:.2f}",
+                f"{r['ms']:.1f}",
+                f"{memory:.3f}",
+            )
+        )
     if markdown:
         rows = [[f"`{row[0]}`" if i else row[0], *row[1:]] for i, row in enumerate(rows)]
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         return "\n".join([head, "", lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
-    return "\n".join([head, *(f"{r[0]:18} {r[1]:>8} {r[2]:>14} {r[3]:>8} {r[4]:>14} {r[5]:>10} {r[6]:>7}" for r in rows)])
+    return "\n".join(
+        [head, *(f"{r[0]:18} {r[1]:>8} {r[2]:>14} {r[3]:>8} {r[4]:>14} {r[5]:>10} {r[6]:>7}" for r in rows)]
+    )
 
 
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", default="resnet20", help="mlp, lenet, resnet20, resnet56, resnet18 (default resnet20)")
-    parser.add_argument("--rules", help=f"comma separated; options as dfa:form=dense+classes=10; biotorch_fa, ... (default {RULES})")
+    parser.add_argument(
+        "--rules", help=f"comma separated; options as dfa:form=dense+classes=10; biotorch_fa, ... (default {RULES})"
+    )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=0, help="side of resnet18's images (default 224)")
     parser.add_argument("--rounds", type=int, default=20)
@@ -186,7 +200,9 @@ def main() -> None:
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # several networks share one process, and with it their code objects
     if args.device == "cuda" and not args.no_memory:
-        for rule in rules:  # what libraries take at their first call and keep, as cuBLAS its workspace, is no rule's own
+        for (
+            rule
+        ) in rules:  # what libraries take at their first call and keep, as cuBLAS its workspace, is no rule's own
             stepper(args, rule)()
     memory = {} if args.no_memory else {rule: peak(args, rule) for rule in rules}
     steps = {rule: stepper(args, rule) for rule in rules}

@@ -5,7 +5,7 @@
     python benchmarks/train.py --experiment p3_fig4 --device cpu --steps 4
 
 The runs are those of an experiment's paper mode, trained on random images of the data set's size: time does not depend on what they show.
-On CUDA runs at once share a process, as in a campaign: those that can be stacked (:mod:`fa.stack`) are one network, the others take
+On CUDA runs at once share a process, as in a campaign: those that can be stacked (:mod:`fa.train.stack`) are one network, the others take
 their steps in turn, each on a stream of its own. On the CPU each run has a process and one thread. Rules joined by "+" share the runs of a
 row evenly; what is counted of them, FLOPs, traffic and measurements, is the first one's. Beside them, in the same rounds, a plain
 PyTorch loop trains the same network by backprop: DataLoader, eager, float32, no feedback.
@@ -14,7 +14,7 @@ Utilisation is of ceilings measured here: the fastest large matrix product, and 
 backprop's forward and backward pass, whatever the rule. *Traffic* is every byte that the operations of a plain step would read and write
 if none were fused and nothing stayed in a cache; it may therefore exceed the ceiling. *A run* is all epochs of the recipe,
 where several are trained at once its share of the time; its measurements (accuracies, and at some epochs angles, as
-:func:`fa.train.watched` and :func:`fa.train.layer_epochs` say) are timed apart and added in the last column.
+:func:`fa.train.loop.watched` and :func:`fa.train.loop.layer_epochs` say) are timed apart and added in the last column.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fa import campaign, data, engine, experiments, stack, train
-from fa.records import environment
-from fa.train import Config
+from fa import experiments
+from fa.provenance import environment
+from fa.results import runs as campaign
+from fa.train import data, stack
+from fa.train import loop as train
+from fa.train import step as engine
+from fa.train.config import Config
 
 SIZES = {
     "mnist": (60_000, 0, 10_000, (1, 28, 28)), "cifar10": (45_000, 5_000, 10_000, (3, 32, 32)), "digits": (1_437, 0, 360, (1, 8, 8))
@@ -56,7 +60,9 @@ def images(dataset: str, device: str) -> data.Split:
     """Random images of the data set's number and shape."""
     n, _, _, shape = SIZES[dataset]
     gen = torch.Generator().manual_seed(0)
-    return data.Split(torch.randn(n, *shape, generator=gen).to(device), torch.randint(10, (n,), generator=gen).to(device))
+    return data.Split(
+        torch.randn(n, *shape, generator=gen).to(device), torch.randint(10, (n,), generator=gen).to(device)
+    )
 
 
 def network(configs: Sequence[Config], device: str) -> tuple[nn.Module, torch.optim.SGD, list[nn.Module]]:
@@ -80,14 +86,18 @@ def groups(configs: Sequence[Config], device: str) -> list[tuple[Config, ...]]:
     return [tuple(configs[i] for i in group) for group in alike]
 
 
-def stepping(configs: Sequence[Config], device: str, compiled: bool, capture: bool | None = None) -> Callable[[int], None]:
+def stepping(
+    configs: Sequence[Config], device: str, compiled: bool, capture: bool | None = None
+) -> Callable[[int], None]:
     """A function that takes so many steps of every run, its groups in turn, and waits for the device."""
     split, crew = images(configs[0].dataset, device), []
     for group in groups(configs, device):
         own, seeds = engine.stream(device), [config.seed for config in group]
         with own:
             net, opt, _ = network(group, device)
-            crew.append((own, endless(partial(engine.Stepper(net, opt, group[0], split, compiled, capture, seeds).epoch, 1))))
+            crew.append(
+                (own, endless(partial(engine.Stepper(net, opt, group[0], split, compiled, capture, seeds).epoch, 1)))
+            )
     wait(device)
 
     def steps(n: int) -> None:
@@ -171,7 +181,9 @@ def crew(configs: list[Config], compiled: bool, steps: int, rounds: int) -> Iter
     """Processes that wait; the function yielded lets each take its steps and says how long the slowest took."""
     context = multiprocessing.get_context("spawn")
     barrier, times = context.Barrier(len(configs) + 1), context.Queue()
-    members = [context.Process(target=_member, args=(c, compiled, steps, rounds, barrier, times), daemon=True) for c in configs]
+    members = [
+        context.Process(target=_member, args=(c, compiled, steps, rounds, barrier, times), daemon=True) for c in configs
+    ]
     for member in members:
         member.start()
 
@@ -236,7 +248,7 @@ def work_of(config: Config) -> tuple[float, float]:
     return flops.get_total_flops() / config.batch, traffic.bytes * element / 4 / config.batch
 
 
-@lru_cache(maxsize=None)
+@cache
 def measuring(group: tuple[Config, ...], device: str) -> float:
     """Seconds that the measurements of a whole run take, the first of a group of :func:`groups`."""
     config, runs = group[0], len(group)
@@ -269,12 +281,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", default="", help="whose runs (default: p3_fig4 on a GPU, p3_fig2 on a CPU)")
     parser.add_argument("--mode", default="paper", choices=("quick", "paper"), help="of the experiment (default paper)")
-    parser.add_argument("--rules", default="", help="comma separated; bp+fa: such runs side by side (default: the experiment's)")
+    parser.add_argument(
+        "--rules", default="", help="comma separated; bp+fa: such runs side by side (default: the experiment's)"
+    )
     parser.add_argument("--together", default="", help="runs at once, comma separated; fewer than a row's rules are left out "
                         "(default: 1,5,15 on a GPU, 1 and the cores on a CPU)")  # fmt: skip
     parser.add_argument("--precision", default="", help="float32, bfloat16, or both (default: the experiment's)")
     parser.add_argument("--compile", default="no", help="no, yes, or both (default no)")
-    parser.add_argument("--steps", type=int, default=0, help="steps of every run in a round (default: 200 on a GPU, 40 on a CPU)")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="steps of every run in a round (default: 200 on a GPU, 40 on a CPU)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -285,7 +301,9 @@ def main() -> None:
     numbers = [int(n) for n in words(args.together)] or ([1, 5, 15] if device == "cuda" else sorted({1, cores}))
     entries = [[rule.strip() for rule in entry.split("+")] for entry in words(args.rules)]
     first: dict[str, Config] = {}
-    for config in experiments.plan(name, args.mode, rules=",".join(dict.fromkeys(rule for entry in entries for rule in entry))):
+    for config in experiments.plan(
+        name, args.mode, rules=",".join(dict.fromkeys(rule for entry in entries for rule in entry))
+    ):
         first.setdefault(config.rule, config)
     entries = entries or [[rule] for rule in first]
     base, width = next(iter(first.values())), max(8, *(len("+".join(entry)) for entry in entries))
@@ -294,7 +312,18 @@ def main() -> None:
              "cores": cores}  # fmt: skip
     print(f"{name}: {base.model} on {base.dataset}, batch {base.batch}; torch {where['torch']}, "
           f"{where['gpu'] or where['cpu']}; medians of {args.rounds} rounds of {steps} steps")  # fmt: skip
-    head = ("rule", "precision", "compiled", "at once", "images/s", "to plain", "FLOPs", "traffic", "s a run", "measured")
+    head = (
+        "rule",
+        "precision",
+        "compiled",
+        "at once",
+        "images/s",
+        "to plain",
+        "FLOPs",
+        "traffic",
+        "s a run",
+        "measured",
+    )
     print(f"{{:{width}}} {{:9}} {{:8}} {{:>7}} {{:>10}} {{:>8}} {{:>6}} {{:>7}} {{:>8}} {{:>9}}".format(*head))
     with engine.on(device):
         ordinary = plain(base, device, workers=min(8, cores) if device == "cuda" else 0)

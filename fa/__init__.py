@@ -1,12 +1,12 @@
 """Learning without weight transport: every rule, on any network, and the papers' figures rebuilt."""
 
-from . import dfa  # noqa: F401  (registers "dfa")
-from .errors import UserError
-from .layers import convert, feedback_parameters, param_groups
-from .metrics import alignment, exact_backprop, feedback_weight, gradient_angles
-from .paths import ROOT
-from .rules import RULES, Rule
-from .steps import after_step
+from fa.errors import UserError
+from fa.layers import dfa  # noqa: F401  (registers "dfa")
+from fa.layers.convert import convert, feedback_parameters, param_groups
+from fa.layers.hooks import after_step
+from fa.metrics import alignment, exact_backprop, feedback_weight, gradient_angles
+from fa.paths import ROOT
+from fa.rules import RULES, Rule
 
 __all__ = [
     "ROOT", "RULES", "Rule", "UserError", "after_step", "alignment", "convert", "exact_backprop", "feedback_parameters",
@@ -16,7 +16,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name == "notebook":  # on demand: `import fa` and `fa run` need no notebook library
-        from .notebooks import notebook
+        from fa.results.page import notebook
 
         return notebook
     raise AttributeError(f"module 'fa' has no attribute {name!r}")

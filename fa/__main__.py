@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .errors import UserError
+from fa.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,8 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--workers", default="auto", help="processes (default: auto, one for each core)")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     run.add_argument("--add", action="store_true", help="train only what neither the run store nor data/records holds")
-    run.add_argument("--together", type=int, default=0, help="runs that a process trains at once (default: 1 on the CPU, else 15)")
-    run.add_argument("--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile (auto: on CUDA, if it can)")
+    run.add_argument(
+        "--together", type=int, default=0, help="runs that a process trains at once (default: 1 on the CPU, else 15)"
+    )
+    run.add_argument(
+        "--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile (auto: on CUDA, if it can)"
+    )
     run.add_argument("--dry-run", action="store_true", help="say what would be trained and for how long, and stop")
 
     collect = command("collect", _collect, "merge finished runs into the record data/records/EXPERIMENT.csv")
@@ -55,11 +59,19 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("--partial", action="store_true", help="although runs are missing; figures will say so")
 
     reproduce = command("reproduce", _reproduce, "run notebooks headless through papermill; outputs under build/")
-    reproduce.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="name or its beginning, e.g. 32 (default: all)")
-    reproduce.add_argument("--mode", default="quick", help="quick, record or paper (default: quick)")
-    reproduce.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a parameter")
     reproduce.add_argument(
-        "--grid", action="append", default=[], metavar="NAME=V1,V2", help="run once for each value; several: for each combination"
+        "notebooks", nargs="*", metavar="NOTEBOOK", help="name or its beginning, e.g. 32 (default: all)"
+    )
+    reproduce.add_argument("--mode", default="quick", help="quick, record or paper (default: quick)")
+    reproduce.add_argument(
+        "-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a parameter"
+    )
+    reproduce.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="NAME=V1,V2",
+        help="run once for each value; several: for each combination",
     )
     reproduce.add_argument("--add", action="store_true", help="in paper mode: train only what data/records lacks too")
     reproduce.add_argument("--jobs", type=int, default=2, help="notebooks at a time (default: 2)")
@@ -83,14 +95,15 @@ def _grid(parser: argparse.ArgumentParser) -> None:
 
 
 def _planned(args: argparse.Namespace) -> dict[str, list]:
-    from . import experiments
+    from fa import experiments
 
     common = dict(seeds=args.seeds, epochs=args.epochs, rules=args.rules, dataset=args.dataset)
     return {name: experiments.plan(name, args.mode, **common) for name in args.experiments}
 
 
 def _list(args: argparse.Namespace) -> int:
-    from . import campaign, experiments
+    from fa import experiments
+    from fa.results import runs as campaign
 
     for e in experiments.EXPERIMENTS.values():
         counts = []
@@ -102,7 +115,8 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from . import campaign, data
+    from fa.results import runs as campaign
+    from fa.train import data
 
     budget = campaign.seconds(args.budget) if args.budget else None
     planned = _planned(args)
@@ -112,7 +126,10 @@ def _run(args: argparse.Namespace) -> int:
         left = campaign.missing(runs, args.mode, held)
         print(f"{len(runs)} runs planned, {len(runs) - len(left)} finished, {len(left)} to train")
         for c in left:
-            print(f"  {c.run}  {c.experiment}  {c.rule}" + (f"  seed {c.seed}  {c.epochs} epochs" if hasattr(c, "seed") else ""))
+            print(
+                f"  {c.run}  {c.experiment}  {c.rule}"
+                + (f"  seed {c.seed}  {c.epochs} epochs" if hasattr(c, "seed") else "")
+            )
         print(campaign.forecast(left, args.mode, budget, args.workers, args.device))
         return 0
     for name in sorted({c.dataset for c in runs if hasattr(c, "dataset")}):
@@ -128,7 +145,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _collect(args: argparse.Namespace) -> int:
-    from . import ROOT, campaign
+    from fa.paths import ROOT
+    from fa.results import runs as campaign
 
     for name, configs in _planned(args).items():
         print(campaign.collect(name, args.mode, configs, args.partial).relative_to(ROOT))
@@ -136,7 +154,7 @@ def _collect(args: argparse.Namespace) -> int:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from . import batch
+    from fa.results import batch
 
     def pairs(items: list[str]) -> dict[str, str]:
         for item in items:
@@ -149,7 +167,8 @@ def _reproduce(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from . import ROOT, report
+    from fa.paths import ROOT
+    from fa.results import report
 
     for path in report.write():
         print(path.relative_to(ROOT))
@@ -157,7 +176,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _data(args: argparse.Namespace) -> int:
-    from . import data
+    from fa.train import data
 
     for name in args.download:
         data.download(name)
@@ -166,7 +185,7 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _cite(args: argparse.Namespace) -> int:
-    from . import notebooks
+    from fa.results import page as notebooks
 
     print(notebooks.cite(args.figure))
     return 0

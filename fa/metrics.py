@@ -14,9 +14,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
-from .feedback import Feedback, generator
-from .steps import converted
+from fa.errors import UserError
+from fa.layers.feedback import Feedback, generator
+from fa.layers.hooks import converted
 
 
 def angle(a: Tensor, b: Tensor) -> float:
@@ -45,7 +45,9 @@ def _table(rows: list[dict[str, object]], columns: list[str]) -> pd.DataFrame:
     """A table of rows that hold numbers as tensors, which are read from their device all at once."""
     values = [v for row in rows for v in row.values() if isinstance(v, Tensor)]
     numbers = iter(torch.stack(values).tolist() if values else [])
-    return pd.DataFrame([{k: next(numbers) if isinstance(v, Tensor) else v for k, v in row.items()} for row in rows], columns=columns)
+    return pd.DataFrame(
+        [{k: next(numbers) if isinstance(v, Tensor) else v for k, v in row.items()} for row in rows], columns=columns
+    )
 
 
 def feedback_weight(layer: nn.Module) -> Tensor:
@@ -56,7 +58,11 @@ def feedback_weight(layer: nn.Module) -> Tensor:
     """
     feedback = getattr(layer, "feedback", None)
     if not isinstance(feedback, Feedback):
-        why = "is under dfa, which has no kernel of its weight's shape" if feedback else "has no feedback; convert the network first"
+        why = (
+            "is under dfa, which has no kernel of its weight's shape"
+            if feedback
+            else "has no feedback; convert the network first"
+        )
         raise UserError(f"{type(layer).__name__} {why}")
     with torch.no_grad():
         return feedback.kernel(layer.weight).detach()
@@ -99,7 +105,7 @@ def matrices(layer: nn.Module) -> dict[str, Tensor]:
     fb = getattr(layer, "feedback", None)
     if fb is None:
         return {}
-    if fb.rule.sgd_only:
+    if fb.rule.needs_sgd:
         raise UserError("implicit feedback stores no R; convert with implicit=False")
     stored = {name: getattr(fb, name).detach() for name in ("B", "R") if hasattr(fb, name)}
     if not stored:
@@ -165,14 +171,14 @@ def nearest(a: Tensor, b: Tensor) -> float:
 @contextmanager
 def exact_backprop(net: nn.Module) -> Iterator[nn.Module]:
     """Within the block the network's backward pass is plain backprop, whatever its rule; feedback is left as it is."""
-    before = {layer.feedback: layer.feedback.exact for layer in converted(net).values()}
+    before = {layer.feedback: layer.feedback.use_backprop for layer in converted(net).values()}
     for feedback in before:
-        feedback.exact = True
+        feedback.use_backprop = True
     try:
         yield net
     finally:
         for feedback, exact in before.items():
-            feedback.exact = exact
+            feedback.use_backprop = exact
 
 
 def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> pd.DataFrame:
@@ -196,13 +202,20 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
     def backward() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         inputs, edges, handles = {}, {}, []
         for name, layer in layers.items():
+
             def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
                 inputs[name] = args[0].detach()
-                if out.requires_grad:  # its place in the graph, which stays the layer's own output where what follows works in place
+                if (
+                    out.requires_grad
+                ):  # its place in the graph, which stays the layer's own output where what follows works in place
                     edges[name] = torch.autograd.graph.get_gradient_edge(out)  # fmt: skip
+
             handles.append(layer.register_forward_hook(keep))
         try:
-            with torch.enable_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):  # both passes draw the same dropout
+            with (
+                torch.enable_grad(),
+                torch.random.fork_rng([x.device] if x.is_cuda else []),
+            ):  # both passes draw the same dropout
                 value = loss(net(x), y)
                 names = list(edges)
                 moving = [n for n in names if layers[n].held.requires_grad]

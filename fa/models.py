@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
-from .rules import fans, uniform
+from fa.errors import UserError
+from fa.rules import fans, uniform
 
 
 class MLP(nn.Module):
@@ -47,7 +47,9 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, runs: int = 1) -> None:
         super().__init__()
         self.lacking = lacking(inputs, outputs, runs)
-        self.conv1 = nn.Conv2d((inputs + self.lacking) * runs, outputs * runs, 3, stride, padding=1, groups=runs, bias=False)
+        self.conv1 = nn.Conv2d(
+            (inputs + self.lacking) * runs, outputs * runs, 3, stride, padding=1, groups=runs, bias=False
+        )
         self.bn1 = nn.BatchNorm2d(outputs * runs)
         self.conv2 = nn.Conv2d(outputs * runs, outputs * runs, 3, padding=1, groups=runs, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs * runs)
@@ -79,7 +81,7 @@ class ResNet(nn.Module):
     """The CIFAR ResNet of 6 n + 2 layers with option-A shortcuts; p3's network for CIFAR-10 is ``resnet(20)``.
 
     Args:
-        runs: so many networks side by side, in groups of channels that do not meet (default 1); see :mod:`fa.stack`.
+        runs: so many networks side by side, in groups of channels that do not meet (default 1); see :mod:`fa.train.stack`.
 
     Source: He et al. 2016, section 4.2; p3 (authors' code).
     """
@@ -128,7 +130,9 @@ def resnet18(classes: int = 1000) -> nn.Module:
     return theirs(num_classes=classes)
 
 
-def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] = (512, 512), runs: int = 1) -> nn.Module:
+def build(
+    name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] = (512, 512), runs: int = 1
+) -> nn.Module:
     """The network of that name for images of ``shape`` (channels, height, width); ``runs`` of them side by side, if a CIFAR ResNet.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .errors import UserError
+from fa.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -186,8 +186,22 @@ def curves(ax: Axes, data: pd.DataFrame, x: str, hue: str, palette: Mapping, val
 
 def published(ax: Axes, x, value, color, marker: str = "o", sd=None, size: float = 3.6, **kwargs) -> None:
     """The paper's values, always drawn alike: hollow markers on top, with ± 1 sd where the paper has it."""
-    ax.errorbar(x, value, yerr=sd, fmt=marker, mfc="white", mec=color, ecolor=color, ms=size, mew=0.8, elinewidth=0.7,
-                capsize=1.4, capthick=0.7, zorder=5, **kwargs)
+    ax.errorbar(
+        x,
+        value,
+        yerr=sd,
+        fmt=marker,
+        mfc="white",
+        mec=color,
+        ecolor=color,
+        ms=size,
+        mew=0.8,
+        elinewidth=0.7,
+        capsize=1.4,
+        capthick=0.7,
+        zorder=5,
+        **kwargs,
+    )
 
 
 def accuracy(
@@ -207,8 +221,13 @@ def accuracy(
     ax.set(xlabel=LABELS["epoch"], ylabel=LABELS[metric])
 
 
-def zoom(ax: Axes, table: pd.DataFrame, reference: pd.DataFrame | None = None, metric: str = "test_accuracy",
-         bounds: Sequence[float] = (0.37, 0.1, 0.61, 0.48)) -> Axes:
+def zoom(
+    ax: Axes,
+    table: pd.DataFrame,
+    reference: pd.DataFrame | None = None,
+    metric: str = "test_accuracy",
+    bounds: Sequence[float] = (0.37, 0.1, 0.61, 0.48),
+) -> Axes:
     """Inset of `accuracy`: the second half of training, at the height where rules differ; `bounds` in axes units."""
     inset = ax.inset_axes(bounds)
     accuracy(inset, table, reference, metric)
@@ -240,8 +259,16 @@ def finals(ax: Axes, table: pd.DataFrame, reference: pd.DataFrame | None = None,
         own, values = look(rule), data[data.rule == rule].value
         if len(values):
             ax.plot(np.full(len(values), i - 0.32), values, ".", color=own.color, ms=2.5, alpha=0.45, mew=0)
-            ax.errorbar(i - 0.1, values.mean(), yerr=values.std() if len(values) > 1 else None, fmt=own.marker,
-                        color=own.color, ms=3.8, elinewidth=0.9, capsize=1.6)
+            ax.errorbar(
+                i - 0.1,
+                values.mean(),
+                yerr=values.std() if len(values) > 1 else None,
+                fmt=own.marker,
+                color=own.color,
+                ms=3.8,
+                elinewidth=0.9,
+                capsize=1.6,
+            )
         theirs = ref[ref.rule == rule]
         if len(theirs):
             published(ax, i + 0.22, theirs.value, own.color, own.marker, sd=_sd(theirs))
@@ -292,8 +319,10 @@ def layer_grid(
 ) -> None:
     """`layers` for every rule, on p3's axes: panels "angle_deg RULE" hold the angles, "norm_ratio RULE" the ratios."""
     last = max((f.epoch.max() for f in (table, reference) if f is not None and len(f)), default=1)
-    rows = {"angle_deg": ("Angle to W (°)", (-5, 100), (0, 50, 100), 90),  # 90: as random vectors
-            "norm_ratio": ("Norm ratio to W", (0, 3), (0, 1, 2, 3), 1)}  # 1: as long as W
+    rows = {
+        "angle_deg": ("Angle to W (°)", (-5, 100), (0, 50, 100), 90),  # 90: as random vectors
+        "norm_ratio": ("Norm ratio to W", (0, 3), (0, 1, 2, 3), 1),
+    }  # 1: as long as W
     for metric, (label, limits, ticks, even) in rows.items():
         for rule in rules:
             ax, first, bottom = axes[f"{metric} {rule}"], rule == rules[0], metric == "norm_ratio"
@@ -305,7 +334,7 @@ def layer_grid(
             if not bottom:
                 ax.set_title(look(rule).label, color=look(rule).color, fontweight="bold")
     if rules:
-        shown = dict(list(colors.items())[::max(len(colors) // 4, 1)]) if len(colors) > 6 else colors
+        shown = dict(list(colors.items())[:: max(len(colors) // 4, 1)]) if len(colors) > 6 else colors
         paper = reference is not None and len(reference) > 0
         axes[f"norm_ratio {rules[-1]}"].legend(handles=key(shown, paper), loc="upper right")
 
@@ -323,10 +352,21 @@ def over_layers(table: pd.DataFrame, metric: str, reference: pd.DataFrame | None
     """
     data = table[(table.metric == metric) & (table.layer != "")]
     by_seed = data[data.epoch == data.epoch.max()].groupby(["rule", "seed"]).value.agg(["mean", "min", "max"])
-    ours, names = by_seed.groupby("rule").mean(), {f"{k}_{metric}": v for k, v in zip(("mean", "min", "max"), ("paper", "from", "to"))}
-    theirs = reference[reference.metric.isin(list(names))] if reference is not None else pd.DataFrame({"rule": [], "epoch": [], "metric": [], "value": []})
+    ours, names = (
+        by_seed.groupby("rule").mean(),
+        {f"{k}_{metric}": v for k, v in zip(("mean", "min", "max"), ("paper", "from", "to"))},
+    )
+    theirs = (
+        reference[reference.metric.isin(list(names))]
+        if reference is not None
+        else pd.DataFrame({"rule": [], "epoch": [], "metric": [], "value": []})
+    )
     theirs = theirs[theirs.epoch == theirs.groupby("rule").epoch.transform("max")]
-    theirs = theirs.pivot(index="rule", columns="metric", values="value").rename(columns=names).reindex(columns=list(names.values()))
+    theirs = (
+        theirs.pivot(index="rule", columns="metric", values="value")
+        .rename(columns=names)
+        .reindex(columns=list(names.values()))
+    )
     both = ours.join(theirs, how="outer").rename_axis("rule")
     return both.loc[in_order(both.index)].astype(float)
 
@@ -350,10 +390,26 @@ def by_depth(
         of = data[data.rule == rule].groupby("layer").value.agg(["mean", "std"])
         if len(of):
             of = of.loc[[n for n in names if n in of.index]]
-            ax.errorbar([place[n] for n in of.index], of["mean"], of["std"], color=own.color, marker=own.marker, ms=2.2, lw=0.8,
-                        elinewidth=0.6)
-            ax.errorbar(at, row["mean"], [[row["mean"] - row["min"]], [row["max"] - row["mean"]]], fmt=own.marker, color=own.color,
-                        ms=3.4, elinewidth=0.8, capsize=1.4)
+            ax.errorbar(
+                [place[n] for n in of.index],
+                of["mean"],
+                of["std"],
+                color=own.color,
+                marker=own.marker,
+                ms=2.2,
+                lw=0.8,
+                elinewidth=0.6,
+            )
+            ax.errorbar(
+                at,
+                row["mean"],
+                [[row["mean"] - row["min"]], [row["max"] - row["mean"]]],
+                fmt=own.marker,
+                color=own.color,
+                ms=3.4,
+                elinewidth=0.8,
+                capsize=1.4,
+            )
         if reference is not None:
             known = reference[(reference.rule == rule) & (reference.metric == metric) & reference.layer.isin(names)]
             published(ax, known.layer.map(place), known.value, own.color, own.marker, size=3.2)
@@ -374,7 +430,17 @@ def rule_key(ax: Axes, rules: Sequence[str], **kwargs) -> None:
     rules = in_order(rules)
     handles = key({look(r).label: look(r).color for r in rules})
     above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.3, "borderpad": 0}
-    ax.legend(handles=handles, **{**above, "ncols": max(len(rules), 1), "handlelength": 0.9, "columnspacing": 0.8, "handletextpad": 0.3, **kwargs})
+    ax.legend(
+        handles=handles,
+        **{
+            **above,
+            "ncols": max(len(rules), 1),
+            "handlelength": 0.9,
+            "columnspacing": 0.8,
+            "handletextpad": 0.3,
+            **kwargs,
+        },
+    )
 
 
 def spread(ax: Axes, table: pd.DataFrame, x: str, mean: str, sd: str, color) -> None:
@@ -416,10 +482,12 @@ def expansion_axes(axes: Mapping[str, Axes], colors: Mapping[float, object], rec
         ax.axhline(1 if name == "a" else 0, color=orthogonal.color, ls=(0, (3, 3)), lw=1, zorder=3)
         ax.set(xscale="log", xlim=(0.93, 108), xlabel=LABELS["expansion"])
         ax.set(xticks=(1, 10, 100), xticklabels=("1", "10", "100"), **(eigenvalues if name == "a" else angles))
-    marks = [Line2D([], [], color=random.color, label=random.label),
-             Line2D([], [], color=orthogonal.color, ls="--", label=orthogonal.label),
-             Line2D([], [], color="0.2", ls=":", lw=0.8, label="theory"),
-             Line2D([], [], ls="", marker="o", mfc="white", mec="0.35", mew=0.8, ms=3, label="authors' recipe")]
+    marks = [
+        Line2D([], [], color=random.color, label=random.label),
+        Line2D([], [], color=orthogonal.color, ls="--", label=orthogonal.label),
+        Line2D([], [], color="0.2", ls=":", lw=0.8, label="theory"),
+        Line2D([], [], ls="", marker="o", mfc="white", mec="0.35", mew=0.8, ms=3, label="authors' recipe"),
+    ]
     axes["a"].legend(handles=marks if recipe else marks[:-1], loc="upper right")
     sparse = key({f"{d:g}": c for d, c in reversed(colors.items())})
     axes["c"].legend(handles=sparse, title=r"density $d$", title_fontsize=6.5, loc="upper right")

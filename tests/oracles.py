@@ -145,7 +145,9 @@ def check(layer, x, rule, options, seed=1):
     W0 = layer.weight.detach().clone()
     fa.convert(layer, rule, seed=seed, **options)
     with torch.no_grad():
-        layer.weight.add_(randn(*W0.shape, seed=7) * W0.abs().mean() / 2)  # a weight that is no longer what it was at conversion
+        layer.weight.add_(
+            randn(*W0.shape, seed=7) * W0.abs().mean() / 2
+        )  # a weight that is no longer what it was at conversion
     stock = add_bias(layer, plain(layer)(x, layer.weight)).detach()
     dy = randn(*stock.shape, seed=11)
     got = under_rule(layer, x, dy)

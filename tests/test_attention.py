@@ -6,11 +6,11 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import apart, cosine, fixed_weights, grads, randn
 from torch import nn
 
 import fa
-from fa.steps import converted
+from fa.layers.hooks import converted
+from oracles import apart, cosine, fixed_weights, grads, randn
 
 E, HEADS, N, T, S = 8, 2, 3, 4, 5  # embedding, heads, samples, queries, keys
 
@@ -85,7 +85,9 @@ def test_values_without_a_batch(mask, weights):
     assert_same(ours(*qkv, **masks[mask], **WEIGHTS[weights]), theirs(*qkv, **masks[mask], **WEIGHTS[weights]))
 
 
-@pytest.mark.parametrize("options", [{"kdim": 6, "vdim": 10}, {"kdim": 6}, {"bias": False}, {"kdim": 6, "vdim": 8, "bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"kdim": 6, "vdim": 10}, {"kdim": 6}, {"bias": False}, {"kdim": 6, "vdim": 8, "bias": False}], ids=str
+)
 def test_values_and_gradients_of_every_kind(options):
     theirs, qkv = attention(**options), inputs(True, options.get("kdim", E), options.get("vdim", E))
     ours = matched(fa.convert(copy.deepcopy(theirs), "fa"))
@@ -164,11 +166,17 @@ def classifier(**options):
     return net, randn(6, T, E, seed=5), torch.arange(6) % 3
 
 
-LAYERS = [f"encoder.layers.{i}.{n}" for i in (0, 1) for n in (*(f"self_attn.{p}" for p in ("q", "k", "v", "out_proj")), "linear1", "linear2")]
+LAYERS = [
+    f"encoder.layers.{i}.{n}"
+    for i in (0, 1)
+    for n in (*(f"self_attn.{p}" for p in ("q", "k", "v", "out_proj")), "linear1", "linear2")
+]
 
 
 @pytest.mark.parametrize("rule", ["fa", "kp", "sa"])
-@pytest.mark.parametrize("options", [{}, {"norm_first": True}, {"batch_first": False}, {"activation": "gelu", "bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"norm_first": True}, {"batch_first": False}, {"activation": "gelu", "bias": False}], ids=str
+)
 def test_transformer_with_matched_feedback_is_backprop(rule, options):
     net, x, y = classifier(**options)
     x = x if options.get("batch_first", True) else x.transpose(0, 1)
@@ -186,7 +194,11 @@ def test_masked_transformer_with_matched_feedback_is_backprop():
     masks = dict(mask=causal(T, T), src_key_padding_mask=torch.arange(T) >= torch.tensor([4, 3, 2, 4, 1, 4])[:, None])
     for m in (net, ours):
         F.cross_entropy(m(x, **masks), y).backward()
-    assert all(apart(ours.get_parameter(n).grad, p.grad) <= 1e-11 for n, p in net.named_parameters() if p.grad.abs().max() > 1e-9)
+    assert all(
+        apart(ours.get_parameter(n).grad, p.grad) <= 1e-11
+        for n, p in net.named_parameters()
+        if p.grad.abs().max() > 1e-9
+    )
     net.eval(), ours.eval()
     with torch.no_grad():  # torch's fast path
         assert apart(ours(x, **masks), net(x, **masks)) <= 1e-12
@@ -291,7 +303,9 @@ def test_skip_and_refusals():
     net, x, y = classifier()
     want = grads(copy.deepcopy(net), x, y)
     fa.convert(net, "fa", skip=["encoder.layers.0.self_attn"])
-    assert list(converted(net)) == [*LAYERS[4:], "fc"] and type(net.encoder.layers[0].self_attn) is nn.MultiheadAttention
+    assert (
+        list(converted(net)) == [*LAYERS[4:], "fc"] and type(net.encoder.layers[0].self_attn) is nn.MultiheadAttention
+    )
     got = grads(matched(net), x, y)
     assert all((got[n] - g).abs().max() <= 1e-12 for n, g in want.items())
     for options in ({"add_bias_kv": True}, {"add_zero_attn": True}):

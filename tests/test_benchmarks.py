@@ -21,7 +21,9 @@ MB = 1e6
 
 def settings(**changes):
     """What the command line hands on."""
-    return argparse.Namespace(**({"net": "resnet20", "size": 0, "batch": 16, "device": "cpu", "compile": False, "bf16": False} | changes))
+    return argparse.Namespace(
+        **({"net": "resnet20", "size": 0, "batch": 16, "device": "cpu", "compile": False, "bf16": False} | changes)
+    )
 
 
 # ------------------------------------------------------------------------------------------ peak memory
@@ -74,7 +76,10 @@ def test_peak_memory_of_a_linear_step_by_hand():
 @pytest.fixture(scope="module")
 def peaks():
     """Peak memory of a step of ResNet-20, in MB."""
-    return {rule: step.peak(settings(), rule) for rule in ("bp", "bp_again", "fa", "usf", "frsf", "brsf", "dfa", "dfa:tap=block", "kp", "pfa_o")}
+    return {
+        rule: step.peak(settings(), rule)
+        for rule in ("bp", "bp_again", "fa", "usf", "frsf", "brsf", "dfa", "dfa:tap=block", "kp", "pfa_o")
+    }
 
 
 def test_peak_memory_is_exact(peaks):
@@ -89,7 +94,9 @@ def test_fixed_feedback_needs_at_most_5_percent_more_memory_than_backprop(peaks,
 @pytest.mark.parametrize("rule", ["kp", "pfa_o"])
 def test_learned_feedback_needs_its_tensors_their_gradients_and_momenta_and_little_more(peaks, rule):
     """B, its gradient and its momentum, each of the weights' size (270896 in ResNet-20's layers), and for pfa_o the fixed matrices."""
-    weights = sum(m.weight.numel() for m in step.network("resnet20")[0].modules() if hasattr(m, "weight") and m.weight.dim() > 1)
+    weights = sum(
+        m.weight.numel() for m in step.network("resnet20")[0].modules() if hasattr(m, "weight") and m.weight.dim() > 1
+    )
     more = peaks[rule] - peaks["bp"]
     assert 2 * 4 * weights / MB < more < 4.5 * 4 * weights / MB
 
@@ -126,7 +133,20 @@ def test_results_are_printed_again_from_their_file(tmp_path, capsys, monkeypatch
 
 def test_a_measurement_from_end_to_end(tmp_path, capsys, monkeypatch):
     path = tmp_path / "new" / "r.json"
-    arguments = ["--net", "mlp", "--batch", "8", "--rounds", "3", "--threads", "1", "--rules", "bp_again,fa,pfa:implicit=true+expansion=2", "--json", str(path)]
+    arguments = [
+        "--net",
+        "mlp",
+        "--batch",
+        "8",
+        "--rounds",
+        "3",
+        "--threads",
+        "1",
+        "--rules",
+        "bp_again,fa,pfa:implicit=true+expansion=2",
+        "--json",
+        str(path),
+    ]
     threads = torch.get_num_threads()
     monkeypatch.setattr("sys.argv", ["step.py", *arguments])
     monkeypatch.setattr(step, "keep_pages", lambda: None)  # of the process that measures
@@ -135,8 +155,13 @@ def test_a_measurement_from_end_to_end(tmp_path, capsys, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     data = json.loads(path.read_text())
-    assert list(data["results"]) == ["bp", "bp_again", "fa", "pfa:implicit=true+expansion=2"] and data["where"]["torch"] == torch.__version__
-    assert data["results"]["bp"]["cpu"] == [1, 1, 1] and all(r["ms"] > 0 and r["peak_mb"] > 0 for r in data["results"].values())
+    assert (
+        list(data["results"]) == ["bp", "bp_again", "fa", "pfa:implicit=true+expansion=2"]
+        and data["where"]["torch"] == torch.__version__
+    )
+    assert data["results"]["bp"]["cpu"] == [1, 1, 1] and all(
+        r["ms"] > 0 and r["peak_mb"] > 0 for r in data["results"].values()
+    )
     assert capsys.readouterr().out == step.table(**data) + "\n"
 
 
@@ -186,7 +211,9 @@ def test_a_stack_is_stepped_and_measured_as_one(benchmark, monkeypatch):
     step, accuracies = train.engine.Stepper.step, train.stack.accuracies
     monkeypatch.setattr(train, "groups", lambda configs, device: groups(configs, "cuda"))
     monkeypatch.setattr(train.engine.Stepper, "step", lambda self: seen.append(self.seeds) or step(self))
-    monkeypatch.setattr(train.stack, "accuracies", lambda net, n, split: seen.append((n, len(split))) or accuracies(net, n, split))
+    monkeypatch.setattr(
+        train.stack, "accuracies", lambda net, n, split: seen.append((n, len(split))) or accuracies(net, n, split)
+    )
     train.stepping(runs, "cpu", False)(2)
     assert seen == [(0, 1, 2, 3)] * 2
     monkeypatch.setattr(train, "seconds", lambda work: work() and 7.0)
@@ -217,7 +244,9 @@ def test_the_check_of_a_gpu_runs_on_a_cpu(benchmark, capsys):
 
 def test_the_check_of_a_gpu_finds_a_difference(benchmark, capsys, monkeypatch):
     check = benchmark("check_cuda")
-    monkeypatch.setattr(check, "losses", lambda configs, device, captured, compiled: torch.ones(16, len(configs)) + 0.02 * captured)
+    monkeypatch.setattr(
+        check, "losses", lambda configs, device, captured, compiled: torch.ones(16, len(configs)) + 0.02 * captured
+    )
     monkeypatch.setattr(check, "times", lambda *args: (0.0, 0.0, 0.0))
     with pytest.raises(SystemExit, match="(?s)bp, kp: captured and eager .*bp, kp: stacked and single"):
         benchmark("check_cuda", "--mode quick --rules bp,kp --stack 2")
@@ -236,7 +265,10 @@ def test_committed_results(path):
     data = json.loads(path.read_text())
     where, results = data["where"], data["results"]
     assert all(where[k] for k in ("torch", "python", "cpu", "system", "commit", "threads", "rounds", "batch", "device"))
-    assert path.stem == f"step_{where['net']}_{'compiled' if where['compile'] else 'eager'}_{'gpu' if where['gpu'] else 'cpu'}"
+    assert (
+        path.stem
+        == f"step_{where['net']}_{'compiled' if where['compile'] else 'eager'}_{'gpu' if where['gpu'] else 'cpu'}"
+    )
     assert results["bp"]["cpu"] == [1, 1, 1] and "bp_again" in results
     for rule, r in results.items():
         for low, middle, high in (r["cpu"], r["wall"]):

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fa import claims, experiments
+from fa import experiments
 from fa.experiments import p3_beyond, p3_beyond_cifar
-from fa.train import seed_network, train
+from fa.results import claims
+from fa.train.loop import seed_network, train
 
 
 def recurrence(config, steps: int) -> list[float]:
@@ -112,7 +113,9 @@ def test_the_resnet8_grid_is_the_same_recipe_with_fewer_layers() -> None:
     for deep in experiments.plan("p3_beyond_cifar", "paper", rules="pfa_o"):
         same = replace(deep, experiment="p3_beyond_resnet8", model="resnet8", epochs=10, lr_drops="4,6,8")
         assert same in runs
-    assert sorted({c.rule_options["expansion"] for c in runs if c.rule == "pfa"}) == list(p3_beyond_cifar.SMALL_EXPANSIONS)
+    assert sorted({c.rule_options["expansion"] for c in runs if c.rule == "pfa"}) == list(
+        p3_beyond_cifar.SMALL_EXPANSIONS
+    )
 
 
 DEEP = [("p3_beyond_cifar", 20, size) for size in p3_beyond_cifar.EXPANSIONS]

@@ -12,8 +12,12 @@ import pytest
 
 import fa
 from fa import __main__ as command
-from fa import campaign, engine, experiments, records, train
-from fa.records import Folder
+from fa import experiments
+from fa.results import records
+from fa.results import runs as campaign
+from fa.results.records import Folder
+from fa.train import loop as train
+from fa.train import step as engine
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +29,10 @@ def store(tmp_path, monkeypatch):
 
 
 def plan(rules="bp,pfa", seeds=1, epochs=2):
-    return [replace(c, hidden="16,16") for c in experiments.plan("p3_fig2", "quick", seeds=seeds, epochs=epochs, rules=rules)]
+    return [
+        replace(c, hidden="16,16")
+        for c in experiments.plan("p3_fig2", "quick", seeds=seeds, epochs=epochs, rules=rules)
+    ]
 
 
 def run(configs, **options):
@@ -308,7 +315,9 @@ def test_bad_input_is_one_sentence_and_exit_status_2(case, monkeypatch, capsys, 
 def test_bad_input_from_the_shell(tmp_path):
     def fa_(*arguments):
         env = os.environ | {"FA_RUNS": str(tmp_path / "runs")}
-        return subprocess.run([sys.executable, "-m", "fa", *arguments], cwd=fa.ROOT, env=env, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-m", "fa", *arguments], cwd=fa.ROOT, env=env, capture_output=True, text=True
+        )
 
     bad = fa_("run", "p3_fig2", "--rules", "pfaa")
     assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1) and "pfa_o" in bad.stderr
@@ -320,7 +329,11 @@ def test_bad_input_from_the_shell(tmp_path):
 def test_dry_run_writes_nothing(capsys, tmp_path):
     assert command.main(["run", "p3_fig2", "--mode", "quick", "--rules", "bp,pfa", "--seeds", "1", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("2 runs planned, 0 finished, 2 to train") and out.endswith("nothing like them has been trained here yet\n") and out.count("\n") == 4
+    assert (
+        out.startswith("2 runs planned, 0 finished, 2 to train")
+        and out.endswith("nothing like them has been trained here yet\n")
+        and out.count("\n") == 4
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa
-from fa import circuits, plot, records
-from fa.feedback import generator
+from fa import plot
+from fa import probes as circuits
+from fa.layers.feedback import generator
+from fa.results import records
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,9 @@ def test_scrambling_keeps_one_half_of_a_weight_and_mixes_the_other():
     W, gen = randn(30, 20), generator(0, "test")
     signs, sizes = circuits.scramble(W, "sign", gen), circuits.scramble(W, "magnitude", gen)
     assert torch.equal(signs.abs(), W.abs()) and 0.4 < (signs.sign() == W.sign()).double().mean() < 0.6
-    assert torch.equal(sizes.sign(), W.sign()) and torch.equal(sizes.abs().flatten().sort()[0], W.abs().flatten().sort()[0])
+    assert torch.equal(sizes.sign(), W.sign()) and torch.equal(
+        sizes.abs().flatten().sort()[0], W.abs().flatten().sort()[0]
+    )
     assert (sizes != W).double().mean() > 0.9
     with pytest.raises(fa.UserError, match="unknown part 'size' of a weight; known: sign, magnitude"):
         circuits.scramble(W, "size", gen)
@@ -126,7 +130,9 @@ def test_passes_that_noise_drives():
         before = copy.deepcopy(net.state_dict())
         assert circuits.noise_passes(net, x, e) == share, rule
         assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
-        assert all("forward" not in vars(m.feedback.op) for m in net if hasattr(getattr(m, "feedback", None), "op")), "no counter is left"
+        assert all("forward" not in vars(m.feedback.op) for m in net if hasattr(getattr(m, "feedback", None), "op")), (
+            "no counter is left"
+        )
 
 
 def test_reciprocal_synapses():
@@ -137,7 +143,9 @@ def test_reciprocal_synapses():
         assert found(rule) == {("0", "B"): 1, ("2", "B"): 1}
     assert found("kp", density=0.5) == {("0", "B"): 1, ("2", "B"): 1}, "synapses that do not exist are not tried"
     assert found("usf") == {("0", "K"): 1, ("2", "K"): 1} and found("bp") == {("0", "W"): 1, ("2", "W"): 1}
-    assert found("dfa") == {("0", "B"): 0, ("2", "B"): 1}, "the error comes from the last layer's own neurons only in the last layer"
+    assert found("dfa") == {("0", "B"): 0, ("2", "B"): 1}, (
+        "the error comes from the last layer's own neurons only in the last layer"
+    )
     for rule in ("pfa", "pfa_o"):
         assert set(found(rule).values()) == {0} and set(found(rule)) == {(n, m) for n in "02" for m in "BR"}
     net = mlp("kp")
@@ -194,7 +202,11 @@ def test_every_panel_shows_its_circuit():
         c, texts = circuits.circuit(name), [t.get_text() for t in ax.texts]
         assert plot.look(name).label in texts and circuits.equation(name) in texts
         assert len(red(ax)) == bool(c.transported), "weight transport is drawn where the code reads W"
-        styles = {line.get_linestyle() for line in ax.lines if line.get_color() == (plot.look(name).color if name != "bp" else "0.15")}
+        styles = {
+            line.get_linestyle()
+            for line in ax.lines
+            if line.get_color() == (plot.look(name).color if name != "bp" else "0.15")
+        }
         assert ("--" in styles) == ("fixed" in c.feedback.values()), "dashed synapses are the fixed ones"
         assert (":" in styles) == ("copied" in c.feedback.values())
         assert (r"$\lambda\,n_\mathrm{out}$" in texts) == c.population
@@ -212,7 +224,9 @@ def test_the_drawing_is_legible_and_lies_on_its_page():
             for text in ax.texts:
                 assert text.get_fontsize() >= 6.5, text.get_text()
                 box = text.get_window_extent()
-                assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, text.get_text()
+                assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, (
+                    text.get_text()
+                )
 
 
 def test_a_readers_own_rule_is_drawn_as_its_code_behaves(monkeypatch):

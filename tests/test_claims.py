@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fa import claims, criteria, records
 from fa.errors import UserError
+from fa.results import claims, criteria, records
 
 BP, FA = [98.0, 98.2, 98.4], [97.5, 98.1, 97.8]  # by seed; means 98.2 and 97.8, sds 0.2 and 0.3
 ANGLES = {"fc1": 20.0, "fc": 30.0}
@@ -28,16 +28,26 @@ def table() -> pd.DataFrame:
             for epoch in range(3):
                 for depth, (layer, angle) in enumerate(ANGLES.items(), 1):
                     at = key | {"epoch": epoch, "layer": layer, "depth": depth}
-                    rows += [at | {"metric": m, "value": v} for m, v in
-                             (("angle_deg", angle - epoch + seed), ("norm_ratio", 0.5), ("weight_norm", 2.0))]
+                    rows += [
+                        at | {"metric": m, "value": v}
+                        for m, v in (("angle_deg", angle - epoch + seed), ("norm_ratio", 0.5), ("weight_norm", 2.0))
+                    ]
     return pd.DataFrame(rows)
 
 
 def sidecar(**changes: object) -> dict:
-    configs = {f"{rule}{seed}": {"dataset": "mnist", "rule": rule, "seed": seed, "epochs": 2}
-               for rule in ("bp", "fa") for seed in range(3)}
-    return {"partial": False, "planned": 6, "finished": 6, "configs": configs,
-            "status": {run: {"state": "finished"} for run in configs}} | changes
+    configs = {
+        f"{rule}{seed}": {"dataset": "mnist", "rule": rule, "seed": seed, "epochs": 2}
+        for rule in ("bp", "fa")
+        for seed in range(3)
+    }
+    return {
+        "partial": False,
+        "planned": 6,
+        "finished": 6,
+        "configs": configs,
+        "status": {run: {"state": "finished"} for run in configs},
+    } | changes
 
 
 REFERENCE = pd.DataFrame([
@@ -51,16 +61,34 @@ REFERENCE = pd.DataFrame([
 
 
 def claim(criterion: str, target: str = "none", tolerance: str = "none", n_min: str = "3") -> claims.Claim:
-    row = dict.fromkeys(claims.COLUMNS, "x") | {"id": "c1", "criterion": criterion, "target": target,
-                                                "tolerance": tolerance, "n_min": n_min}
+    row = dict.fromkeys(claims.COLUMNS, "x") | {
+        "id": "c1",
+        "criterion": criterion,
+        "target": target,
+        "tolerance": tolerance,
+        "n_min": n_min,
+    }
     return claims._compile(row)
 
 
-def judge(criterion: str, target: str = "none", tolerance: str = "none", n_min: str = "3",
-          data: pd.DataFrame | None = None, beside: dict | None = None, planned: list[dict] | None = None,
-          due: pd.DataFrame | None = None) -> dict:
-    return claims.judge(claim(criterion, target, tolerance, n_min), table() if data is None else data, REFERENCE,
-                        beside or sidecar(), planned, due)
+def judge(
+    criterion: str,
+    target: str = "none",
+    tolerance: str = "none",
+    n_min: str = "3",
+    data: pd.DataFrame | None = None,
+    beside: dict | None = None,
+    planned: list[dict] | None = None,
+    due: pd.DataFrame | None = None,
+) -> dict:
+    return claims.judge(
+        claim(criterion, target, tolerance, n_min),
+        table() if data is None else data,
+        REFERENCE,
+        beside or sidecar(),
+        planned,
+        due,
+    )
 
 
 def measured(number: str) -> criteria.Value:
@@ -69,24 +97,32 @@ def measured(number: str) -> criteria.Value:
     return compiler.number(compiler.parse(number))(criteria.Scope(table(), REFERENCE, sidecar()))
 
 
-@pytest.mark.parametrize("number, mean, sd, n", [
-    ("mean(test_accuracy, rule=bp, epoch=last)", 98.2, 0.2, 3),
-    ("mean(test_accuracy, rule=fa, epoch=last)", 97.8, 0.3, 3),
-    ("mean(test_accuracy, rule=bp, epoch=1)", 97.2, 0.2, 3),
-    ("mean(test_accuracy, rule=bp, epoch=[1, 2])", 97.7, 0.2, 3),
-    ("mean(test_accuracy, rule=bp, epoch=last, seed=[0, 1])", 98.1, math.sqrt(0.02), 2),
-    ("best(test_accuracy, rule=bp)", 98.2, 0.2, 3),
-    ("max(test_accuracy, rule=bp, epoch=1)", 97.2, 0.2, 3),
-    ("min(angle_deg, rule=fa, layer=fc1, epoch=all)", 19.0, 1.0, 3),
-    ("mean(angle_deg, rule=fa, layer=all, epoch=0)", 26.0, 1.0, 3),
-    ('mean(angle_deg, rule="fa", layer="fc", epoch=0)', 31.0, 1.0, 3),
-    ("paired(test_accuracy, rule=fa, minus=bp, epoch=last)", -0.4, math.sqrt(0.07), 3),  # -0.5, -0.1, -0.6
-    ("mean(test_accuracy, rule=fa, epoch=2) - mean(test_accuracy, rule=bp, epoch=2)", -0.4, math.hypot(0.2, 0.3), 3),
-    ("-2 * mean(test_accuracy, rule=bp, epoch=last) / 4 + 1", -48.1, 0.1, 3),
-    ("ref(test_accuracy, rule=bp, epoch=last)", 98.3, 0, math.inf),
-    ("ref(best, rule=bp)", 98.5, 0, math.inf),
-    ("sqrt(4) + 1e-3", 2.001, 0, math.inf),
-])
+@pytest.mark.parametrize(
+    "number, mean, sd, n",
+    [
+        ("mean(test_accuracy, rule=bp, epoch=last)", 98.2, 0.2, 3),
+        ("mean(test_accuracy, rule=fa, epoch=last)", 97.8, 0.3, 3),
+        ("mean(test_accuracy, rule=bp, epoch=1)", 97.2, 0.2, 3),
+        ("mean(test_accuracy, rule=bp, epoch=[1, 2])", 97.7, 0.2, 3),
+        ("mean(test_accuracy, rule=bp, epoch=last, seed=[0, 1])", 98.1, math.sqrt(0.02), 2),
+        ("best(test_accuracy, rule=bp)", 98.2, 0.2, 3),
+        ("max(test_accuracy, rule=bp, epoch=1)", 97.2, 0.2, 3),
+        ("min(angle_deg, rule=fa, layer=fc1, epoch=all)", 19.0, 1.0, 3),
+        ("mean(angle_deg, rule=fa, layer=all, epoch=0)", 26.0, 1.0, 3),
+        ('mean(angle_deg, rule="fa", layer="fc", epoch=0)', 31.0, 1.0, 3),
+        ("paired(test_accuracy, rule=fa, minus=bp, epoch=last)", -0.4, math.sqrt(0.07), 3),  # -0.5, -0.1, -0.6
+        (
+            "mean(test_accuracy, rule=fa, epoch=2) - mean(test_accuracy, rule=bp, epoch=2)",
+            -0.4,
+            math.hypot(0.2, 0.3),
+            3,
+        ),
+        ("-2 * mean(test_accuracy, rule=bp, epoch=last) / 4 + 1", -48.1, 0.1, 3),
+        ("ref(test_accuracy, rule=bp, epoch=last)", 98.3, 0, math.inf),
+        ("ref(best, rule=bp)", 98.5, 0, math.inf),
+        ("sqrt(4) + 1e-3", 2.001, 0, math.inf),
+    ],
+)
 def test_statistics_by_hand(number: str, mean: float, sd: float, n: float) -> None:
     value = measured(number)
     assert (value.mean, value.sd, value.n) == (pytest.approx(mean), pytest.approx(sd), n)
@@ -131,8 +167,10 @@ def test_verdicts(criterion: str, verdict: str) -> None:
 
 
 def test_each_reports_every_part_and_its_target() -> None:
-    row = judge("each(mean(angle_deg, rule=fa, epoch=last) in [target - 1, target + 1], layer=[fc1, fc])",
-                target="ref(angle_deg, rule=fa, epoch=last)")
+    row = judge(
+        "each(mean(angle_deg, rule=fa, epoch=last) in [target - 1, target + 1], layer=[fc1, fc])",
+        target="ref(angle_deg, rule=fa, epoch=last)",
+    )
     assert (row["target"], row["measured"], row["sd"], row["n"]) == ("19.5; 25", "fc1 19; fc 29", "1; 1", 3)
     assert row["verdict"] == "partly" and row["why"] == "fc 29 is 3 above 26 (sd 1)"
 
@@ -155,29 +193,55 @@ def short(rule: str, seed: int) -> pd.DataFrame:
 
 def due(*missing: tuple[str, int]) -> pd.DataFrame:
     """The planned runs of a record that lacks some."""
-    return pd.DataFrame([{"rule": rule, "seed": seed, "there": (rule, seed) not in missing} for rule in ("bp", "fa") for seed in range(3)])
+    return pd.DataFrame(
+        [
+            {"rule": rule, "seed": seed, "there": (rule, seed) not in missing}
+            for rule in ("bp", "fa")
+            for seed in range(3)
+        ]
+    )
 
 
-@pytest.mark.parametrize("case, why", [
-    ({"n_min": "5"}, "3 of 5 seeds"),
-    ({"data": short("bp", 1)}, "2 of 3 seeds"),
-    ({"data": table().query("epoch < 2")}, "the record has no test_accuracy at epoch=2 (rule=bp)"),
-    ({"data": table().query("rule == 'fa'")}, "the record has no test_accuracy at rule=bp (epoch=last)"),
-    ({"due": due(("bp", 1))}, "partial record: 5 of 6 runs (2 of 3 at rule=bp)"),
-    ({"due": due(("fa", 0), ("fa", 1)), "criterion": "each(max(test_accuracy, epoch=last) > 0, rule=all)"},
-     "partial record: 4 of 6 runs (1 of 3 at rule=fa)"),
-    ({"due": due(("fa", 0)), "criterion": "mean(test_accuracy, rule=all, epoch=last) > 0"}, "partial record: 5 of 6 runs"),
-    ({"planned": [{"rule": "bp", "dataset": "mnist", "epochs": 40}]}, "this table has epochs 2, the claim is about 40"),
-    ({"planned": [{"rule": "bp", "dataset": "cifar10"}]},
-     "this table was trained on mnist, the claim is about cifar10"),
-    ({"planned": [{"rule": "bp", "dataset": "mnist", "lr": 0.1}]}, "this table has lr 0.01, the claim is about 0.1"),
-    ({"criterion": f"{BP_END} >= ref(test_accuracy, rule=dfa, epoch=2)"},
-     "the reference table has no test_accuracy at rule=dfa (epoch=2)"),
-    ({"criterion": f"{BP_END} >= ref(test_accuracy, rule=kp, epoch=2)"}, "the published test_accuracy is unknown"),
-    ({"criterion": "mean(val_accuracy, rule=bp, epoch=1) > 0"}, "the record has no val_accuracy"),
-    ({"criterion": "mean(test_accuracy, rule=bp, epoch=[1, 7]) > 0"},
-     "the record has no test_accuracy at epoch=7 (rule=bp)"),
-])
+@pytest.mark.parametrize(
+    "case, why",
+    [
+        ({"n_min": "5"}, "3 of 5 seeds"),
+        ({"data": short("bp", 1)}, "2 of 3 seeds"),
+        ({"data": table().query("epoch < 2")}, "the record has no test_accuracy at epoch=2 (rule=bp)"),
+        ({"data": table().query("rule == 'fa'")}, "the record has no test_accuracy at rule=bp (epoch=last)"),
+        ({"due": due(("bp", 1))}, "partial record: 5 of 6 runs (2 of 3 at rule=bp)"),
+        (
+            {"due": due(("fa", 0), ("fa", 1)), "criterion": "each(max(test_accuracy, epoch=last) > 0, rule=all)"},
+            "partial record: 4 of 6 runs (1 of 3 at rule=fa)",
+        ),
+        (
+            {"due": due(("fa", 0)), "criterion": "mean(test_accuracy, rule=all, epoch=last) > 0"},
+            "partial record: 5 of 6 runs",
+        ),
+        (
+            {"planned": [{"rule": "bp", "dataset": "mnist", "epochs": 40}]},
+            "this table has epochs 2, the claim is about 40",
+        ),
+        (
+            {"planned": [{"rule": "bp", "dataset": "cifar10"}]},
+            "this table was trained on mnist, the claim is about cifar10",
+        ),
+        (
+            {"planned": [{"rule": "bp", "dataset": "mnist", "lr": 0.1}]},
+            "this table has lr 0.01, the claim is about 0.1",
+        ),
+        (
+            {"criterion": f"{BP_END} >= ref(test_accuracy, rule=dfa, epoch=2)"},
+            "the reference table has no test_accuracy at rule=dfa (epoch=2)",
+        ),
+        ({"criterion": f"{BP_END} >= ref(test_accuracy, rule=kp, epoch=2)"}, "the published test_accuracy is unknown"),
+        ({"criterion": "mean(val_accuracy, rule=bp, epoch=1) > 0"}, "the record has no val_accuracy"),
+        (
+            {"criterion": "mean(test_accuracy, rule=bp, epoch=[1, 7]) > 0"},
+            "the record has no test_accuracy at epoch=7 (rule=bp)",
+        ),
+    ],
+)
 def test_not_tested_says_why(case: dict, why: str) -> None:
     row = judge(**{"criterion": f"{BP_END} > 0"} | case)
     assert (row["verdict"], row["why"], row["measured"]) == ("not tested", why, "")
@@ -197,8 +261,14 @@ def test_digits_never_judge_a_claim_about_mnist() -> None:
     assert (row["verdict"], row["why"]) == ("not tested", "this table was trained on digits, the claim is about mnist")
 
 
-@pytest.mark.parametrize("data", [short("bp", 1), table().query("rule != 'bp'"),
-                                  table().assign(value=lambda t: t.value.where((t.rule != "bp") | (t.seed != 1)))])
+@pytest.mark.parametrize(
+    "data",
+    [
+        short("bp", 1),
+        table().query("rule != 'bp'"),
+        table().assign(value=lambda t: t.value.where((t.rule != "bp") | (t.seed != 1))),
+    ],
+)
 def test_a_diverged_run_fails_the_claims_that_need_it(data: pd.DataFrame) -> None:
     beside = sidecar()
     beside["status"]["bp1"] = {"state": "diverged"}
@@ -266,23 +336,46 @@ def test_malformed_targets_name_the_column(bad: str) -> None:
         claim(f"{BP_END} > target", target=bad)
 
 
-@pytest.mark.parametrize("criterion, axis", [
-    ("mean(test_accuracy, epoch=last) > 0", "rule"),
-    ("mean(test_accuracy, rule=bp) > 0", "epoch"),
-    ("mean(angle_deg, rule=bp, epoch=last) > 0", "layer"),
-    ("mean(test_accuracy, rule=bp, epoch=1) > ref(best, seed=0) + ref(angle_deg, epoch=2)", "layer"),
-])
+@pytest.mark.parametrize(
+    "criterion, axis",
+    [
+        ("mean(test_accuracy, epoch=last) > 0", "rule"),
+        ("mean(test_accuracy, rule=bp) > 0", "epoch"),
+        ("mean(angle_deg, rule=bp, epoch=last) > 0", "layer"),
+        ("mean(test_accuracy, rule=bp, epoch=1) > ref(best, seed=0) + ref(angle_deg, epoch=2)", "layer"),
+    ],
+)
 def test_an_open_axis_is_an_error(criterion: str, axis: str) -> None:
     with pytest.raises(UserError, match=f"claim c1, criterion, position .*several values of {axis}"):
         judge(criterion)
 
 
 def test_swept_axes_match_rounded_values_and_name_numbers() -> None:
-    data = pd.DataFrame([{"run": "r", "rule": "pfa", "seed": s, "epoch": 0, "layer": "", "metric": "eig_sd",
-                          "value": x ** -0.5 + 0.001 * s, "expansion": x} for x in (10**0.2, 10.0) for s in range(3)])
+    data = pd.DataFrame(
+        [
+            {
+                "run": "r",
+                "rule": "pfa",
+                "seed": s,
+                "epoch": 0,
+                "layer": "",
+                "metric": "eig_sd",
+                "value": x**-0.5 + 0.001 * s,
+                "expansion": x,
+            }
+            for x in (10**0.2, 10.0)
+            for s in range(3)
+        ]
+    )
     for high, verdict in ((0.002, "holds"), (0.0005, "partly"), (-0.001, "fails")):  # means 0.001 above, sd 0.001
-        row = claims.judge(claim(f"each(mean(eig_sd, rule=pfa, epoch=0) <= target + {high}, expansion=[1.585, 10])",
-                                 target="1 / sqrt(expansion)"), data, REFERENCE)
+        row = claims.judge(
+            claim(
+                f"each(mean(eig_sd, rule=pfa, epoch=0) <= target + {high}, expansion=[1.585, 10])",
+                target="1 / sqrt(expansion)",
+            ),
+            data,
+            REFERENCE,
+        )
         assert row["verdict"] == verdict and row["target"] == "0.7943; 0.3162"
         assert row["measured"] == "expansion=1.585 0.7953; expansion=10 0.3172"
 
@@ -303,11 +396,13 @@ def test_every_published_value_that_a_claim_uses_exists() -> None:
 def test_a_broken_table_is_refused(tmp_path: Path) -> None:
     head, path = ",".join(claims.COLUMNS), tmp_path / "claims.csv"
     good = 'c1,p3,Figure 2,it learns,0,none,ours,"mean(test_accuracy, rule=bp, epoch=last) > target",1,p3_fig2'
-    for text, message in ((head.replace("n_min", "n"), "has the columns"),
-                          (f"{head}\n{good}\n{good}", "c1 is in claims.csv twice"),
-                          (f"{head}\n{good.replace(',ours,', ',,')}", "c1: a column is empty"),
-                          (f"{head}\n{good.replace(',1,', ',0,')}", "c1: n_min"),
-                          (f"{head}\n{good.replace('bp', '3')}", "c1, criterion, position 26")):
+    for text, message in (
+        (head.replace("n_min", "n"), "has the columns"),
+        (f"{head}\n{good}\n{good}", "c1 is in claims.csv twice"),
+        (f"{head}\n{good.replace(',ours,', ',,')}", "c1: a column is empty"),
+        (f"{head}\n{good.replace(',1,', ',0,')}", "c1: n_min"),
+        (f"{head}\n{good.replace('bp', '3')}", "c1, criterion, position 26"),
+    ):
         path.write_text(text + "\n")
         with pytest.raises(UserError, match=message):
             claims.load(path)
@@ -339,17 +434,27 @@ def like_the_paper(experiment: str) -> pd.DataFrame:
         return pd.concat([pd.concat([rows, sd]).assign(seed=s) for s in range(100)])
     rows = []
     for rule in ("bp", "fa", "dfa", "usf", "pfa", "pfa_o"):
-        for metric, layer, epochs, default in (("test_accuracy", "", (0, 1, 20, 40), 90.0), *(
-                (m, layer, (0, 1, 40), d) for layer in ("fc1", "fc2", "fc")
-                for m, d in (("angle_deg", 90.0), ("norm_ratio", 1.0), ("weight_norm", 1.0)))):
+        for metric, layer, epochs, default in (
+            ("test_accuracy", "", (0, 1, 20, 40), 90.0),
+            *(
+                (m, layer, (0, 1, 40), d)
+                for layer in ("fc1", "fc2", "fc")
+                for m, d in (("angle_deg", 90.0), ("norm_ratio", 1.0), ("weight_norm", 1.0))
+            ),
+        ):
             if rule in ("bp", "dfa") and layer:
                 continue
             for epoch in epochs:
-                published = known[(known.rule == rule) & (known.metric == metric) & (known.epoch == epoch)
-                                  & (known.layer.fillna("") == layer)].value
+                published = known[
+                    (known.rule == rule)
+                    & (known.metric == metric)
+                    & (known.epoch == epoch)
+                    & (known.layer.fillna("") == layer)
+                ].value
                 value = float(published.iloc[0]) if len(published) else default - epoch % 2 * (rule != "bp")
-                rows.append({"run": rule, "rule": rule, "epoch": epoch, "layer": layer, "metric": metric,
-                             "value": value})
+                rows.append(
+                    {"run": rule, "rule": rule, "epoch": epoch, "layer": layer, "metric": metric, "value": value}
+                )
     return pd.concat([pd.DataFrame(rows).assign(seed=s) for s in range(5)])
 
 
@@ -379,10 +484,13 @@ def test_the_mismatch_targets_follow_from_the_schedule() -> None:
 def test_a_record_older_than_a_field_of_the_recipe_had_its_default() -> None:
     from dataclasses import asdict
 
-    from fa.train import Config
+    from fa.train.config import Config
 
     planned = [asdict(Config("e", "bp", 0))]
     older = {k: v for k, v in planned[0].items() if k not in ("feedback_lr", "augment", "precision")}
     assert claims._unfit({"configs": {"a": older}}, planned) == ""
     other = [planned[0] | {"precision": "bfloat16"}]
-    assert claims._unfit({"configs": {"a": older}}, other) == "this table has precision float32, the claim is about bfloat16"
+    assert (
+        claims._unfit({"configs": {"a": older}}, other)
+        == "this table has precision float32, the claim is about bfloat16"
+    )

@@ -4,15 +4,15 @@ import copy
 import gc
 import io
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import apart, grads, randn
 from torch import nn
 
 import fa
-from fa.steps import converted
+import oracles
+from fa.layers.hooks import converted
+from oracles import apart, grads, randn
 
 FIXED = ["fa", "usf", "brsf", "frsf", "frozen", "dfa"]
 LEARNED = ["kp", "pfa", "pfa_o"]
@@ -99,12 +99,16 @@ def test_same_seed_same_feedback_whatever_else_is_random(rule):
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a[k], b[k]) for k in a)
     narrow = feedback(5, torch.float32)
-    assert all(apart(narrow[k].double(), a[k]) < 1e-6 for k in a)  # a network's feedback does not depend on its precision
+    assert all(
+        apart(narrow[k].double(), a[k]) < 1e-6 for k in a
+    )  # a network's feedback does not depend on its precision
     other = feedback(6)
     drawn = [k for k in a if a[k].numel() > 1 and rule not in ("usf", "frozen")]
     assert all(not torch.equal(a[k], other[k]) for k in drawn)
     if drawn:
-        assert not torch.equal(*(a[k].flatten()[:20] / a[k].abs().max() for k in drawn[:2]))  # no two layers share a stream
+        assert not torch.equal(
+            *(a[k].flatten()[:20] / a[k].abs().max() for k in drawn[:2])
+        )  # no two layers share a stream
 
 
 @every_rule
@@ -184,7 +188,9 @@ def test_back_to_backprop_bit_for_bit(rule):
     net.load_state_dict(untouched.state_dict(), strict=False)  # running statistics as they were
     assert fa.convert(net, "bp") is net
     assert {n: type(m) for n, m in net.named_modules()} == {n: type(m) for n, m in untouched.named_modules()}
-    assert {n: vars(m).keys() for n, m in net.named_modules()} == {n: vars(m).keys() for n, m in untouched.named_modules()}
+    assert {n: vars(m).keys() for n, m in net.named_modules()} == {
+        n: vars(m).keys() for n, m in untouched.named_modules()
+    }
     assert list(net.state_dict()) == list(untouched.state_dict())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
     want, got = grads(untouched, x, y), grads(net, x, y)
@@ -396,7 +402,9 @@ def test_feedback_that_an_optimizer_holds_is_fine(rule, how):
     else:
         if how == "added":
             early.add_param_group({"params": fa.feedback_parameters(net)})
-        opt = {"before": torch.optim.SGD(net.parameters(), lr=0.1), "added": early}.get(how) or torch.optim.SGD(fa.param_groups(net, 0.1))
+        opt = {"before": torch.optim.SGD(net.parameters(), lr=0.1), "added": early}.get(how) or torch.optim.SGD(
+            fa.param_groups(net, 0.1)
+        )
         train(net, opt, 3)
     assert all(not torch.equal(a, b) for a, b in zip(before, fa.feedback_parameters(net)))
 
@@ -686,7 +694,9 @@ def test_a_loss_made_under_exact_backprop_may_be_differentiated_later():
 # ----------------------------------------------------------------------------- what a loop of one's own may do to a network
 
 
-@pytest.mark.parametrize("rule, option", [("fa", "init"), ("usf", "scale"), ("frsf", "init"), ("brsf", "init"), ("dfa", "init")])
+@pytest.mark.parametrize(
+    "rule, option", [("fa", "init"), ("usf", "scale"), ("frsf", "init"), ("brsf", "init"), ("dfa", "init")]
+)
 def test_feedback_of_the_size_of_a_weight_of_zeros_is_refused_by_name(rule, option):
     """A head that starts at zero, as torchvision's ViT has it, would never send an error down."""
     net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from fa import data
 from fa.errors import UserError
 from fa.paths import ROOT
+from fa.train import data
 
 
 def md5(content: bytes) -> str:
@@ -42,8 +42,12 @@ def idx(array: np.ndarray) -> bytes:
 def small_mnist(tmp_path, monkeypatch):
     """Seven training and three test images in MNIST's format -> (folder, paths, arrays)."""
     rng = np.random.default_rng(0)
-    arrays = [rng.integers(0, 256, (7, 28, 28), np.uint8), rng.integers(0, 10, 7, np.uint8),
-              rng.integers(0, 256, (3, 28, 28), np.uint8), rng.integers(0, 10, 3, np.uint8)]
+    arrays = [
+        rng.integers(0, 256, (7, 28, 28), np.uint8),
+        rng.integers(0, 10, 7, np.uint8),
+        rng.integers(0, 256, (3, 28, 28), np.uint8),
+        rng.integers(0, 10, 3, np.uint8),
+    ]
     return tmp_path, place(tmp_path, "mnist", [idx(a) for a in arrays], monkeypatch), arrays
 
 
@@ -58,6 +62,7 @@ def small_cifar(tmp_path, monkeypatch):
 
 
 # ---- where
+
 
 def test_root_is_the_repository_s_data_folder_or_fa_data(monkeypatch, tmp_path):
     monkeypatch.delenv("FA_DATA", raising=False)
@@ -83,6 +88,7 @@ def test_relative_root_is_taken_from_the_repository(monkeypatch, small_mnist):
 
 # ---- digits
 
+
 def test_digits_are_scikit_learn_s():
     datasets = pytest.importorskip("sklearn.datasets")
     whole = datasets.load_digits()
@@ -100,7 +106,7 @@ def test_digits_are_scikit_learn_s():
 def test_digits_normalisation_is_the_training_split_s():
     x = data.load("digits", dtype=torch.float64).train.x
     source = data.SETS["digits"]
-    assert x.mean().item() * source.sd[0] == pytest.approx(0, abs=5e-5)      # the constants are right to 4 digits
+    assert x.mean().item() * source.sd[0] == pytest.approx(0, abs=5e-5)  # the constants are right to 4 digits
     assert x.std(correction=0).item() * source.sd[0] == pytest.approx(source.sd[0], abs=5e-5)
 
 
@@ -113,7 +119,7 @@ def test_splits_never_change():
         assert sorted([*held, *kept]) == list(range(n))
         state = random.getstate()
         random.seed(0)
-        assert held == random.sample(range(n), k)        # as the authors write it
+        assert held == random.sample(range(n), k)  # as the authors write it
         random.setstate(state)
 
 
@@ -135,7 +141,7 @@ def test_types_and_frozenness():
         d.train.x = None
     exact, half = data.load("digits", dtype=torch.float64).test.x, data.load("digits", dtype=torch.bfloat16).test.x
     assert exact.dtype == torch.float64 and torch.allclose(exact, d.test.x.double(), rtol=0, atol=1e-6)
-    assert torch.equal(half, d.test.x.bfloat16())        # computed in float32, rounded once
+    assert torch.equal(half, d.test.x.bfloat16())  # computed in float32, rounded once
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -145,7 +151,7 @@ def test_on_the_device():
     assert torch.allclose(d.train.x.cpu(), data.load("digits").train.x, rtol=0, atol=1e-6)
     g = [torch.Generator().manual_seed(1) for _ in range(2)]
     x = d.train.x[:64]
-    assert torch.equal(data.augment(x, g[0], 2, (0.,)).cpu(), data.augment(x.cpu(), g[1], 2, (0.,)))
+    assert torch.equal(data.augment(x, g[0], 2, (0.0,)).cpu(), data.augment(x.cpu(), g[1], 2, (0.0,)))
 
 
 def test_digits_without_scikit_learn(monkeypatch, tmp_path):
@@ -156,6 +162,7 @@ def test_digits_without_scikit_learn(monkeypatch, tmp_path):
 
 
 # ---- the files of MNIST and CIFAR-10
+
 
 def normalised(pixels: np.ndarray, name: str) -> torch.Tensor:
     source = data.SETS[name]
@@ -191,8 +198,11 @@ def test_cifar_is_parsed_and_split_as_the_authors_do(small_cifar):
     folder, _, x, y = small_cifar
     d = data.load("cifar10", root=folder)
     held = random.Random(0).sample(range(50), 5)
-    for split, pixels, labels in ((d.train, np.delete(x[:50], held, 0), np.delete(y[:50], held)),
-                                  (d.val, x[:50][held], y[:50][held]), (d.test, x[50:], y[50:])):
+    for split, pixels, labels in (
+        (d.train, np.delete(x[:50], held, 0), np.delete(y[:50], held)),
+        (d.val, x[:50][held], y[:50][held]),
+        (d.test, x[50:], y[50:]),
+    ):
         assert torch.allclose(split.x.double(), normalised(pixels, "cifar10"), atol=1e-6)
         assert split.y.tolist() == labels.tolist()
     black = torch.tensor(data.SETS["cifar10"].black)
@@ -219,10 +229,10 @@ def test_a_pickle_with_a_wrong_checksum_is_never_opened(small_cifar, monkeypatch
     paths[which].write_bytes(content)
     with pytest.raises(UserError, match=f"{paths[which].name} is not the published file .*python -m fa data cifar10"):
         data.load("cifar10", root=folder)
-    assert not trap.exists() and not opened              # not even the sound files before it
+    assert not trap.exists() and not opened  # not even the sound files before it
     monkeypatch.undo()
     pickle.loads(content).close()
-    assert trap.exists()                                 # the trap works
+    assert trap.exists()  # the trap works
 
 
 def test_a_changed_byte_is_noticed(small_mnist):
@@ -253,6 +263,7 @@ def test_an_unknown_name_names_the_known(function):
 
 
 # ---- downloading and describing
+
 
 def test_download_leaves_alone_what_is_there(small_mnist, monkeypatch):
     folder, paths, _ = small_mnist
@@ -303,8 +314,13 @@ def test_describe(small_mnist):
     folder, paths, _ = small_mnist
     table = data.describe(root=folder).set_index("name")
     assert list(table.columns) == ["present", "where", "images"] and list(table.index) == list(data.SETS)
-    assert table.present.to_dict() == {"digits": "yes", "mnist": "yes", "cifar10": "no", "imagenet": "no",
-                                       "tiny-imagenet-20": "no"}
+    assert table.present.to_dict() == {
+        "digits": "yes",
+        "mnist": "yes",
+        "cifar10": "no",
+        "imagenet": "no",
+        "tiny-imagenet-20": "no",
+    }
     assert table["where"]["cifar10"] == str(folder.resolve() / "cifar-10-batches-py")
     paths[0].write_bytes(b"other")
     assert data.describe(root=folder).set_index("name").present["mnist"] == "damaged"
@@ -314,12 +330,13 @@ def test_describe(small_mnist):
 
 # ---- augmentation
 
+
 def one_by_one(x, down, right, mirrored, pad, fill):
     """The same, an image at a time: pad with fill, cut, mirror."""
     out = []
     for image, d, r, m in zip(x.numpy(), down, right, mirrored):
         padded = np.stack([np.pad(channel, pad, constant_values=f) for channel, f in zip(image, fill)])
-        cut = padded[:, d:d + image.shape[1], r:r + image.shape[2]]
+        cut = padded[:, d : d + image.shape[1], r : r + image.shape[2]]
         out.append(cut[:, :, ::-1] if m else cut)
     return torch.from_numpy(np.stack(out))
 
@@ -340,12 +357,12 @@ def test_augment_equals_the_per_image_reference(shape, pad):
 def test_augment_draws_every_shift_and_both_mirrorings_for_each_image():
     """A picture of its own coordinates: every one of 9 x 9 x 2 views turns up, none much more often than another."""
     n = 20_000
-    x = torch.arange(1., 65).view(1, 1, 8, 8).expand(n, 1, 8, 8)
-    made = data.augment(x, torch.Generator().manual_seed(0), fill=(0.,))
+    x = torch.arange(1.0, 65).view(1, 1, 8, 8).expand(n, 1, 8, 8)
+    made = data.augment(x, torch.Generator().manual_seed(0), fill=(0.0,))
     views, counts = made.flatten(1).unique(dim=0, return_counts=True)
     assert len(views) == 9 * 9 * 2
     expected = n / 162
-    assert ((counts - expected) ** 2 / expected).sum() < 161 + 5 * (2 * 161) ** 0.5      # chi square, 5 sd
+    assert ((counts - expected) ** 2 / expected).sum() < 161 + 5 * (2 * 161) ** 0.5  # chi square, 5 sd
 
 
 def test_augment_depends_on_the_generator_alone():
@@ -354,7 +371,7 @@ def test_augment_depends_on_the_generator_alone():
     first = data.augment(x, a)
     torch.manual_seed(99)
     assert torch.equal(first, data.augment(x, b))
-    assert not torch.equal(first, data.augment(x, a))            # the generator has moved on
+    assert not torch.equal(first, data.augment(x, a))  # the generator has moved on
     assert torch.equal(data.augment(x, a), (data.augment(x, b), data.augment(x, b))[1])
 
 
@@ -364,6 +381,7 @@ def test_augment_refuses_a_fill_for_other_channels():
 
 
 # ---- photographs on disk
+
 
 @pytest.fixture
 def album(tmp_path, monkeypatch):
@@ -386,10 +404,15 @@ def test_photos_are_what_torchvision_makes_of_them(album):
     """Every image of a split once, with the class that ImageFolder gives it: scaled, cut from the middle, normalised."""
     folder, name = album
     from torchvision import datasets, transforms
+
     d = data.load(name, root=folder)
     assert (d.classes, d.test, d.shape, len(d.train), len(d.val)) == (3, None, (3, 8, 8), 12, 6)
-    steps = [transforms.Resize(9), transforms.CenterCrop(8), transforms.ToTensor(),
-             transforms.Normalize(data.SETS[name].mean, data.SETS[name].sd)]
+    steps = [
+        transforms.Resize(9),
+        transforms.CenterCrop(8),
+        transforms.ToTensor(),
+        transforms.Normalize(data.SETS[name].mean, data.SETS[name].sd),
+    ]
     for split, part in ((d.train, "train"), (d.val, "val")):
         theirs = datasets.ImageFolder(folder / "photos" / part, transforms.Compose(steps))
         expected = {theirs.imgs[i][0]: theirs[i] for i in range(len(theirs))}
@@ -424,13 +447,13 @@ def test_a_crop_depends_on_seed_epoch_and_image_alone(album):
 
     first = views()
     torch.manual_seed(4)
-    assert all(same(first, views(index=torch.arange(12).view(2, 6))))      # another order, another batch
+    assert all(same(first, views(index=torch.arange(12).view(2, 6))))  # another order, another batch
     assert not any(same(first, views(epoch=1))) and not any(same(first, views(seed=1)))
     plain, whole = views(augment=False), train.first(12)[0]
     assert all(torch.equal(plain[i], whole[i]) for i in plain) and not any(same(first, plain))
     torch.manual_seed(3)
     views()
-    assert torch.equal(before, torch.random.get_rng_state())                # the global generator is given back
+    assert torch.equal(before, torch.random.get_rng_state())  # the global generator is given back
     source = data.SETS[name]
     with_workers = data.Photos(source.samples(folder, "train"), 8, source.mean, source.sd, workers=2)
     served = torch.cat([x for x, _ in with_workers.feed(index, 0, 0, True)])
@@ -448,7 +471,10 @@ def test_half_of_the_photos_are_mirrored_and_all_are_cropped(album):
 def test_an_album_that_is_not_whole_is_refused(album, monkeypatch):
     folder, name = album
     whole = data.SETS[name]
-    with pytest.raises(UserError, match=r"nowhere.photos is not there; put 12 images into .*photos.train and 6 images into .*a folder for each of 3"):
+    with pytest.raises(
+        UserError,
+        match=r"nowhere.photos is not there; put 12 images into .*photos.train and 6 images into .*a folder for each of 3",
+    ):
         data.load(name, root=folder / "nowhere")
     assert whole.state(folder) == "yes" and data.download(name, root=folder) == folder.resolve()
     monkeypatch.setitem(data.SETS, name, replace(whole, sha256="0" * 64))
@@ -464,7 +490,9 @@ def test_an_album_that_is_not_whole_is_refused(album, monkeypatch):
 
 @pytest.mark.parametrize("name", ["imagenet", "tiny-imagenet-20"])
 def test_photographs_are_not_downloaded(tmp_path, name):
-    with pytest.raises(UserError, match=f"{name} cannot be downloaded from here; put .* images into .*{name}.train and"):
+    with pytest.raises(
+        UserError, match=f"{name} cannot be downloaded from here; put .* images into .*{name}.train and"
+    ):
         data.download(name, root=tmp_path)
 
 
@@ -481,8 +509,11 @@ def test_tiny_imagenet_20_where_it_is():
 
 # ---- the real files, where they are
 
-@pytest.mark.parametrize("name, sizes, channels, first", [
-    ("mnist", (60000, 0, 10000), 1, [5, 0, 4, 1, 9]), ("cifar10", (45000, 5000, 10000), 3, [6, 9, 9, 4, 1])])
+
+@pytest.mark.parametrize(
+    "name, sizes, channels, first",
+    [("mnist", (60000, 0, 10000), 1, [5, 0, 4, 1, 9]), ("cifar10", (45000, 5000, 10000), 3, [6, 9, 9, 4, 1])],
+)
 def test_real_data(name, sizes, channels, first):
     """Counts, mean and spread are those published; some test images equal torchvision's to the bit."""
     source = data.SETS[name]
@@ -499,7 +530,8 @@ def test_real_data(name, sizes, channels, first):
     torchvision = pytest.importorskip("torchvision")
     steps = torchvision.transforms
     theirs = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}[name](
-        data.root(), train=False, transform=steps.Compose([steps.ToTensor(), steps.Normalize(source.mean, source.sd)]))
+        data.root(), train=False, transform=steps.Compose([steps.ToTensor(), steps.Normalize(source.mean, source.sd)])
+    )
     for i in range(0, 10000, 997):
         x, y = theirs[i]
         assert torch.equal(d.test.x[i], x) and d.test.y[i] == y

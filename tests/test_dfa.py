@@ -2,15 +2,15 @@
 
 import copy
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import apart, cosine, grads, randn
 from torch import nn
 
 import fa
-from fa.steps import converted
+import oracles
+from fa.layers.hooks import converted
+from oracles import apart, cosine, grads, randn
 
 
 def softmax_error(logits, y):
@@ -71,7 +71,9 @@ GEOMETRY = [
 @pytest.mark.parametrize("geometry", GEOMETRY, ids=str)
 @pytest.mark.parametrize("size", [(7, 6), (8, 8)])
 def test_conv_net_by_hand(geometry, size):
-    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 6, **geometry), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 6, **geometry), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)
+    )
     x, y = randn(2, 2, *size, seed=1).requires_grad_(), torch.arange(2)
     net.double()(x)
     fa.convert(oracles.fixed_weights(net), "dfa")
@@ -95,14 +97,22 @@ def test_conv_net_by_hand(geometry, size):
 def test_same_padding_is_the_padding_that_it_stands_for():
     grads_of = []
     for padding in ("same", 2):
-        net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 5, padding=padding), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        net = nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(4, 3, 5, padding=padding),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
         fa.convert(oracles.fixed_weights(net.double()), "dfa")
         grads_of.append(grads(net, randn(2, 2, 6, 6, seed=1), torch.arange(2)))
     assert all(apart(grads_of[0][k], g) < 1e-14 for k, g in grads_of[1].items())
 
 
 def test_the_input_may_change_its_size():
-    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     fa.convert(oracles.fixed_weights(net.double()), "dfa")
     fresh = copy.deepcopy(net)
     for size in (8, 5, 8):
@@ -116,7 +126,11 @@ def test_a_skip_adds_its_own_error():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem, self.inner, self.out = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+            self.stem, self.inner, self.out = (
+                nn.Conv2d(2, 4, 3, padding=1),
+                nn.Conv2d(4, 4, 3, padding=1),
+                nn.Linear(4, 3),
+            )
 
         def forward(self, x):
             h = torch.tanh(self.stem(x))
@@ -268,7 +282,12 @@ def test_one_matrix_is_sliced_for_every_layer():
     stds = {n: m.weight.square().mean().sqrt().item() for n, m in net.named_modules() if hasattr(m, "weight")}
     fa.convert(net, "dfa", form="shared", sample=x, seed=1)
     B = {n: m.feedback.B for n, m in converted(net).items()}
-    assert {n: tuple(b.shape) for n, b in B.items()} == {"0": (3, 2, 5, 7), "2": (3, 4, 5, 7), "5": (3, 72), "7": (3, 7)}
+    assert {n: tuple(b.shape) for n, b in B.items()} == {
+        "0": (3, 2, 5, 7),
+        "2": (3, 4, 5, 7),
+        "5": (3, 72),
+        "7": (3, 7),
+    }
     widest = B["2"].flatten(1) / stds["2"]  # the whole matrix, of standard deviation 1
     for name, width in WIDTHS.items():
         assert apart(B[name].flatten(1) / stds[name], widest[:, :width]) < 1e-14
@@ -289,7 +308,9 @@ def test_one_column_for_every_unit_by_hand(form, options):
         h2 = torch.tanh(F.conv2d(h1, two.weight, None, 2, 1, groups=2))
         h3 = torch.tanh(F.linear(h2.flatten(1), three.weight, three.bias))
         e = softmax_error(F.linear(h3, out.weight, out.bias), y)
-        sent_to = {n: torch.einsum("nc,ck->nk", e, m.feedback.B.flatten(1)) for n, m in zip("1234", (one, two, three, out))}
+        sent_to = {
+            n: torch.einsum("nc,ck->nk", e, m.feedback.B.flatten(1)) for n, m in zip("1234", (one, two, three, out))
+        }
         delta3 = (1 - h3**2) * sent_to["4"]
         delta2 = (1 - h2**2) * sent_to["3"].view_as(h2)
         delta1 = (1 - h1**2) * sent_to["2"].view_as(h1)
@@ -446,7 +467,9 @@ class Blocks(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.one, self.two = (nn.Sequential(nn.Conv2d(c, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1)) for c in (2, 4))
+        self.one, self.two = (
+            nn.Sequential(nn.Conv2d(c, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1)) for c in (2, 4)
+        )
         self.fc, self.checkpoint = nn.Linear(4, 3), lambda block, h: block(h)
 
     def forward(self, x):
@@ -537,7 +560,9 @@ def test_a_part_of_a_network_may_have_another_rule():
     fa.convert(last, "fa")
     got = grads(net, x, y)
     assert converted(net)["0"].feedback.rule.name == "dfa" and last.feedback.rule.name == "fa"
-    assert torch.equal(got["0.weight"], want["0.weight"]), "the error of a layer below another tap comes from the output"
+    assert torch.equal(got["0.weight"], want["0.weight"]), (
+        "the error of a layer below another tap comes from the output"
+    )
     fa.convert(net, "bp")
     assert "forward" not in vars(net)
 
@@ -587,7 +612,9 @@ def test_the_error_arrives_in_the_memory_format_of_the_map(layout):
     x, arrived = randn(4, 2, 6, 6, seed=2).to(memory_format=layout), []
     net.one[1].register_forward_hook(lambda module, args, out: out.register_hook(arrived.append) and None)
     F.cross_entropy(net(x), torch.arange(4) % 3).backward()
-    assert arrived[0].is_contiguous(memory_format=layout) and not arrived[0].is_contiguous() == (layout is torch.channels_last)
+    assert arrived[0].is_contiguous(memory_format=layout) and not arrived[0].is_contiguous() == (
+        layout is torch.channels_last
+    )
 
 
 def test_it_learns():

@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 
 import fa
-from fa import UserError, campaign, data, engine, experiments, train
-from fa.engine import Stepper, drain, together
-from fa.feedback import generator
-from fa.records import Folder
-from fa.train import Config
+from fa import UserError, experiments
+from fa.layers.feedback import generator
+from fa.results import runs as campaign
+from fa.results.records import Folder
+from fa.train import data
+from fa.train import loop as train
+from fa.train import step as engine
+from fa.train.config import Config
+from fa.train.step import Stepper, drain, together
 
 MLP = Config("e", "bp", 0, dataset="digits", hidden="32,32", epochs=3, lr=0.05, lr_drops="2", first_weight_decay=0.01)
 CONV = replace(MLP, model="resnet8", hidden="", epochs=2, batch=128, lr=0.1, augment=True)
@@ -121,7 +125,8 @@ def test_compiled_steps_agree_with_eager_ones(rule):
 def test_reduced_precision_learns_the_same_within_its_rounding(rule):
     config = replace(of(CONV, rule), epochs=3, lr=0.02, augment=False)
     full, half = (
-        train.train(replace(config, precision=p)).query("metric == 'train_loss'").value.to_numpy() for p in ("float32", "bfloat16")
+        train.train(replace(config, precision=p)).query("metric == 'train_loss'").value.to_numpy()
+        for p in ("float32", "bfloat16")
     )
     assert (full != half).all()  # it is another arithmetic
     assert half == pytest.approx(full, rel=0.05)
@@ -168,7 +173,10 @@ def test_the_feedbacks_own_learning_rate(rule):
     config = replace(of(MLP, rule), feedback_lr=0.2, lr=0.05)
     net = train.seed_network(config, (1, 8, 8), 10)
     opt = train.sgd(net, config)
-    stepper, learned = Stepper(net, opt, config, data.load("digits").train), {id(p) for p in fa.feedback_parameters(net)}
+    stepper, learned = (
+        Stepper(net, opt, config, data.load("digits").train),
+        {id(p) for p in fa.feedback_parameters(net)},
+    )
     for epoch, drop in enumerate((1, 1, 0.5)):
         stepper.begin(epoch)
         for group in opt.param_groups:
@@ -225,7 +233,13 @@ def test_a_checkpoint_in_another_memory_layout_goes_on_the_same():
 
     class Elsewhere:
         def checkpoint(self):
-            state = {"epoch": 1, "rows": [], "seconds": 0.0, "net": nets[0].state_dict(), "optimizer": opts[0].state_dict()}
+            state = {
+                "epoch": 1,
+                "rows": [],
+                "seconds": 0.0,
+                "net": nets[0].state_dict(),
+                "optimizer": opts[0].state_dict(),
+            }
             for kept in state["optimizer"]["state"].values():
                 m = kept["momentum_buffer"]
                 kept["momentum_buffer"] = m.contiguous(memory_format=torch.channels_last) if m.dim() == 4 else m

@@ -22,12 +22,17 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-NEEDED = [Requirement(r) for r in PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]]
+NEEDED = [
+    Requirement(r) for r in PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]
+]
 LOCK_LINES = (ROOT / "requirements.lock").read_text().splitlines()
 PIN = re.compile(r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)==(?P<version>[0-9][0-9a-z.]*)(?: ; (?P<marker>.+))?")
 TORCH = re.compile(r"torch|torchvision|triton|(?:nvidia|cuda)-.+")  # what TORCH=own leaves to the user
-PLATFORMS = [{"sys_platform": platform, "python_version": python, "python_full_version": f"{python}.0"}
-             for platform in ("linux", "darwin") for python in ("3.11", "3.12", "3.13", "3.14")]
+PLATFORMS = [
+    {"sys_platform": platform, "python_version": python, "python_full_version": f"{python}.0"}
+    for platform in ("linux", "darwin")
+    for python in ("3.11", "3.12", "3.13", "3.14")
+]
 
 
 def lock() -> dict[str, tuple[Version, Marker | None]]:
@@ -63,7 +68,9 @@ def test_lock_satisfies_pyproject(requirement: Requirement) -> None:
 def test_torch_pair() -> None:
     """torchvision is built for exactly one torch; a lock that let either move gives a pair that cannot be imported."""
     pins = lock()
-    assert [f"{name}=={pins[name][0]}" for name in ("torch", "torchvision")] == PROJECT["tool"]["uv"]["constraint-dependencies"]
+    assert [f"{name}=={pins[name][0]}" for name in ("torch", "torchvision")] == PROJECT["tool"]["uv"][
+        "constraint-dependencies"
+    ]
     built_for = next(r for r in map(Requirement, metadata.requires("torchvision")) if r.name == "torch")
     assert Version(torch.__version__) in built_for.specifier
     if Version(torchvision.__version__).public == str(pins["torchvision"][0]):
@@ -73,7 +80,11 @@ def test_torch_pair() -> None:
 
 
 def test_cuda_wheels_are_for_linux() -> None:
-    cuda = {name: marker for name, (_, marker) in lock().items() if name == "triton" or name.startswith(("nvidia-", "cuda-"))}
+    cuda = {
+        name: marker
+        for name, (_, marker) in lock().items()
+        if name == "triton" or name.startswith(("nvidia-", "cuda-"))
+    }
     assert len(cuda) > 10
     for name, marker in cuda.items():
         for platform in PLATFORMS:
@@ -100,10 +111,17 @@ def test_environment_is_the_lock() -> None:
     if not stamp.exists():
         pytest.skip("not an environment of `make env`")
     own_torch = stamp.read_text().strip() == "own"
-    pins = {name: version for name, (version, marker) in lock().items()
-            if on(marker) and not (own_torch and TORCH.fullmatch(name))}
+    pins = {
+        name: version
+        for name, (version, marker) in lock().items()
+        if on(marker) and not (own_torch and TORCH.fullmatch(name))
+    }
     installed = {canonicalize_name(d.name): Version(d.version) for d in metadata.distributions()}
-    wrong = {name: (str(version), str(installed.get(name))) for name, version in pins.items() if installed.get(name) != version}
+    wrong = {
+        name: (str(version), str(installed.get(name)))
+        for name, version in pins.items()
+        if installed.get(name) != version
+    }
     assert not wrong, f"(pinned, installed): {wrong}; `make env` mends it"
     assert str(installed["fa"]) == PROJECT["project"]["version"]
 
@@ -113,7 +131,8 @@ def test_citation() -> None:
     assert citation["cff-version"] == "1.2.0"
     assert str(citation["version"]) == PROJECT["project"]["version"]
     assert [reference["doi"] for reference in citation["references"]] == [
-        f"10.48550/arXiv.{paper}" for paper in ("1812.06488", "2003.01513", "2405.20594")]
+        f"10.48550/arXiv.{paper}" for paper in ("1812.06488", "2003.01513", "2405.20594")
+    ]
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -129,11 +148,14 @@ def test_make_help_names_every_target() -> None:
     assert sorted(named) == sorted(set(phony) - {"always"})
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["PYTHON=no-such-python"], "fa: no Python 3.11 or newer with venv and pip among: no-such-python."),
-    (["TORCH=own"], "but they cannot be imported there."),
-    (["TORCH=cpu"], "fa: TORCH=cpu is not known;"),
-])
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["PYTHON=no-such-python"], "fa: no Python 3.11 or newer with venv and pip among: no-such-python."),
+        (["TORCH=own"], "but they cannot be imported there."),
+        (["TORCH=cpu"], "fa: TORCH=cpu is not known;"),
+    ],
+)
 def test_make_env_refuses(tmp_path: Path, arguments: list[str], sentence: str) -> None:
     """One sentence, an exit code, and nothing written."""
     refused = make("env", f"VENV={tmp_path / 'venv'}", *arguments)

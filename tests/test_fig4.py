@@ -10,8 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-from fa import data, experiments, models, plot, records, train
+from fa import experiments, models, plot
 from fa.experiments import p3_fig4
+from fa.results import records
+from fa.train import data
+from fa.train import loop as train
 
 PAPER = experiments.plan("p3_fig4", "paper")
 
@@ -20,7 +23,14 @@ def test_the_grid_is_the_authors() -> None:
     """The authors' configuration; kp, which the paper leaves out, has pfa's schedule."""
     assert Counter(c.rule for c in PAPER) == dict.fromkeys(p3_fig4.RULES, 5) and len({c.run for c in PAPER}) == 35
     for c in PAPER:
-        assert (c.dataset, c.model, c.batch, c.epochs, c.augment, c.precision) == ("cifar10", "resnet20", 128, 250, True, "bfloat16")
+        assert (c.dataset, c.model, c.batch, c.epochs, c.augment, c.precision) == (
+            "cifar10",
+            "resnet20",
+            128,
+            250,
+            True,
+            "bfloat16",
+        )
         learned = c.rule in ("kp", "pfa", "pfa_o")
         assert c.schedule(0) == {"lr": 0.001 if c.rule == "dfa" else 0.1, "weight_decay": 0.005 if learned else 1e-4}
         rates = [c.schedule(e)["lr"] / c.lr for e in (1, 99, 100, 149, 150, 199, 200, 249)]
@@ -84,7 +94,14 @@ def test_summary_over_layers() -> None:
     paper = records.reference("p3_fig4")
     both = plot.over_layers(layered(), "angle_deg", paper)
     assert list(both.index) == ["fa", "usf", "pfa", "pfa_o"]
-    assert both.loc["pfa"].tolist() == [30.0, 15.0, 45.0, 17.05, 14.5, 19.2]  # mean over seeds of the layers' mean, least, most
+    assert both.loc["pfa"].tolist() == [
+        30.0,
+        15.0,
+        45.0,
+        17.05,
+        14.5,
+        19.2,
+    ]  # mean over seeds of the layers' mean, least, most
     assert both.loc["fa", ["mean", "min", "max"]].isna().all()
     assert plot.over_layers(layered(), "angle_deg").paper.isna().all()
     assert plot.over_layers(layered().iloc[:0], "norm_ratio", paper).loc["pfa_o", "paper"] == 1.0
@@ -102,7 +119,9 @@ def test_values_by_depth_are_drawn_where_they_belong() -> None:
 def test_published_values() -> None:
     t = records.reference("p3_fig4")
     accuracy = t[t.metric == "val_accuracy"]
-    assert Counter(accuracy.rule) == dict.fromkeys(("bp", "fa", "dfa", "usf", "pfa", "pfa_o"), 8) and set(accuracy.n) == {5}
+    assert Counter(accuracy.rule) == dict.fromkeys(("bp", "fa", "dfa", "usf", "pfa", "pfa_o"), 8) and set(
+        accuracy.n
+    ) == {5}
     assert set(accuracy.epoch) == {100, 101, 111, 131, 150, 151, 200, 250}
     wide = t[t.seed == 0].pivot_table(index="rule", columns="metric", values="value", aggfunc="mean")
     for of in ("angle_deg", "norm_ratio"):

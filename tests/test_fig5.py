@@ -9,17 +9,29 @@ import numpy as np
 import pytest
 import torch
 
-from fa import data, experiments, models, records, train
+from fa import experiments, models
 from fa.experiments import p3_fig5
+from fa.results import records
+from fa.train import data
+from fa.train import loop as train
 
 
 def test_the_grid_is_the_authors() -> None:
     runs = experiments.plan("p3_fig5", "paper")
     assert [(c.rule, c.seed) for c in runs] == [(r, 0) for r in p3_fig5.RULES]
     for c in runs:
-        assert (c.dataset, c.model, c.batch, c.epochs, c.augment, c.momentum) == ("imagenet", "resnet18", 256, 75, True, 0.9)
+        assert (c.dataset, c.model, c.batch, c.epochs, c.augment, c.momentum) == (
+            "imagenet",
+            "resnet18",
+            256,
+            75,
+            True,
+            0.9,
+        )
         assert c.schedule(0) == {"lr": 0.1, "weight_decay": 5e-4 if c.rule in ("pfa", "pfa_o") else 1e-4}
-        assert [c.schedule(e)["lr"] for e in (19, 20, 39, 40, 59, 60)] == pytest.approx([0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4])
+        assert [c.schedule(e)["lr"] for e in (19, 20, 39, 40, 59, 60)] == pytest.approx(
+            [0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4]
+        )
         assert {c.schedule(e)["weight_decay"] for e in range(1, 75)} == {1e-4}
 
 
@@ -43,9 +55,13 @@ def test_the_stand_in_decays_as_the_paper_does_in_the_first_epoch() -> None:
 
 
 def test_targets_of_the_mismatch_are_those_of_the_recurrence() -> None:
-    from fa import claims
+    from fa.results import claims
 
-    targets = {c.id: float(c.target) for c in claims.load() if "mismatch" in c.id and c.experiment.startswith(("p3_fig4", "p3_fig5"))}
+    targets = {
+        c.id: float(c.target)
+        for c in claims.load()
+        if "mismatch" in c.id and c.experiment.startswith(("p3_fig4", "p3_fig5"))
+    }
     steps = {"p3_fig4": 45000 // 128, "p3_fig5": 1281167 // 256, "p3_fig5_standin": 2000 // 25}
     expected = {}
     for name, n in steps.items():
@@ -59,7 +75,9 @@ def test_quick_mode_is_of_digits_unless_photographs_are_named() -> None:
     for name in ("p3_fig5", "p3_fig5_standin"):
         assert {(c.dataset, c.model) for c in experiments.plan(name, "quick")} == {("digits", "resnet8")}
     named = experiments.plan("p3_fig5", "quick", dataset="tiny-imagenet-20")
-    assert {(c.experiment, c.dataset, c.model, c.epochs) for c in named} == {("p3_fig5", "tiny-imagenet-20", "resnet18", 2)}
+    assert {(c.experiment, c.dataset, c.model, c.epochs) for c in named} == {
+        ("p3_fig5", "tiny-imagenet-20", "resnet18", 2)
+    }
 
 
 def test_fingerprint_needs_no_photographs(monkeypatch) -> None:
@@ -88,17 +106,33 @@ def photos(tmp_path, monkeypatch):
         for i, c in enumerate(("dark", "light")):
             (tmp_path / "photos" / split / c).mkdir(parents=True)
             for j in range(n):
-                image.fromarray(rng.integers(120 * i, 120 * i + 100, (20, 20, 3), np.uint8)).save(tmp_path / "photos" / split / c / f"{j}.JPEG")
+                image.fromarray(rng.integers(120 * i, 120 * i + 100, (20, 20, 3), np.uint8)).save(
+                    tmp_path / "photos" / split / c / f"{j}.JPEG"
+                )
     monkeypatch.setitem(data.SETS, "photos", data.Album("24", 2, "photos", {"train": 16, "val": 8}, size=16))
     monkeypatch.setenv("FA_DATA", str(tmp_path))
     monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs"))
-    return train.Config("p3_fig5", "pfa", 0, "init=xavier implicit=true", "photos", model="resnet8", hidden="", epochs=3, batch=4, lr=0.05, augment=True)
+    return train.Config(
+        "p3_fig5",
+        "pfa",
+        0,
+        "init=xavier implicit=true",
+        "photos",
+        model="resnet8",
+        hidden="",
+        epochs=3,
+        batch=4,
+        lr=0.05,
+        augment=True,
+    )
 
 
 def test_training_from_disk_learns_and_resumes_to_the_bit(photos, monkeypatch) -> None:
     """Stopped after the first epoch and resumed, it is the run that was never stopped; there is no test split."""
     whole = train.train(photos)
-    assert {"train_loss", "val_accuracy", "angle_deg", "grad_angle_global_deg"} <= set(whole.metric) and "test_accuracy" not in set(whole.metric)
+    assert {"train_loss", "val_accuracy", "angle_deg", "grad_angle_global_deg"} <= set(
+        whole.metric
+    ) and "test_accuracy" not in set(whole.metric)
     assert whole[(whole.metric == "val_accuracy") & (whole.epoch == 3)].value.item() >= 75  # light from dark
     folder, clock = records.Folder("paper", photos), [0.0]
     with monkeypatch.context() as patch:
@@ -112,6 +146,8 @@ def test_training_from_disk_learns_and_resumes_to_the_bit(photos, monkeypatch) -
 def test_on_a_gpu_batches_arrive_there(photos) -> None:
     sets = data.load("photos", "cuda")
     assert sets.train.workers > 0
-    (x, y), (x_cpu, y_cpu) = (next(data.load("photos", d).train.feed(torch.arange(16).view(4, 4), 0, 1, True)) for d in ("cuda", "cpu"))
+    (x, y), (x_cpu, y_cpu) = (
+        next(data.load("photos", d).train.feed(torch.arange(16).view(4, 4), 0, 1, True)) for d in ("cuda", "cpu")
+    )
     assert x.is_cuda and y.is_cuda and torch.allclose(x.cpu(), x_cpu, atol=1e-6) and torch.equal(y.cpu(), y_cpu)
     assert len(train.train(photos, "cuda")) > 0

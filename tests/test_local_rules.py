@@ -9,15 +9,15 @@ import io
 import math
 from dataclasses import dataclass
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import apart, grads, randn
 from torch import nn
 
 import fa
-from fa.steps import converted
+import oracles
+from fa.layers.hooks import converted
+from oracles import apart, grads, randn
 
 # ------------------------------------------------------------------------------------------ the published regularisers
 
@@ -167,7 +167,9 @@ def centred(x, normalize):
 
 
 @shapes
-@pytest.mark.parametrize("options", [{"center": True}, {"normalize": True}, {"center": True, "normalize": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"center": True}, {"normalize": True}, {"center": True, "normalize": True}], ids=str
+)
 def test_centred_and_normalised_input(shape, options):
     name, coefficients = COEFFICIENTS["all"]
     layer, x = make(shape)
@@ -195,12 +197,18 @@ def test_noise_in_place_of_the_input(shape, kind, options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_noise_is_distributed_as_it_is_said_to_be(kind, dtype):
     layer = fa.convert(nn.Linear(3, 2).to(dtype), "wm", input=kind, input_std=2.0)
-    noise = layer.feedback.rule.mirror(layer.feedback.op, torch.zeros(40_000, 3, dtype=dtype), torch.zeros(1)).double() / 2
+    noise = (
+        layer.feedback.rule.mirror(layer.feedback.op, torch.zeros(40_000, 3, dtype=dtype), torch.zeros(1)).double() / 2
+    )
     assert noise.mean().abs() < 0.015 and noise.std().item() == pytest.approx(1, rel=0.01)
     assert noise.pow(4).mean().item() == pytest.approx({"normal": 3, "uniform": 1.8}[kind], rel=0.03)
-    below = torch.special.ndtr(noise) if kind == "normal" else noise / math.sqrt(12) + 0.5  # uniform in (0, 1) if the law is right
+    below = (
+        torch.special.ndtr(noise) if kind == "normal" else noise / math.sqrt(12) + 0.5
+    )  # uniform in (0, 1) if the law is right
     steps = torch.arange(1, noise.numel() + 1, dtype=torch.float64) / noise.numel()
-    assert (below.flatten().sort().values - steps).abs().max() < 1.95 / math.sqrt(noise.numel()) + (dtype == torch.bfloat16) * 2e-3
+    assert (below.flatten().sort().values - steps).abs().max() < 1.95 / math.sqrt(noise.numel()) + (
+        dtype == torch.bfloat16
+    ) * 2e-3
     flat = noise.flatten()
     for lag in (1, 2, 3, 4, 5):  # numbers that one draw of the generator makes do not know of each other
         assert abs((flat[lag:] * flat[:-lag]).mean().item()) < 4.5 / math.sqrt(flat.numel())
@@ -245,7 +253,9 @@ def test_a_named_rule_is_its_row_of_coefficients(rule):
 
 
 def two_layers():
-    net = oracles.fixed_weights(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 9, 4)).double())
+    net = oracles.fixed_weights(
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 9, 4)).double()
+    )
     return net, randn(4, 2, 5, 5, seed=3), torch.arange(4)
 
 
@@ -279,7 +289,10 @@ def test_a_local_objective_does_not_hear_of_another_layer():
         net[3].feedback.B.mul_(7)
     after = all_gradients(net, x, y)
     assert torch.equal(before["0.feedback.B"], after["0.feedback.B"])
-    assert apart(after["3.feedback.B"], before["3.feedback.B"]) > 0.1 and apart(after["0.weight"], before["0.weight"]) > 0.1
+    assert (
+        apart(after["3.feedback.B"], before["3.feedback.B"]) > 0.1
+        and apart(after["0.weight"], before["0.weight"]) > 0.1
+    )
 
 
 def test_a_local_objective_does_not_hear_of_the_loss():
@@ -326,7 +339,12 @@ def rates_and_target(rule, W, x):
         case "ia":
             w, U = torch.linalg.eigh(Sy)
             rates = 2 * (n * w + d)
-            return a * torch.linalg.solve(2 * n * Sy + 2 * d * one_out, W @ Sigma), U.T, one_in, rates[:, None].expand_as(W)
+            return (
+                a * torch.linalg.solve(2 * n * Sy + 2 * d * one_out, W @ Sigma),
+                U.T,
+                one_in,
+                rates[:, None].expand_as(W),
+            )
         case "sa":
             return s / (2 * d) * W, one_out, one_in, torch.full_like(W, 2 * d)
         case "aa":
@@ -398,7 +416,11 @@ def test_fixed_points_of_a_convolution(rule, positions):
     patches = F.unfold(x, 2, stride=2).transpose(1, 2)  # (n, positions, patch)
     C = torch.einsum("npi,npj->ij", patches, patches) / x.shape[0]
     C = C / patches.shape[1] if positions == "mean" else C
-    target = {"wm": r.amp / (2 * r.decay or 1) * W @ C, "aa": r.amp / (2 * r.sparse or 1) * W, "sa": r.self_ / (2 * r.decay or 1) * W}[rule]
+    target = {
+        "wm": r.amp / (2 * r.decay or 1) * W @ C,
+        "aa": r.amp / (2 * r.sparse or 1) * W,
+        "sa": r.self_ / (2 * r.decay or 1) * W,
+    }[rule]
     fastest = 2 * r.sparse * torch.linalg.eigvalsh(C) if rule == "aa" else torch.tensor([2 * r.decay])
     B = descent(layer, x, 1 / fastest.max().item(), math.ceil(40 * (fastest.max() / fastest.min()).item()))[-1]
     assert apart(B.flatten(1), target) <= 1e-11
@@ -409,7 +431,10 @@ def test_weight_decay_of_the_optimizer_shifts_the_fixed_point_and_param_groups_a
     fa.convert(layer, "sa", seed=3, decay=0.1, self_=0.2)
     layer.weight.requires_grad_(False)
     ends = []
-    for groups in (fa.param_groups(layer, 1.0, weight_decay=0.2), [{"params": [layer.feedback.B], "weight_decay": 0.2}]):
+    for groups in (
+        fa.param_groups(layer, 1.0, weight_decay=0.2),
+        [{"params": [layer.feedback.B], "weight_decay": 0.2}],
+    ):
         opt = torch.optim.SGD(groups, lr=1.0)
         for _ in range(200):
             opt.zero_grad()
@@ -593,7 +618,7 @@ class Gain(fa.Rule):
     name, equation, source, learned = "gain", "dx = g W^T dy", "test", ("B",)
     gain: float = 2.0
 
-    def draw(self, op, W, gen):
+    def init_state(self, op, W, gen):
         return {"B": W.clone()}
 
     def kernel(self, W):
@@ -606,7 +631,16 @@ class Gain(fa.Rule):
 def test_networks_of_other_coefficients_are_compiled_in_one_process():
     """From the second on their numbers are inputs of the compiled graph, of which the backward pass is a part."""
     torch.compiler.reset()
-    rules = [("ia", {}), ("aa", {}), ("wm", {}), ("sa", {}), ("aa", {"amp": 0.3}), (Gain(), {}), (Gain(gain=3.0), {}), (Gain(gain=0.5), {})]
+    rules = [
+        ("ia", {}),
+        ("aa", {}),
+        ("wm", {}),
+        ("sa", {}),
+        ("aa", {"amp": 0.3}),
+        (Gain(), {}),
+        (Gain(gain=3.0), {}),
+        (Gain(gain=0.5), {}),
+    ]
     x, y = randn(4, 2, 5, 5, seed=3), torch.arange(4)
     for rule, options in rules:
         net = fa.convert(two_layers()[0], rule, **options)
@@ -830,7 +864,9 @@ def test_dense_feedback_is_a_matrix_between_flattened_maps(case):
     assert torch.equal(got["W"], stock.weight.grad) and ("b" not in got or torch.equal(got["b"], stock.bias.grad))
     assert torch.equal(layer(x), out)
     # with the matrix that the convolution itself is, it is backprop
-    J = torch.autograd.functional.jacobian(lambda v: stock._conv_forward(v[None], stock.weight.detach(), None)[0].flatten(), x[0])
+    J = torch.autograd.functional.jacobian(
+        lambda v: stock._conv_forward(v[None], stock.weight.detach(), None)[0].flatten(), x[0]
+    )
     B.copy_(J.reshape(B.shape))
     assert apart(oracles.under_rule(layer, x, dy)["x"], below.grad) <= oracles.RTOL
 

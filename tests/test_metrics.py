@@ -3,18 +3,18 @@
 import copy
 
 import numpy as np
-import oracles
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import grads, randn
 from torch import nn
 
 import fa
+import oracles
 from fa import metrics
+from oracles import grads, randn
 
 
 def degrees(a, b):
@@ -23,7 +23,11 @@ def degrees(a, b):
     return np.degrees(np.arccos(np.clip(a @ b / np.sqrt((a @ a) * (b @ b)), -1, 1)))
 
 
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 10**6), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    st.integers(0, 10**6),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
 def test_angle_is_numpys(shape, seed, dtype):
     a, b = randn(*shape, seed=seed).to(dtype), randn(*shape, seed=seed + 1).to(dtype)
     assert metrics.angle(a, b) == pytest.approx(degrees(a.double(), b.double()), abs=1e-5)
@@ -148,7 +152,9 @@ def test_angles_by_hand(rule):
             assert row.depth == i + 1
             assert row.delta_angle_global_deg == pytest.approx(mean(under[i], exact[i]), abs=1e-5)
             assert row.delta_angle_local_deg == pytest.approx(mean(under[i] @ K[i], under[i] @ W[i]), abs=1e-5)
-            assert row.grad_angle_global_deg == pytest.approx(degrees(under[i].T @ below[i], exact[i].T @ below[i]), abs=1e-5)
+            assert row.grad_angle_global_deg == pytest.approx(
+                degrees(under[i].T @ below[i], exact[i].T @ below[i]), abs=1e-5
+            )
 
 
 def test_local_angle_of_a_convolution_by_hand():
@@ -165,7 +171,9 @@ def test_local_angle_of_a_convolution_by_hand():
         torch.nn.grad.conv2d_input(kept["x"].shape, k.detach(), delta, conv.stride, conv.padding)
         for k in (fa.feedback_weight(conv), conv.weight)
     )
-    assert table.loc["block2.conv1"].delta_angle_local_deg == pytest.approx(np.mean([degrees(a, b) for a, b in zip(K, W)]), abs=1e-5)
+    assert table.loc["block2.conv1"].delta_angle_local_deg == pytest.approx(
+        np.mean([degrees(a, b) for a, b in zip(K, W)]), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("rule", ["fa", "pfa", "kp", "dfa", "brsf", "ia"])
@@ -217,7 +225,14 @@ def test_gradient_angles_with_a_frozen_layer():
 def test_gradient_angles_see_a_layers_own_output_where_the_next_works_in_place():
     def net(inplace):
         torch.manual_seed(0)
-        layers = nn.Conv2d(1, 4, 3), nn.ReLU(inplace), nn.Conv2d(4, 6, 3), nn.ReLU(inplace), nn.Flatten(), nn.Linear(96, 3)
+        layers = (
+            nn.Conv2d(1, 4, 3),
+            nn.ReLU(inplace),
+            nn.Conv2d(4, 6, 3),
+            nn.ReLU(inplace),
+            nn.Flatten(),
+            nn.Linear(96, 3),
+        )
         return fa.convert(nn.Sequential(*layers).double(), "fa", seed=1)
 
     x, y = torch.randn(16, 1, 8, 8, dtype=torch.float64), torch.arange(16) % 3
@@ -226,7 +241,9 @@ def test_gradient_angles_see_a_layers_own_output_where_the_next_works_in_place()
 
 
 def test_gradient_angles_give_both_passes_the_same_dropout_and_draw_nothing():
-    net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 3)).double()
+    net = nn.Sequential(
+        nn.Linear(8, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 3)
+    ).double()
     fa.convert(net, "frozen")  # B = W
     x, y, before = torch.randn(16, 8, dtype=torch.float64), torch.arange(16) % 3, torch.get_rng_state()
     angles = fa.gradient_angles(net, x, y, F.cross_entropy)
@@ -253,5 +270,5 @@ def test_exact_backprop_may_be_nested():
     with fa.exact_backprop(net):
         with fa.exact_backprop(net[0]):
             pass
-        assert net[0].feedback.exact and net[1].feedback.exact
-    assert not net[0].feedback.exact and not net[1].feedback.exact
+        assert net[0].feedback.use_backprop and net[1].feedback.use_backprop
+    assert not net[0].feedback.use_backprop and not net[1].feedback.use_backprop

@@ -26,7 +26,7 @@ sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
 import torch
 import fa
 assert "torch._dynamo" not in sys.modules, "importing fa imports the compiler, which takes a second"
-from fa import data
+from fa.train import data
 from fa.__main__ import main
 
 def split(n):

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import randn, rng
 from torch import nn
 
 from fa import UserError, models
+from oracles import randn, rng
 
 
 def size(net):
@@ -18,7 +18,10 @@ def size(net):
 
 def counts_in_the_docstring():
     """Every "``builder(argument)`` number" of the module's head."""
-    return [(name, int(n), int(count.replace(",", ""))) for name, n, count in re.findall(r"``(\w+)\((\d+)\)`` ([\d,]+\d)", models.__doc__)]
+    return [
+        (name, int(n), int(count.replace(",", "")))
+        for name, n, count in re.findall(r"``(\w+)\((\d+)\)`` ([\d,]+\d)", models.__doc__)
+    ]
 
 
 @pytest.mark.parametrize("name, argument, count", counts_in_the_docstring(), ids=str)
@@ -27,7 +30,9 @@ def test_parameter_counts_are_those_of_the_docstring(name, argument, count):
 
 
 def test_the_docstring_counts_all_networks():
-    assert {(name, n) for name, n, _ in counts_in_the_docstring()} == {("mlp", 784)} | {("resnet", n) for n in (20, 32, 56, 110)}
+    assert {(name, n) for name, n, _ in counts_in_the_docstring()} == {("mlp", 784)} | {
+        ("resnet", n) for n in (20, 32, 56, 110)
+    }
 
 
 @pytest.mark.parametrize("depth", [8, 20, 32])
@@ -71,7 +76,9 @@ def test_shortcut_of_a_block(inputs, outputs, stride, height, width):
 def test_layer_names_and_shapes():
     net = models.resnet(20)
     layers = [n for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    assert layers == ["conv1"] + [f"layer{s}.{b}.conv{c}" for s in (1, 2, 3) for b in (0, 1, 2) for c in (1, 2)] + ["fc"]
+    assert layers == ["conv1"] + [f"layer{s}.{b}.conv{c}" for s in (1, 2, 3) for b in (0, 1, 2) for c in (1, 2)] + [
+        "fc"
+    ]
     widths = [net.get_submodule(n).weight.shape[0] for n in layers]
     assert widths == [16] * 7 + [32] * 6 + [64] * 6 + [10]
     strides = {n: m.stride[0] for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.stride != (1, 1)}
@@ -79,7 +86,9 @@ def test_layer_names_and_shapes():
     assert all(m.bias is None for m in net.modules() if isinstance(m, nn.Conv2d))
     seen = {}
     for stage in (1, 2, 3):
-        net.get_submodule(f"layer{stage}").register_forward_hook(lambda m, i, o, s=stage: seen.update({s: tuple(o.shape[1:])}))
+        net.get_submodule(f"layer{stage}").register_forward_hook(
+            lambda m, i, o, s=stage: seen.update({s: tuple(o.shape[1:])})
+        )
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert seen == {1: (16, 32, 32), 2: (32, 16, 16), 3: (64, 8, 8)}
     assert models.resnet(8, classes=7, inputs=1)(torch.zeros(3, 1, 8, 8)).shape == (3, 7)
@@ -135,7 +144,9 @@ def test_an_unknown_name_names_the_known(name):
 
 
 def test_xavier_start():
-    net = nn.Sequential(nn.Conv2d(30, 50, 3), nn.Conv2d(40, 60, 3, groups=2), nn.Linear(300, 200, bias=False), nn.BatchNorm2d(4))
+    net = nn.Sequential(
+        nn.Conv2d(30, 50, 3), nn.Conv2d(40, 60, 3, groups=2), nn.Linear(300, 200, bias=False), nn.BatchNorm2d(4)
+    )
     models.xavier_(net, rng(1))
     for layer, (fan_in, fan_out) in zip(net, ((270, 450), (180, 540), (300, 200))):
         std = (2 / (fan_in + fan_out)) ** 0.5

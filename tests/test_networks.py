@@ -6,17 +6,17 @@ but its last layers with a gradient, so that no error can have gone around the f
 
 import copy
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import randn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision import models
 
 import fa
-from fa.steps import converted
+import oracles
+from fa.layers.hooks import converted
+from oracles import randn
 
 CLASSES = 10
 SMALL = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "vit"]
@@ -39,7 +39,9 @@ FAMILIES = {  # constructor's arguments, side of the image
     "vgg11": ({}, 32),
     "vit": ({}, 32),
 }
-families = pytest.mark.parametrize("family", [f if f in SMALL else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+families = pytest.mark.parametrize(
+    "family", [f if f in SMALL else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 
 
 def build(family, dtype=torch.float64):
@@ -98,8 +100,8 @@ def test_family(family, monkeypatch):
     fa.convert(net, "fa", seed=1)
 
     ran = set()
-    mark = fa.feedback.Feedback.mark_backward
-    monkeypatch.setattr(fa.feedback.Feedback, "mark_backward", lambda fb: (ran.add(fb.layer_name), mark(fb)))
+    mark = fa.layers.feedback.Feedback.mark_backward
+    monkeypatch.setattr(fa.layers.feedback.Feedback, "mark_backward", lambda fb: (ran.add(fb.layer_name), mark(fb)))
     random = {n: g.clone() for n, g in gradients(net, x, y).items()}
     assert ran == set(converted(net))
     held = {id(layer.held) for layer in converted(net).values()}
@@ -122,7 +124,9 @@ def test_family(family, monkeypatch):
 
 
 def test_swin_is_refused_by_name_and_converts_without_its_attention():
-    net = models.SwinTransformer([2, 2], 8, [1, 1], [2, 2], [2, 2], num_classes=CLASSES, stochastic_depth_prob=0.0).double()
+    net = models.SwinTransformer(
+        [2, 2], 8, [1, 1], [2, 2], [2, 2], num_classes=CLASSES, stochastic_depth_prob=0.0
+    ).double()
     with pytest.raises(fa.UserError, match=r"features\.1\.0\.attn \(ShiftedWindowAttention") as e:
         fa.convert(net, "fa")
     attention = [n for n, m in net.named_modules() if type(m).__name__ == "ShiftedWindowAttention"]

@@ -18,7 +18,9 @@ import papermill
 import pytest
 
 import fa
-from fa import batch, experiments, notebooks, records
+from fa import experiments
+from fa.results import batch, records
+from fa.results import page as notebooks
 
 PAGES = sorted((fa.ROOT / "notebooks").glob("*.ipynb"))
 PLAIN = {"mode": "record", "seeds": 0, "epochs": 0, "rules": "", "dataset": "", "device": "auto"}
@@ -48,7 +50,7 @@ class TestForm:
     def test_one_cell_of_plain_parameters_that_papermill_understands(self, path):
         (cell,) = tagged(read(path), "parameters")
         for line in cell.source.splitlines():
-            assert re.fullmatch(r'\w+: (int|float|bool|str) = [^=#]+  # [^=]+', line), line
+            assert re.fullmatch(r"\w+: (int|float|bool|str) = [^=#]+  # [^=]+", line), line
         known = papermill.inspect_notebook(str(path))
         assert list(known)[: len(notebooks.STANDARD)] == list(notebooks.STANDARD)
         for name, kind in notebooks.STANDARD.items():
@@ -72,8 +74,10 @@ class TestForm:
     def test_no_path_of_a_machine_or_a_working_folder(self, path):
         for cell in read(path).cells:
             text = cell.source if cell.cell_type == "code" else ""
-            text += "".join(o.get("text", "") + str(o.get("data", {}).get("text/plain", "")) for o in cell.get("outputs", []))
-            found = re.search(r'(?<![\w.])(?:\.{1,2}/|~/|/(?:home|Users|root|tmp|work|mnt)\b|[A-Z]:\\)', text)
+            text += "".join(
+                o.get("text", "") + str(o.get("data", {}).get("text/plain", "")) for o in cell.get("outputs", [])
+            )
+            found = re.search(r"(?<![\w.])(?:\.{1,2}/|~/|/(?:home|Users|root|tmp|work|mnt)\b|[A-Z]:\\)", text)
             assert not found and str(fa.ROOT) not in text, f"{cell.id}: {found}"
 
     def test_the_figure_is_stored(self, path):
@@ -84,7 +88,9 @@ class TestForm:
 def test_every_experiment_has_its_notebook_and_the_index_names_all():
     stems = {p.stem for p in PAGES}
     assert {e.notebook for e in experiments.EXPERIMENTS.values()} <= stems
-    stored = "".join(str(o.get("data", "")) for c in read(notebooks.find(["00"])[0]).cells for o in c.get("outputs", []))
+    stored = "".join(
+        str(o.get("data", "")) for c in read(notebooks.find(["00"])[0]).cells for o in c.get("outputs", [])
+    )
     assert not [stem for stem in stems if stem not in stored], "run fa.batch.refresh(['00'])"
 
 
@@ -115,7 +121,11 @@ def test_a_missing_parameter_and_an_unknown_experiment_are_refused():
 
 def test_in_a_kernel_only_parameter_cells_count():
     """A reader's own scalars do not matter when the cell is run again; a name that papermill injected does."""
-    cells = ["", "\n".join(f"{n}: {type(v).__name__} = {v!r}" for n, v in PLAIN.items()), "cfg = fa.notebook(globals())"]
+    cells = [
+        "",
+        "\n".join(f"{n}: {type(v).__name__} = {v!r}" for n, v in PLAIN.items()),
+        "cfg = fa.notebook(globals())",
+    ]
     names = PLAIN | {"In": [*cells, "radius = 3", cells[-1]], "radius": 3}
     assert notebooks.notebook(names).mode == "record"
     injected = "# Parameters\nsedes = 3\n"
@@ -138,12 +148,17 @@ def test_own_parameters_come_from_the_experiment():
 @pytest.fixture
 def figure(monkeypatch, tmp_path):
     """A figure of two rules and three seeds whose committed table this test writes; nothing is trained."""
+
     def plan(experiment, mode, seeds=0, epochs=0, rules="", dataset="", **own):
         return [SimpleNamespace(run=f"{r}-{s}-{epochs or 4}", rule=r, seed=s, epochs=epochs or 4, dataset=dataset or "mnist")
                 for r in (rules.split(",") if rules else ("bp", "pfa")) for s in range(seeds or 3)]  # fmt: skip
 
     def table(runs):
-        rows = [(c.run, c.rule, c.seed, e, "", np.nan, "test_accuracy", 90 + e + c.seed) for c in runs for e in range(c.epochs + 1)]
+        rows = [
+            (c.run, c.rule, c.seed, e, "", np.nan, "test_accuracy", 90 + e + c.seed)
+            for c in runs
+            for e in range(c.epochs + 1)
+        ]
         return pd.DataFrame(rows, columns=records.COLUMNS)
 
     monkeypatch.setattr(experiments, "plan", plan)
@@ -155,7 +170,9 @@ def figure(monkeypatch, tmp_path):
     pd.DataFrame(rows, columns=records.REFERENCE_COLUMNS).to_csv(path, index=False)
 
     def commit(keep=lambda frame: frame):
-        records.write("p3_fig2", "record", keep(table(plan("p3_fig2", "paper"))), {"environments": [{"torch": "9.9", "gpu": "G"}]})
+        records.write(
+            "p3_fig2", "record", keep(table(plan("p3_fig2", "paper"))), {"environments": [{"torch": "9.9", "gpu": "G"}]}
+        )
 
     return SimpleNamespace(commit=commit, open=lambda **p: notebooks.Notebook("p3_fig2", **p))
 
@@ -164,7 +181,10 @@ def test_record_mode_redraws_and_says_so(figure):
     figure.commit()
     cfg = figure.open()
     assert len(cfg.table()) == 6 * 5 and cfg.partial() == ""
-    assert re.match(r"Nothing was trained: this page redraws data/records/p3_fig2.csv, 6 runs \(BP, PFA; 3 seeds\), made with torch 9.9, G", cfg.banner())
+    assert re.match(
+        r"Nothing was trained: this page redraws data/records/p3_fig2.csv, 6 runs \(BP, PFA; 3 seeds\), made with torch 9.9, G",
+        cfg.banner(),
+    )
     assert set(figure.open(rules=["pfa"], seeds=2).table().run) == {"pfa-0-4", "pfa-1-4"}
 
 
@@ -186,14 +206,19 @@ def test_a_partial_table_is_shown_and_named(figure):
 def test_without_a_table_the_published_values_stand_alone(figure):
     cfg = figure.open()
     assert cfg.table().empty and list(cfg.table().columns) == records.COLUMNS
-    assert cfg.partial() == "no run yet" and cfg.banner().startswith("Nothing was trained, and there is no data/records")
+    assert cfg.partial() == "no run yet" and cfg.banner().startswith(
+        "Nothing was trained, and there is no data/records"
+    )
     assert re.search(r"pfa +- +- +- +95.50 +0.50 +5", cfg.compare("test_accuracy"))
 
 
 def test_comparison_is_of_the_last_epoch_with_sample_sd(figure):
     figure.commit()
     lines = [line.split() for line in figure.open().compare("test_accuracy").splitlines()]
-    assert lines[1:] == [["bp", "95.00", "1.00", "3", "-", "-", "-"], ["pfa", "95.00", "1.00", "3", "95.50", "0.50", "5"]]
+    assert lines[1:] == [
+        ["bp", "95.00", "1.00", "3", "-", "-", "-"],
+        ["pfa", "95.00", "1.00", "3", "95.50", "0.50", "5"],
+    ]
     assert figure.open(epochs=9).reference().empty, "values of another experiment are not the paper's"
 
 
@@ -213,7 +238,11 @@ def test_where_figures_go_and_what_they_say(figure, monkeypatch):
         cfg.save(None, "p3_fig2", "caption")
     folders = [folder.relative_to(notebooks.ROOT).as_posix() for folder, _ in saved]
     assert folders == ["build/record/figures", "build/quick/figures", "figures"]
-    assert stamped == ["partial: 2 of 3 seeds", "quick mode, mnist: not the paper's scale · partial: 2 of 3 seeds", "partial: 2 of 3 seeds"]
+    assert stamped == [
+        "partial: 2 of 3 seeds",
+        "quick mode, mnist: not the paper's scale · partial: 2 of 3 seeds",
+        "partial: 2 of 3 seeds",
+    ]
     trail = saved[0][1]
     assert trail["table"] == "data/records/p3_fig2.csv" and trail["runs"] == 4 and trail["machine"] == "torch 9.9, G"
     assert trail["sha256"] == plot.sha256(notebooks.ROOT / trail["table"])
@@ -321,4 +350,6 @@ def test_a_rule_of_a_page_is_trained_anew_when_its_code_has_changed(monkeypatch,
 
 
 def test_a_rule_named_twice_is_one():
-    assert experiments.plan("p3_fig2", "quick", rules="bp, kp,bp") == experiments.plan("p3_fig2", "quick", rules="bp,kp")
+    assert experiments.plan("p3_fig2", "quick", rules="bp, kp,bp") == experiments.plan(
+        "p3_fig2", "quick", rules="bp,kp"
+    )

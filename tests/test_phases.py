@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fa import UserError, data, engine, train
-from fa.engine import Stepper, drain, together
-from fa.feedback import generator
-from fa.records import Folder
-from fa.train import Config
+from fa import UserError
+from fa.layers.feedback import generator
+from fa.results.records import Folder
+from fa.train import data
+from fa.train import loop as train
+from fa.train import step as engine
+from fa.train.config import Config
+from fa.train.step import Stepper, drain, together
 
 RATES = {"wm": "amp=0.3 decay=0.2", "ia": "amp=0.3 null=0.05 decay=0.2"}
 BASE = Config("e", "wm", 0, RATES["wm"], dataset="digits", hidden="16,12", epochs=3, batch=400, lr=0.05, lr_drops="1", weight_decay=1e-2,
@@ -221,7 +224,10 @@ def test_the_schedule_begins_after_the_delay():
         ({"alternate": -1}, "alternate=-1 is negative"),
         ({"delay_epochs": -2}, "delay_epochs=-2 is negative"),
         ({"delay_epochs": 3, "epochs": 3}, "leaves none of 3 epochs to the task"),
-        *(({"rule": rule, "options": "", "alternate": 1}, f"teach {rule} nothing") for rule in ("bp", "fa", "dfa", "kp", "pfa", "frozen")),
+        *(
+            ({"rule": rule, "options": "", "alternate": 1}, f"teach {rule} nothing")
+            for rule in ("bp", "fa", "dfa", "kp", "pfa", "frozen")
+        ),
         ({"rule": "pfa", "options": "implicit=true", "delay_epochs": 1}, "teach pfa nothing"),
         ({"options": "clamp_forward=true", "alternate": 1}, "clamp_forward moves W"),
     ],

@@ -38,9 +38,11 @@ def table() -> pd.DataFrame:
 @pytest.fixture
 def reference() -> pd.DataFrame:
     """Published: pfa's accuracy with sd, bp's without, one angle."""
-    rows = [("pfa", np.nan, 4, "", "test_accuracy", 93.0, 0.5, 5),
-            ("bp", np.nan, 4, "", "test_accuracy", 94.0, np.nan, np.nan),
-            ("pfa", 0, 4, "a_last", "angle_deg", 77.0, np.nan, 1)]
+    rows = [
+        ("pfa", np.nan, 4, "", "test_accuracy", 93.0, 0.5, 5),
+        ("bp", np.nan, 4, "", "test_accuracy", 94.0, np.nan, np.nan),
+        ("pfa", 0, 4, "a_last", "angle_deg", 77.0, np.nan, 1),
+    ]
     return pd.DataFrame(rows, columns="rule seed epoch layer metric value sd n".split())
 
 
@@ -62,12 +64,12 @@ def test_a_rule_from_outside_gets_a_look_that_its_name_decides():
 
 SIGHT = {  # linear RGB under protanopia and deuteranopia: Machado, Oliveira & Fernandes 2009, severity 1
     "normal": np.eye(3),
-    "protanopia": np.array([[0.152286, 1.052583, -0.204868],
-                            [0.114503, 0.786281, 0.099216],
-                            [-0.003882, -0.048116, 1.051998]]),
-    "deuteranopia": np.array([[0.367322, 0.860646, -0.227968],
-                              [0.280085, 0.672501, 0.047413],
-                              [-0.011820, 0.042940, 0.968881]]),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
 }
 
 

@@ -11,9 +11,15 @@ import pandas as pd
 import pytest
 import torch
 
-from fa import ROOT, UserError, batch, campaign, claims, data, engine, experiments, notebooks, records, report, train
+from fa import ROOT, UserError, experiments
 from fa.experiments import x_precision
-from fa.notebooks import Notebook
+from fa.results import batch, claims, records, report
+from fa.results import page as notebooks
+from fa.results import runs as campaign
+from fa.results.page import Notebook
+from fa.train import data
+from fa.train import loop as train
+from fa.train import step as engine
 
 PAPER = experiments.plan("x_precision", "paper")
 PAIRED = "paired(test_accuracy, rule=bp, precision=bfloat16, minus_precision=float32, epoch=last)"
@@ -26,8 +32,13 @@ def test_the_float32_runs_are_figure_2s_own_and_the_others_differ_in_precision_a
     assert full == experiments.plan("p3_fig2", "paper", rules=",".join(x_precision.RULES))
     assert [replace(c, experiment="p3_fig2", precision="float32") for c in half] == full
     assert {c.experiment for c in half} == {"x_precision"} and len({c.run for c in PAPER}) == len(PAPER) == 70
-    assert {c.run for c in full} <= records.held("p3_fig2") | records.held("p3_beyond")  # nothing of float32 is left to train
-    assert [x_precision.EXPERIMENT.swept(c) for c in half[:1] + full[:1]] == [{"precision": "bfloat16"}, {"precision": "float32"}]
+    assert {c.run for c in full} <= records.held("p3_fig2") | records.held(
+        "p3_beyond"
+    )  # nothing of float32 is left to train
+    assert [x_precision.EXPERIMENT.swept(c) for c in half[:1] + full[:1]] == [
+        {"precision": "bfloat16"},
+        {"precision": "float32"},
+    ]
 
 
 def test_a_campaign_that_is_cut_short_has_whole_seeds() -> None:
@@ -37,7 +48,9 @@ def test_a_campaign_that_is_cut_short_has_whole_seeds() -> None:
 
 def test_quick_mode_trains_every_rule_in_both_precisions_on_digits() -> None:
     runs = experiments.plan("x_precision", "quick")
-    assert Counter((c.rule, c.precision) for c in runs) == {(r, p): 2 for r in x_precision.RULES for p in x_precision.PRECISIONS}
+    assert Counter((c.rule, c.precision) for c in runs) == {
+        (r, p): 2 for r in x_precision.RULES for p in x_precision.PRECISIONS
+    }
     assert {(c.experiment, c.dataset, c.hidden, c.epochs) for c in runs} == {("x_precision", "digits", "64,64", 10)}
 
 
@@ -45,9 +58,15 @@ def test_resnet_20_is_figure_4s_in_both_precisions() -> None:
     """One seed; every run is one of that figure, which takes it by its ``precision``, and a pair differs in nothing else."""
     full, half = ([c for c in DEEP if c.precision == p] for p in x_precision.PRECISIONS)
     of = dict(seeds=1, rules=",".join(x_precision.CIFAR_RULES))
-    assert half == experiments.plan("p3_fig4", "paper", **of) and full == experiments.plan("p3_fig4", "paper", precision="float32", **of)
-    assert [replace(c, precision="float32") for c in half] == full and DEEP == [c for pair in zip(full, half) for c in pair]
-    assert {(c.experiment, c.dataset, c.model, c.epochs, c.seed) for c in DEEP} == {("p3_fig4", "cifar10", "resnet20", 250, 0)}
+    assert half == experiments.plan("p3_fig4", "paper", **of) and full == experiments.plan(
+        "p3_fig4", "paper", precision="float32", **of
+    )
+    assert [replace(c, precision="float32") for c in half] == full and DEEP == [
+        c for pair in zip(full, half) for c in pair
+    ]
+    assert {(c.experiment, c.dataset, c.model, c.epochs, c.seed) for c in DEEP} == {
+        ("p3_fig4", "cifar10", "resnet20", 250, 0)
+    }
     assert len({c.run for c in DEEP}) == len(DEEP) == 8
     assert [x_precision.CIFAR.swept(c)["precision"] for c in DEEP] == 4 * ["float32", "bfloat16"]
     quick = experiments.plan("x_precision_cifar", "quick")
@@ -89,17 +108,26 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_collect_takes_shared_runs_from_the_records_that_hold_them(elsewhere: Path) -> None:
-    runs = experiments.plan("x_precision", "paper", seeds=1, rules="bp,kp")  # kp is in no record but those beyond Figure 2
+    runs = experiments.plan(
+        "x_precision", "paper", seeds=1, rules="bp,kp"
+    )  # kp is in no record but those beyond Figure 2
     with pytest.raises(UserError, match="2 of 4 runs of x_precision are finished"):
         campaign.collect("x_precision", "paper", runs)
     campaign.collect("x_precision", "paper", runs, partial=True)
     table, about = records.read("x_precision"), records.sidecar("x_precision")
     assert [c for c in table if c not in records.COLUMNS] == ["precision"] and set(table.precision) == {"float32"}
-    assert set(table.run) == set(about["status"]) == set(about["configs"]) == {c.run for c in runs if c.precision == "float32"}
+    assert (
+        set(table.run)
+        == set(about["status"])
+        == set(about["configs"])
+        == {c.run for c in runs if c.precision == "float32"}
+    )
     for rule, holder in (("bp", "p3_fig2"), ("kp", "p3_beyond")):
         rows, theirs = table[table.rule == rule], records.read(holder)
         theirs = theirs[theirs.run == rows.run.iloc[0]]
-        pd.testing.assert_frame_equal(rows[records.COLUMNS].reset_index(drop=True), theirs[records.COLUMNS].reset_index(drop=True))
+        pd.testing.assert_frame_equal(
+            rows[records.COLUMNS].reset_index(drop=True), theirs[records.COLUMNS].reset_index(drop=True)
+        )
     again = campaign.collect("x_precision", "paper", runs, partial=True)  # now from its own record
     assert records.read("x_precision").equals(table) and again.exists()
 
@@ -120,7 +148,12 @@ def test_a_notebook_trains_what_records_hold_unless_it_is_told_to_add(monkeypatc
 
     monkeypatch.setattr(campaign, "recorded", lambda mode: {"a"})
     monkeypatch.setattr(campaign, "run", run)
-    for told, mode, seeds, held in (("", "paper", 0, ()), ("1", "paper", 0, {"a"}), ("1", "quick", 0, ()), ("1", "paper", 1, ())):
+    for told, mode, seeds, held in (
+        ("", "paper", 0, ()),
+        ("1", "paper", 0, {"a"}),
+        ("1", "quick", 0, ()),
+        ("1", "paper", 1, ()),
+    ):
         monkeypatch.setenv("FA_ADD", told)
         with pytest.raises(Asked) as asked:
             Notebook("x_precision", mode=mode, seeds=seeds).table()
@@ -182,7 +215,13 @@ def test_seeds_are_paired_along_any_axis() -> None:
             for p, vs in values.items() for s, v in enumerate(vs) for e in (0, 1)]  # fmt: skip
 
     def value(criterion: str) -> dict:
-        row = dict.fromkeys(claims.COLUMNS, "x") | {"id": "c", "criterion": criterion, "target": "none", "tolerance": "none", "n_min": "3"}
+        row = dict.fromkeys(claims.COLUMNS, "x") | {
+            "id": "c",
+            "criterion": criterion,
+            "target": "none",
+            "tolerance": "none",
+            "n_min": "3",
+        }
         return claims.judge(claims._compile(row), pd.DataFrame(rows), records.reference("x_precision"))
 
     found = value(f"{PAIRED} < 1")
@@ -209,7 +248,9 @@ def deep(run: str = "", metric: str = "", shift: float = 0.0) -> dict[str, dict]
     configs = {c.run: asdict(c) for c in DEEP}
     beside = {"configs": configs, "status": {name: {"state": "finished"} for name in configs}}
     about = (c for c in claims.load() if c.experiment == "x_precision_cifar")
-    judged = (claims.judge(c, table, records.reference("x_precision_cifar"), beside, list(configs.values())) for c in about)
+    judged = (
+        claims.judge(c, table, records.reference("x_precision_cifar"), beside, list(configs.values())) for c in about
+    )
     return {row["id"].removeprefix("x_precision_cifar_"): row for row in judged}
 
 
@@ -225,7 +266,11 @@ def test_a_pair_of_resnets_is_held_against_the_papers_seeds() -> None:
         for shift, verdict in ((band + 0.01, "fails"), (-band - 0.01, "fails"), (band - 0.01, "holds")):
             seen = {name: row["verdict"] for name, row in deep(half[rule], "val_accuracy", shift).items()}
             assert seen.pop(f"accuracy_{rule}") == verdict and set(seen.values()) == {"holds"}
-    for rule, claim, bound, verdict in (("usf", "angle_usf", 2, "fails"), ("pfa", "angle", 0.5, "partly"), ("pfa_o", "angle", 0.5, "partly")):
+    for rule, claim, bound, verdict in (
+        ("usf", "angle_usf", 2, "fails"),
+        ("pfa", "angle", 0.5, "partly"),
+        ("pfa_o", "angle", 0.5, "partly"),
+    ):
         assert deep(half[rule], "angle_deg", 20 * bound - 0.1)[claim]["verdict"] == "holds"  # the mean of 20 layers
         assert deep(half[rule], "angle_deg", 20 * bound + 0.1)[claim]["verdict"] == verdict
 

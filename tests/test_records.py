@@ -9,8 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fa import ROOT, UserError, experiments, records
-from fa.train import Config, fingerprint
+from fa import ROOT, UserError, experiments
+from fa.results import records
+from fa.train.config import Config
+from fa.train.loop import fingerprint
 
 RECORDS = sorted(p.stem for p in (ROOT / "data" / "records").glob("*.json"))
 
@@ -18,7 +20,9 @@ RECORDS = sorted(p.stem for p in (ROOT / "data" / "records").glob("*.json"))
 @pytest.mark.parametrize("experiment", RECORDS)
 def test_the_table_is_what_was_collected(experiment: str) -> None:
     path, about = records.record_path(experiment), records.sidecar(experiment)
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == about["sha256"], f"{path.name} was altered after it was collected"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == about["sha256"], (
+        f"{path.name} was altered after it was collected"
+    )
     assert path.stat().st_size < 2_000_000
     table = records.read(experiment)
     assert set(records.COLUMNS) <= set(table.columns)
@@ -31,7 +35,9 @@ def test_the_table_is_what_was_collected(experiment: str) -> None:
 def test_a_run_is_named_by_its_settings(experiment: str) -> None:
     planned = {c.run for c in experiments.plan(experiment, "paper")}
     about = records.sidecar(experiment)
-    assert set(about["configs"]) <= planned, f"{experiment} holds runs that are not planned any more; train and collect it again"
+    assert set(about["configs"]) <= planned, (
+        f"{experiment} holds runs that are not planned any more; train and collect it again"
+    )
     assert about["partial"] == (set(about["configs"]) != planned)
 
 
@@ -42,7 +48,9 @@ def test_no_record_is_outgrown(experiment: str) -> None:
     for run, told in about["fingerprints"].items():
         if fingerprint(Config(**about["configs"][run])) != told:
             moved.append(about["configs"][run]["rule"])
-    assert not moved, f"{experiment}: the recipe of {', '.join(moved)} changed since it was trained; raise its revision and train again"
+    assert not moved, (
+        f"{experiment}: the recipe of {', '.join(moved)} changed since it was trained; raise its revision and train again"
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "figures").glob("*.json")), ids=lambda p: p.stem)
@@ -59,7 +67,15 @@ def test_a_missing_record_says_how_to_make_it() -> None:
 
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FA_BUILD", str(tmp_path))
-    rows = {"run": "a", "rule": "fa", "seed": 0, "epoch": [1, 1], "layer": ["", "fc1"], "depth": [None, 1], "metric": "m"}
+    rows = {
+        "run": "a",
+        "rule": "fa",
+        "seed": 0,
+        "epoch": [1, 1],
+        "layer": ["", "fc1"],
+        "depth": [None, 1],
+        "metric": "m",
+    }
     table = pd.DataFrame({**rows, "value": [1 / 3, 2.0]})
     path = records.write("x", "quick", table, {"partial": False})
     again = records.read("x", "quick")

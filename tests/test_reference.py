@@ -8,11 +8,21 @@ from fa.experiments.p3_table1 import PROPERTIES
 from fa.paths import ROOT
 
 COLUMNS = ["paper", "figure", "rule", "seed", "epoch", "layer", "metric", "value", "sd", "n", "source"]
-RANGES = {"train_loss": (0, np.inf), "train_accuracy": (0, 100), "val_accuracy": (0, 100), "test_accuracy": (0, 100),
-          "best_test_accuracy": (0, 100), "angle_deg": (0, 180), "norm_ratio": (0, np.inf), "eig_mean": (0, np.inf),
-          "eig_sd": (0, np.inf), "sign_concordance": (0, 1),
-          **{f"{of}_angle_deg": (0, 180) for of in ("mean", "min", "max")},
-          **{f"{of}_norm_ratio": (0, np.inf) for of in ("mean", "min", "max")}, **dict.fromkeys(PROPERTIES, (0, 1))}
+RANGES = {
+    "train_loss": (0, np.inf),
+    "train_accuracy": (0, 100),
+    "val_accuracy": (0, 100),
+    "test_accuracy": (0, 100),
+    "best_test_accuracy": (0, 100),
+    "angle_deg": (0, 180),
+    "norm_ratio": (0, np.inf),
+    "eig_mean": (0, np.inf),
+    "eig_sd": (0, np.inf),
+    "sign_concordance": (0, 1),
+    **{f"{of}_angle_deg": (0, 180) for of in ("mean", "min", "max")},
+    **{f"{of}_norm_ratio": (0, np.inf) for of in ("mean", "min", "max")},
+    **dict.fromkeys(PROPERTIES, (0, 1)),
+}
 FILES = sorted((ROOT / "data" / "reference").glob("*.csv"))
 
 
@@ -23,8 +33,8 @@ def table(name: str) -> pd.DataFrame:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_table_is_well_formed(path):
     t = table(path.stem)
-    swept = list(t.columns[len(COLUMNS):])
-    assert list(t.columns[:len(COLUMNS)]) == COLUMNS and len(t) > 0
+    swept = list(t.columns[len(COLUMNS) :])
+    assert list(t.columns[: len(COLUMNS)]) == COLUMNS and len(t) > 0
     assert not t.duplicated(["rule", "seed", "epoch", "layer", "metric", *swept]).any()
     assert set(t.paper) <= {"p1", "p2", "p3"}
     assert t[["figure", "rule", "metric", "value", *swept]].notna().all(axis=None)
@@ -34,8 +44,8 @@ def test_every_table_is_well_formed(path):
         low, high = RANGES[metric]
         assert rows.value.between(low, high).all(), metric
     assert (t.sd.dropna() >= 0).all() and (t.n.dropna() >= 1).all()
-    assert t.n[t.sd.notna()].gt(1).all()                # a spread is of more than one run
-    assert t.seed.isna()[t.n > 1].all()                 # and one seed is one run
+    assert t.n[t.sd.notna()].gt(1).all()  # a spread is of more than one run
+    assert t.seed.isna()[t.n > 1].all()  # and one seed is one run
     assert (t.n[t.seed.notna()] == 1).all()
 
 
@@ -43,15 +53,17 @@ def test_figure_2_holds_what_the_figure_shows():
     t = table("p3_fig2")
     accuracy = t[t.metric == "test_accuracy"]
     assert set(zip(accuracy.rule, accuracy.epoch)) == {
-        (rule, epoch) for rule in ("bp", "fa", "dfa", "usf", "pfa", "pfa_o") for epoch in (20, 21, 31, 40)}
+        (rule, epoch) for rule in ("bp", "fa", "dfa", "usf", "pfa", "pfa_o") for epoch in (20, 21, 31, 40)
+    }
     assert accuracy.sd.notna().all() and (accuracy.n == 5).all()
     best = t[t.metric == "best_test_accuracy"]
     assert list(best.seed) == [0, 1, 2, 3, 4] and set(best.rule) == {"bp"}
-    assert best.value.mean() == pytest.approx(98.41, abs=0.005)          # the mean that the authors' script draws
+    assert best.value.mean() == pytest.approx(98.41, abs=0.005)  # the mean that the authors' script draws
     for metric in ("angle_deg", "norm_ratio"):
         end = t[(t.metric == metric) & (t.epoch == 40)]
         assert set(zip(end.rule, end.layer)) == {
-            (rule, layer) for rule in ("fa", "usf", "pfa", "pfa_o") for layer in ("fc1", "fc2", "fc")}
+            (rule, layer) for rule in ("fa", "usf", "pfa", "pfa_o") for layer in ("fc1", "fc2", "fc")
+        }
 
 
 def test_figure_2_initial_ratios_are_those_of_the_initialisation():

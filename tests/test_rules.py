@@ -4,17 +4,17 @@ import copy
 import math
 from dataclasses import dataclass
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import apart, cosine, grads, randn
 from torch import nn
 
 import fa
+import oracles
 from fa import models
+from oracles import apart, cosine, grads, randn
 
 RULES = {
     "fa": ("fa", {}),
@@ -116,7 +116,9 @@ def test_linear_layer_equals_autograd_of_the_rule(rule, case):
 def test_conv_layer_equals_autograd_of_the_rule(rule, case):
     arguments, shape = CONV[case]
     name, options = RULES[rule]
-    if name in P2 and (arguments.get("padding_mode", "zeros") != "zeros" or case == "same, even kernel" or len(shape) == 3):
+    if name in P2 and (
+        arguments.get("padding_mode", "zeros") != "zeros" or case == "same, even kernel" or len(shape) == 3
+    ):
         pytest.skip("p2's objective is stated on the input that the linear map sees, which is here the padded one")
     assert_exact(oracles.check(conv(**arguments), randn(*shape, seed=3), name, options))
 
@@ -182,7 +184,11 @@ def test_implicit_feedback_is_the_explicit_one(name, case, density):
     implicit = fa.convert(make(), name, seed=4, implicit=True, **options)
     x, W0 = randn(*shape, seed=3), explicit.weight.detach().clone()
     B = oracles.dense_B(explicit)
-    D0 = explicit.feedback.R.detach() - torch.einsum("om,o...->m...", B, W0) if explicit.feedback.op.groups == 1 else None
+    D0 = (
+        explicit.feedback.R.detach() - torch.einsum("om,o...->m...", B, W0)
+        if explicit.feedback.op.groups == 1
+        else None
+    )
     for moved, c in ((0.0, 1.0), (0.7, 0.4)):
         with torch.no_grad():
             W = W0 + moved * randn(*W0.shape, seed=9)
@@ -210,7 +216,9 @@ def test_sparse_feedback_has_its_density_and_is_not_rescaled():
     pfa = fa.convert(layer, "pfa", seed=1, density=0.2, expansion=2).feedback
     assert (pfa.B != 0).double().mean().item() == pytest.approx(0.2, abs=0.02)
     assert pfa.mask.mean().item() == pytest.approx(0.2, abs=0.01)
-    assert (pfa.B @ pfa.B.T).diagonal().mean().item() == pytest.approx(1, abs=0.1)  # B alone makes up for what is missing
+    assert (pfa.B @ pfa.B.T).diagonal().mean().item() == pytest.approx(
+        1, abs=0.1
+    )  # B alone makes up for what is missing
 
 
 # ------------------------------------------------------------------------------------------ exactly backprop
@@ -275,7 +283,9 @@ def test_matched_residual_network_is_backprop_bit_for_bit(rule, dtype):
 # ------------------------------------------------------------------------------------------ what decays, and how fast
 
 
-SCHEDULE = [(0.1, 0.3)] * 5 + [(0.1, 0.01)] * 10 + [(0.02, 0.01)] * 5 + [(0.05, 0.0)] * 3 + [(0.05, 0.2)] * 5  # lr, weight decay
+SCHEDULE = (
+    [(0.1, 0.3)] * 5 + [(0.1, 0.01)] * 10 + [(0.02, 0.01)] * 5 + [(0.05, 0.0)] * 3 + [(0.05, 0.2)] * 5
+)  # lr, weight decay
 
 
 def trained(net, seed, schedule, momentum=0.9, each=lambda net: None, **sgd):
@@ -411,7 +421,17 @@ def test_implicit_training_equals_explicit_training(name, density, kind, sgd):
 # ------------------------------------------------------------------------------------------ no rule is secretly backprop
 
 
-RANDOM = {"fa": {}, "kp": {}, "pfa": {}, "pfa_o": {}, "pfa implicit": {"implicit": True}, "wm": {}, "ia": {}, "sa": {}, "aa": {}}
+RANDOM = {
+    "fa": {},
+    "kp": {},
+    "pfa": {},
+    "pfa_o": {},
+    "pfa implicit": {"implicit": True},
+    "wm": {},
+    "ia": {},
+    "sa": {},
+    "aa": {},
+}
 SIGNED = {"usf": {}, "frsf": {}, "brsf": {}}
 
 
@@ -424,7 +444,9 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         n = self.net
-        half = torch.utils.checkpoint.checkpoint(lambda x: n.block1(torch.relu(n.stem(x))), x, use_reentrant=self.reentrant)
+        half = torch.utils.checkpoint.checkpoint(
+            lambda x: n.block1(torch.relu(n.stem(x))), x, use_reentrant=self.reentrant
+        )
         return n.fc(n.block2(half).mean((2, 3)))
 
 
@@ -596,7 +618,12 @@ def test_orthogonal_matrix_is_orthogonal(groups):
 def test_feedback_scales():
     layer = nn.Conv2d(40, 60, 3).double()
     W, n_in, n_out = layer.weight.detach(), 40 * 9, 60 * 9
-    for init, std in {"match": W.square().mean().sqrt().item(), "xavier": (2 / (n_in + n_out)) ** 0.5, "kaiming": (3 * n_in) ** -0.5, 0.2: 0.2}.items():
+    for init, std in {
+        "match": W.square().mean().sqrt().item(),
+        "xavier": (2 / (n_in + n_out)) ** 0.5,
+        "kaiming": (3 * n_in) ** -0.5,
+        0.2: 0.2,
+    }.items():
         B = fa.convert(copy.deepcopy(layer), "fa", init=init).feedback.B
         assert B.std().item() == pytest.approx(std, rel=0.02)
         assert B.abs().max().item() <= std * 3**0.5 and B.mean().abs().item() < 0.02 * std
@@ -623,7 +650,9 @@ def test_brsf_redraws_once_per_step_from_its_own_stream():
         fa.after_step(twin)
     assert torch.equal(twin[0].feedback.M, drawn[-1])
     std = drawn[0].std().item()
-    assert net[0].feedback.M.min() >= 0 and net[0].feedback.M.square().mean().sqrt().item() == pytest.approx(std, rel=0.25)
+    assert net[0].feedback.M.min() >= 0 and net[0].feedback.M.square().mean().sqrt().item() == pytest.approx(
+        std, rel=0.25
+    )
 
 
 @pytest.mark.parametrize("rule", ["brsf", "frozen"])
@@ -690,7 +719,7 @@ def test_a_learned_rule_from_outside_may_name_everything():
     class Nosy(fa.Rule):
         name, learned = "nosy", ("B",)
 
-        def draw(self, op, W, gen):
+        def init_state(self, op, W, gen):
             return {"B": torch.zeros_like(W), "k": torch.ones(()).to(W)}
 
         def kernel(self, B, k):
@@ -698,7 +727,9 @@ def test_a_learned_rule_from_outside_may_name_everything():
 
         def feedback_grad(self, op, x, y, dy, dW, W, B, k):
             assert not any(t.requires_grad and t.grad_fn for t in (x, y, dy, dW, W, B))
-            return {"B": op.correlate(x, dy, W) + dW + 0 * op.transpose(y, W, x).sum() + (y - op.forward(x, W)).sum() * k}
+            return {
+                "B": op.grad_weight(x, dy, W) + dW + 0 * op.grad_input(y, W, x).sum() + (y - op.forward(x, W)).sum() * k
+            }
 
     layer = fa.convert(conv(in_channels=2, out_channels=3, kernel_size=3), Nosy())
     got = oracles.under_rule(layer, randn(2, 2, 5, 5, seed=1), randn(2, 3, 3, 3, seed=2))

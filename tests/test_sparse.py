@@ -13,7 +13,7 @@ from torch import nn
 import fa
 from fa import experiments
 from fa.experiments import p3_sparse
-from fa.notebooks import Notebook
+from fa.results.page import Notebook
 
 
 def test_the_grid_is_the_authors_and_dense_runs_are_figure_2s() -> None:

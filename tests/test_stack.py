@@ -11,10 +11,15 @@ import pytest
 import torch
 
 import fa
-from fa import UserError, campaign, data, engine, experiments, models, stack, train
-from fa.engine import Stepper, drain, together
-from fa.records import Folder
-from fa.train import Config, Member
+from fa import UserError, models
+from fa.results import runs as campaign
+from fa.results.records import Folder
+from fa.train import data, stack
+from fa.train import loop as train
+from fa.train import step as engine
+from fa.train.config import Config
+from fa.train.loop import Member
+from fa.train.step import Stepper, drain, together
 
 BASE = Config("p3_fig4", "bp", 0, dataset="digits", model="resnet8", hidden="", epochs=2, batch=128, lr=0.1, lr_drops="2",
               first_weight_decay=0.01, augment=True)  # fmt: skip
@@ -64,7 +69,11 @@ def agree(configs, sets, compiled=False):
         for want, got in zip(opt.state_dict()["state"].values(), own.state_dict()["state"].values()):
             assert torch.allclose(got["momentum_buffer"], want["momentum_buffer"], rtol=1e-9, atol=1e-11)
     want = [train.accuracy(net, sets.test) for _, net, _ in alone]
-    assert stack.accuracies(whole, len(configs), sets.test, 100) == want == [train.accuracy(net, sets.test) for net in nets]
+    assert (
+        stack.accuracies(whole, len(configs), sets.test, 100)
+        == want
+        == [train.accuracy(net, sets.test) for net in nets]
+    )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[" ".join(r) for r in RULES])
@@ -131,7 +140,9 @@ def close(got, want):
 def test_a_campaign_that_stacks_gives_the_tables_of_one_that_does_not(monkeypatch, tmp_path):
     """With a stop and a resumption; only a GPU stacks, so this one is told to."""
     monkeypatch.setenv("FA_RUNS", str(tmp_path))
-    configs = [replace(c, epochs=1, lr=0.005) for c in runs([("bp", ""), ("dfa", ""), ("pfa", "implicit=true")], (0, 1))]
+    configs = [
+        replace(c, epochs=1, lr=0.005) for c in runs([("bp", ""), ("dfa", ""), ("pfa", "implicit=true")], (0, 1))
+    ]
     want = [train.train(c) for c in configs]
     sizes, real, clock = [], train.running, iter(range(10**9))
 
@@ -146,7 +157,9 @@ def test_a_campaign_that_stacks_gives_the_tables_of_one_that_does_not(monkeypatc
     monkeypatch.setattr(campaign.torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(campaign.engine, "together", lambda made, device: together(made, "cpu"))
     plain = {"workers": 1, "progress": False, "compiled": False}
-    monkeypatch.setattr(train, "time", type("Clock", (), {"monotonic": staticmethod(lambda: 1e12 + next(clock))}))  # far behind any budget
+    monkeypatch.setattr(
+        train, "time", type("Clock", (), {"monotonic": staticmethod(lambda: 1e12 + next(clock))})
+    )  # far behind any budget
     stopped = campaign.run(configs, "quick", **plain, budget=1e-9)
     assert stopped.left == len(configs) and sizes == [4, 1, 1]
     assert campaign.run(configs, "quick", **plain).left == 0
@@ -159,7 +172,9 @@ def test_a_campaign_that_stacks_gives_the_tables_of_one_that_does_not(monkeypatc
 
 def test_a_stack_with_a_loss_that_is_not_finite_is_taken_apart(monkeypatch):
     members = [Member(c) for c in runs([("bp", "")], (0, 1))]
-    monkeypatch.setattr(Stepper, "epoch", lambda self, epoch: (yield) or torch.full((3, 2), float("nan"), dtype=torch.float64))
+    monkeypatch.setattr(
+        Stepper, "epoch", lambda self, epoch: (yield) or torch.full((3, 2), float("nan"), dtype=torch.float64)
+    )
     with pytest.raises(train.Apart):
         drain(train.running(members))
 
@@ -175,7 +190,9 @@ def test_a_stack_whose_last_step_spoilt_a_weight_is_taken_apart_before_it_is_sav
         return torch.ones(3, 2, dtype=torch.float64)
 
     monkeypatch.setattr(Stepper, "epoch", epoch)
-    monkeypatch.setattr(train.time, "monotonic", itertools.count(0, 100).__next__)  # a checkpoint is due after every epoch
+    monkeypatch.setattr(
+        train.time, "monotonic", itertools.count(0, 100).__next__
+    )  # a checkpoint is due after every epoch
     with pytest.raises(train.Apart):
         drain(train.running(members))
     assert not saved

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 import fa
-from fa import claims, experiments, metrics, plot, records
+from fa import experiments, metrics, plot
 from fa.experiments import p3_table1
-from fa.feedback import generator
-from fa.train import Config, train, weighted
+from fa.layers.feedback import generator
+from fa.results import claims, records
+from fa.train.config import Config
+from fa.train.loop import train, weighted
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +55,21 @@ def test_the_twin_stores_the_r_that_was_left_out(rule):
     (config,) = [c for c in p3_table1.grid("quick", (rule,), 1, 3, "") if isinstance(c, Config)]
     assert config.rule_options["implicit"]
     nets = {}
-    for name, c in {"implicit": config, "explicit": replace(config, options=config.options.replace(" implicit=true", ""))}.items():
+    for name, c in {
+        "implicit": config,
+        "explicit": replace(config, options=config.options.replace(" implicit=true", "")),
+    }.items():
         train(c, extra=lambda net, epoch: nets.update({name: net}) or [])  # noqa: B023
     twin = p3_table1.explicit(config, nets["implicit"])
     for name, layer in weighted(twin).items():
         want = weighted(nets["explicit"])[name].feedback.R.double()
         assert torch.linalg.vector_norm(layer.feedback.R - want) < 1e-4 * torch.linalg.vector_norm(want)
-        torch.testing.assert_close(fa.feedback_weight(layer).float(), fa.feedback_weight(weighted(nets["implicit"])[name]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            fa.feedback_weight(layer).float(),
+            fa.feedback_weight(weighted(nets["implicit"])[name]),
+            rtol=1e-4,
+            atol=1e-5,
+        )
     assert p3_table1.explicit(replace(config, rule="kp", options=""), nets["explicit"]) is nets["explicit"]
 
 
@@ -68,12 +78,20 @@ def test_rows_of_symmetry_stand_beside_the_trainers():
     table = p3_table1.run(config)
     rows = table[table.metric.str.match("[BR]_")]
     assert set(rows.epoch) == {0, 2} and set(rows.layer) == {"fc1", "fc2", "fc"}
-    assert set(rows.metric) == {f"{m}_{n}" for m in "BR" for n in ("match", "mixed", "chance", "excess")}, "no correlation across shapes"
+    assert set(rows.metric) == {f"{m}_{n}" for m in "BR" for n in ("match", "mixed", "chance", "excess")}, (
+        "no correlation across shapes"
+    )
     wide = rows.pivot_table(index=["epoch", "layer"], columns="metric", values="value")
     np.testing.assert_allclose(wide.R_excess, wide.R_match - wide.R_mixed)
-    assert (wide.R_match.loc[0] - wide.R_chance.loc[0]).abs().max() < 0.1 < (wide.R_match.loc[2] - wide.R_chance.loc[2]).min()
+    assert (
+        (wide.R_match.loc[0] - wide.R_chance.loc[0]).abs().max()
+        < 0.1
+        < (wide.R_match.loc[2] - wide.R_chance.loc[2]).min()
+    )
     plain = train(config)
-    pd.testing.assert_frame_equal(table[~table.index.isin(rows.index)].reset_index(drop=True), plain)  # measuring changes nothing
+    pd.testing.assert_frame_equal(
+        table[~table.index.isin(rows.index)].reset_index(drop=True), plain
+    )  # measuring changes nothing
 
 
 def test_a_probe_asks_every_layer():
@@ -104,8 +122,12 @@ def test_symmetry_against_numpy():
     (row,) = metrics.symmetry(layer("fa", W)).itertuples()
     net = layer("fa", W)
     B = net.feedback.B.numpy()
-    assert row.matrix == "B" and row.correlation == pytest.approx(np.corrcoef(B.ravel(), W.numpy().ravel())[0, 1], abs=1e-12)
-    cosines = (B / np.linalg.norm(B, axis=1, keepdims=True)) @ (W.numpy() / np.linalg.norm(W.numpy(), axis=1, keepdims=True)).T
+    assert row.matrix == "B" and row.correlation == pytest.approx(
+        np.corrcoef(B.ravel(), W.numpy().ravel())[0, 1], abs=1e-12
+    )
+    cosines = (B / np.linalg.norm(B, axis=1, keepdims=True)) @ (
+        W.numpy() / np.linalg.norm(W.numpy(), axis=1, keepdims=True)
+    ).T
     assert row.match == pytest.approx(np.abs(cosines).max(1).mean(), abs=1e-12)
     assert row.match == pytest.approx(row.chance, abs=0.05), "a random matrix matches as a random matrix does"
 
@@ -160,8 +182,12 @@ def perfect() -> pd.DataFrame:
     stored = {"bp": "W", "usf": "K", "pfa": "BR", "pfa_o": "BR"}
     for rule in p3_table1.RULES:
         for seed in range(3):
+
             def add(epoch, layer, depth, **values):
-                rows.extend([f"{rule}{seed}{epoch}", rule, seed, epoch, layer, depth, metric, value] for metric, value in values.items())  # noqa: B023
+                rows.extend(
+                    [f"{rule}{seed}{epoch}", rule, seed, epoch, layer, depth, metric, value]
+                    for metric, value in values.items()
+                )  # noqa: B023
 
             add(10, "", None, noise_passes=0.5 if rule == "wm" else 0.0)
             add(40, "", None, test_accuracy=98.3 + 0.01 * seed + gap[rule])
@@ -175,14 +201,25 @@ def perfect() -> pd.DataFrame:
                     add(10, name, depth, **{f"{matrix}_reciprocal": float(joined)})
                     if rule in ("dfa", "wm", "pfa", "pfa_o"):
                         close = rule == "wm"
-                        values = {"match": 0.99 if close else 0.4, "mixed": 0.4, "chance": 0.1, "excess": 0.59 if close else 0.0}
+                        values = {
+                            "match": 0.99 if close else 0.4,
+                            "mixed": 0.4,
+                            "chance": 0.1,
+                            "excess": 0.59 if close else 0.0,
+                        }
                         add(40, name, depth, **{f"{matrix}_{n}": v for n, v in values.items()})
                     if rule == "wm" or rule == "dfa" and name == "fc":
                         add(40, name, depth, B_correlation=0.99 if close else 0.5, B_angle_deg=8 if close else 60)
                 if rule in angles:
                     add(40, name, depth, angle_deg=angles[rule])
                 if rule != "bp":
-                    add(40, name, depth, grad_angle_global_deg=20.0, delta_angle_global_deg=50.0 if rule == "dfa" else 20.0)
+                    add(
+                        40,
+                        name,
+                        depth,
+                        grad_angle_global_deg=20.0,
+                        delta_angle_global_deg=50.0 if rule == "dfa" else 20.0,
+                    )
     return pd.DataFrame(rows, columns=records.COLUMNS)
 
 
@@ -203,7 +240,16 @@ def verdicts(table: pd.DataFrame, ticks: pd.DataFrame) -> dict[str, str]:
 
 def test_the_papers_table_is_whole(ticks):
     wide = ticks.pivot(index="metric", columns="rule", values="value")
-    assert set(wide.index) == set(p3_table1.PROPERTIES) and set(wide) == {"bp", "fa", "dfa", "usf", "kp", "wm", "pal", "pfa"}
+    assert set(wide.index) == set(p3_table1.PROPERTIES) and set(wide) == {
+        "bp",
+        "fa",
+        "dfa",
+        "usf",
+        "kp",
+        "wm",
+        "pal",
+        "pfa",
+    }
     assert wide.notna().all(axis=None)
     lettered = ticks[ticks.value == 0.5]
     assert set(lettered.source.str.partition("note ")[2].str[0]) == {"a", "b", "c"} and len(lettered) == 7
@@ -257,7 +303,9 @@ def test_a_partial_record_shows_what_it_has(ticks):
     assert (empty.ours == "").all() and empty.met.isna().all() and (empty.verdict == "not comparable").all()
     nothing = p3_table1.cells(table.iloc[:0], ticks)
     assert (nothing.verdict == "not comparable").all() and set(nothing.rule) == set(p3_table1.RULES) - {"pfa_o"}
-    assert set(p3_table1.cells(table[table.rule == "pfa"], ticks.iloc[:0]).rule) == {"pfa"}, "a reader's choice of rules"
+    assert set(p3_table1.cells(table[table.rule == "pfa"], ticks.iloc[:0]).rule) == {"pfa"}, (
+        "a reader's choice of rules"
+    )
     assert p3_table1.mirrors(table.iloc[:0]) == p3_table1.evidence(nothing) == "no run yet"
 
 
@@ -293,7 +341,10 @@ def test_the_figure_is_legible_and_shows_every_cell(ticks):
         box = text.get_window_extent()
         assert text.get_fontsize() >= 6.5 and fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1, text.get_text()
     texts = [t.get_text() for t in ax.texts]
-    assert texts.count("✓") == (ticks[ticks.rule != "pal"].value == 1).sum() and texts.count("✗") == (ticks[ticks.rule != "pal"].value == 0).sum()
+    assert (
+        texts.count("✓") == (ticks[ticks.rule != "pal"].value == 1).sum()
+        and texts.count("✗") == (ticks[ticks.rule != "pal"].value == 0).sum()
+    )
     assert [texts.count(letter) for letter in "abc"] == [1, 3, 1] and "31°\n20°" in texts
     framed = [p for p in ax.patches if p.get_edgecolor()[3] > 0]
     assert len(framed) == 1, "the one cell that disagrees"

@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 
 import fa
-from fa import data, engine, records, train
-from fa.records import Folder
-from fa.train import Config
+from fa.results import records
+from fa.results.records import Folder
+from fa.train import data
+from fa.train import loop as train
+from fa.train import step as engine
+from fa.train.config import Config
 
 TINY = Config("p3_fig2", "pfa", 0, "init=xavier implicit=true", "digits", hidden="16,16", epochs=5, batch=64, lr=0.05, lr_drops="2,4",
               weight_decay=1e-3, first_weight_decay=0.1)  # fmt: skip
@@ -88,7 +91,9 @@ def test_a_run_that_is_stopped_several_times_equals_one_that_is_not(rule, undist
 KILLED = """
 import os, signal, sys, types
 from dataclasses import replace
-from fa import campaign, engine, train
+from fa.results import runs as campaign
+from fa.train import step as engine
+from fa.train import loop as train
 sys.path.insert(0, {tests!r})
 from test_train import TINY, Clock
 kill, begin = {kill}, engine.Stepper.begin
@@ -300,7 +305,9 @@ def test_identity_is_the_hash_of_the_canonical_json():
 
 def test_identity_does_not_know_how_a_default_was_said():
     plain = Config("e", "bp", 0)
-    said = Config("e", "bp", 0, **{f.name: f.default for f in fields(Config) if f.name not in ("experiment", "rule", "seed")})
+    said = Config(
+        "e", "bp", 0, **{f.name: f.default for f in fields(Config) if f.name not in ("experiment", "rule", "seed")}
+    )
     assert said.run == plain.run
     assert Config(seed=0, rule="bp", experiment="e").run == plain.run
 
@@ -309,12 +316,17 @@ CHANGED = dict(
     rule="kp", seed=1, options="init=match implicit=true", batch=32, lr=0.04, lr_drops="1", lr_factor=0.3, momentum=0.8,
     weight_decay=2e-3, first_weight_decay=0.2, epochs=6, augment=True,
 )  # fmt: skip
-PHASES, MIRROR = dict(alternate=2, delay_epochs=3), replace(TINY, rule="wm", options="")  # phases need feedback that learns by itself
+PHASES, MIRROR = (
+    dict(alternate=2, delay_epochs=3),
+    replace(TINY, rule="wm", options=""),
+)  # phases need feedback that learns by itself
 
 
 def test_identity_knows_every_field():
     names = {f.name for f in fields(Config)}
-    other = CHANGED | dict(experiment="e", dataset="mnist", model="cnn", hidden="16,17", revision=2, feedback_lr=0.1, precision="bfloat16")
+    other = CHANGED | dict(
+        experiment="e", dataset="mnist", model="cnn", hidden="16,17", revision=2, feedback_lr=0.1, precision="bfloat16"
+    )
     assert {*other, *PHASES} == names  # a new field must be listed here, and thought about
     runs = {replace(TINY, **{name: value}).run for name, value in other.items()} | {TINY.run}
     runs |= {replace(MIRROR, **{name: value}).run for name, value in PHASES.items()} | {MIRROR.run}
@@ -324,11 +336,21 @@ def test_identity_knows_every_field():
 def test_fingerprint_is_stable_and_knows_every_field_of_the_recipe():
     first = train.fingerprint(TINY)
     assert train.fingerprint(TINY) == first and len(first) == 20
-    assert train.fingerprint(replace(TINY, hidden="512,512", dataset="mnist", experiment="e")) == first  # it is narrowed
+    assert (
+        train.fingerprint(replace(TINY, hidden="512,512", dataset="mnist", experiment="e")) == first
+    )  # it is narrowed
     for name, value in CHANGED.items():
         changed = {name: value} | ({"options": ""} if name == "rule" else {})
         assert train.fingerprint(replace(TINY, **changed)) != first, name
-    assert len({tuple(train.fingerprint(replace(MIRROR, **changed))) for changed in ({}, *({n: v} for n, v in PHASES.items()))}) == 3
+    assert (
+        len(
+            {
+                tuple(train.fingerprint(replace(MIRROR, **changed)))
+                for changed in ({}, *({n: v} for n, v in PHASES.items()))
+            }
+        )
+        == 3
+    )
 
 
 def test_fingerprint_does_not_know_the_threads():
@@ -346,7 +368,10 @@ def test_fingerprint_does_not_know_the_threads():
     [
         ("", {}),
         ("init=xavier", {"init": "xavier"}),
-        ("init=0.25  expansion=10 implicit=true clamp_forward=false", dict(init=0.25, expansion=10, implicit=True, clamp_forward=False)),
+        (
+            "init=0.25  expansion=10 implicit=true clamp_forward=false",
+            dict(init=0.25, expansion=10, implicit=True, clamp_forward=False),
+        ),
     ],
 )
 def test_options_are_parsed(text, options):

@@ -1,22 +1,49 @@
 """For every figure, its grid of runs in each mode: a module a figure, named as the figure is.
 
 An experiment's name is also that of its figure, its record and the prefix of its claims. ``plan`` turns a mode and the few parameters of
-a notebook into runs; :mod:`fa.campaign` trains those that are missing.
+a notebook into runs; :mod:`fa.results.runs` trains those that are missing.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .. import data
-from ..errors import UserError
-from ..rules import RULES
-from . import p3_beyond, p3_beyond_cifar, p3_fig2, p3_fig3, p3_fig4, p3_fig5, p3_sparse, p3_table1, x_precision
-from .experiment import Experiment
+from fa.errors import UserError
+from fa.experiments import (
+    p3_beyond,
+    p3_beyond_cifar,
+    p3_fig2,
+    p3_fig3,
+    p3_fig4,
+    p3_fig5,
+    p3_sparse,
+    p3_table1,
+    x_precision,
+)
+from fa.experiments.experiment import Experiment
+from fa.rules import RULES
+from fa.train import data
 
 __all__ = ["EXPERIMENTS", "Experiment", "MODES", "find", "plan"]
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (p3_fig2.EXPERIMENT, p3_fig3.EXPERIMENT, p3_fig4.EXPERIMENT, p3_fig4.SMALL, p3_fig5.STAND_IN, p3_fig5.EXPERIMENT, p3_sparse.EXPERIMENT, p3_beyond.EXPERIMENT, p3_beyond_cifar.SMALL, p3_beyond_cifar.EXPERIMENT, p3_table1.EXPERIMENT, x_precision.EXPERIMENT, x_precision.CIFAR)}
+EXPERIMENTS: dict[str, Experiment] = {
+    e.name: e
+    for e in (
+        p3_fig2.EXPERIMENT,
+        p3_fig3.EXPERIMENT,
+        p3_fig4.EXPERIMENT,
+        p3_fig4.SMALL,
+        p3_fig5.STAND_IN,
+        p3_fig5.EXPERIMENT,
+        p3_sparse.EXPERIMENT,
+        p3_beyond.EXPERIMENT,
+        p3_beyond_cifar.SMALL,
+        p3_beyond_cifar.EXPERIMENT,
+        p3_table1.EXPERIMENT,
+        x_precision.EXPERIMENT,
+        x_precision.CIFAR,
+    )
+}
 """Name -> experiment."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from ..train import train
+from fa.train.loop import train
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..steps import converted
-from ..train import Config
-from . import p3_fig2
-from .experiment import Experiment
+from fa.experiments import p3_fig2
+from fa.experiments.experiment import Experiment
+from fa.layers.hooks import converted
+from fa.train.config import Config
 
 RULES = ("bp", "fa", "dfa", "usf", "kp", "pfa", "pfa_o")
 
@@ -45,8 +45,11 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
 def left(config: Config, net: nn.Module, epoch: int) -> list[list[Any]]:
     """Rows of ``mismatch_left``: the share of R - B^T W that implicit feedback says is left."""
     layers = enumerate(converted(net).items(), 1)
-    return [[epoch, name, depth, "mismatch_left", layer.feedback.c.item()] for depth, (name, layer) in layers
-            if "c" in layer.feedback.names]
+    return [
+        [epoch, name, depth, "mismatch_left", layer.feedback.c.item()]
+        for depth, (name, layer) in layers
+        if "c" in layer.feedback.names
+    ]
 
 
 def swept(config: Config) -> dict[str, float]:

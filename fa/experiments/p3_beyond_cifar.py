@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..train import Config
-from . import p3_beyond, p3_fig2, p3_fig4
-from .experiment import Experiment
+from fa.experiments import p3_beyond, p3_fig2, p3_fig4
+from fa.experiments.experiment import Experiment
+from fa.train.config import Config
 
 EXPANSIONS = (1, 2, 3, 5, 10, 20, 50)
 SMALL_EXPANSIONS = (0.25, 1, 2, 5, 10, 50)
@@ -28,7 +28,9 @@ def small(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: s
     """
     quick = mode == "quick"
     plain = p3_fig4.grid(mode, rules, seeds or (1 if quick else 3), epochs or (5 if quick else 10), dataset)
-    return _series("p3_beyond_resnet8", [replace(c, model="resnet8") for c in plain], QUICK if quick else SMALL_EXPANSIONS)
+    return _series(
+        "p3_beyond_resnet8", [replace(c, model="resnet8") for c in plain], QUICK if quick else SMALL_EXPANSIONS
+    )
 
 
 def _series(name: str, plain: list[Config], sizes: Sequence[float]) -> list[Config]:
@@ -45,8 +47,20 @@ def _swept(config: Config) -> dict[str, float]:
 
 
 EXPERIMENT = Experiment(
-    "p3_beyond_cifar", "Expansion and accuracy on CIFAR-10", "p3", "38_pfa_beyond_cifar10", ("bp", "pfa", "pfa_o"), grid, swept=_swept
+    "p3_beyond_cifar",
+    "Expansion and accuracy on CIFAR-10",
+    "p3",
+    "38_pfa_beyond_cifar10",
+    ("bp", "pfa", "pfa_o"),
+    grid,
+    swept=_swept,
 )
 SMALL = Experiment(
-    "p3_beyond_resnet8", "Expansion in ResNet-8 on CIFAR-10", "p3", "38_pfa_beyond_cifar10", ("bp", "fa", "pfa", "pfa_o"), small, swept=_swept
+    "p3_beyond_resnet8",
+    "Expansion in ResNet-8 on CIFAR-10",
+    "p3",
+    "38_pfa_beyond_cifar10",
+    ("bp", "fa", "pfa", "pfa_o"),
+    small,
+    swept=_swept,
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..train import Config
-from .experiment import Experiment
+from fa.experiments.experiment import Experiment
+from fa.train.config import Config
 
 RULES = ("bp", "fa", "dfa", "usf", "pfa", "pfa_o")
 

@@ -11,13 +11,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..engine import on
-from ..errors import UserError
-from ..feedback import generator
-from ..metrics import angle
-from ..rules import PFAo, bernoulli, uniform
-from ..train import identity
-from .experiment import Experiment
+from fa.errors import UserError
+from fa.experiments.experiment import Experiment
+from fa.layers.feedback import generator
+from fa.metrics import angle
+from fa.rules import PFAo, random_mask, uniform
+from fa.train.config import identity
+from fa.train.step import on
 
 RATIOS = tuple(10 ** (i / 5) for i in range(11))  # logspace(0, 2, 11)
 
@@ -67,12 +67,14 @@ def expand(config: Expansion, *_: Any) -> pd.DataFrame:
             B = PFAo().fixed(n_out, 1, like, gen)
         else:
             mid = int(ratio * n_out)
-            B = uniform((n_out, mid), math.sqrt((1 + 1 / ratio) / density / (n_out + mid)), like, gen)  # Xavier, authors' gain
+            B = uniform(
+                (n_out, mid), math.sqrt((1 + 1 / ratio) / density / (n_out + mid)), like, gen
+            )  # Xavier, authors' gain
         if density < 1:
-            B = B * bernoulli(tuple(B.shape), density, like, gen)
+            B = B * random_mask(tuple(B.shape), density, like, gen)
         R = B.T @ W
         if density < 1:
-            R = R * bernoulli(tuple(R.shape), density, like, gen)
+            R = R * random_mask(tuple(R.shape), density, like, gen)
         path, eigenvalues = B @ R, torch.linalg.eigvalsh(B @ B.T)
         values = {
             "angle_deg": angle(W, path),

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..train import Config
-from .experiment import Experiment
-from .p3_fig2 import DECAYED, OPTIONS
+from fa.experiments.experiment import Experiment
+from fa.experiments.p3_fig2 import DECAYED, OPTIONS
+from fa.train.config import Config
 
 RULES = ("bp", "fa", "dfa", "usf", "kp", "pfa", "pfa_o")  # kp is ours, the paper's figure leaves it out
 
 
-def grid(
-    mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, precision: str = ""
-) -> list[Config]:
+def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, precision: str = "") -> list[Config]:
     """The authors' configuration; quick: ResNet-8 on digits, one seed, images as they are (a crop would cut 8x8 digits off).
 
     Product feedback is implicit: exact here, for W and R share SGD's learning rate, momentum and decay, and cheaper, for a convolution

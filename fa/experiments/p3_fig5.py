@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..data import SETS, Album
-from ..train import Config
-from . import p3_fig4
-from .experiment import Experiment
-from .p3_fig2 import DECAYED, OPTIONS
+from fa.experiments import p3_fig4
+from fa.experiments.experiment import Experiment
+from fa.experiments.p3_fig2 import DECAYED, OPTIONS
+from fa.train.config import Config
+from fa.train.data import SETS, Album
 
 RULES = ("bp", "usf", "pfa", "pfa_o")
 
@@ -22,7 +22,10 @@ def grid(
     """
     if mode == "quick":
         if isinstance(SETS.get(dataset), Album):
-            return [replace(c, experiment="p3_fig5", dataset=dataset) for c in stand_in("paper", rules, seeds, epochs or 2, "")]
+            return [
+                replace(c, experiment="p3_fig5", dataset=dataset)
+                for c in stand_in("paper", rules, seeds, epochs or 2, "")
+            ]
         return [replace(c, experiment="p3_fig5") for c in p3_fig4.grid(mode, rules, seeds, epochs, dataset)]
     n = epochs or 75
     return [Config(
@@ -53,8 +56,12 @@ def _drops(epochs: int) -> str:
 
 
 EXPERIMENT = Experiment(
-    "p3_fig5", "Accuracy and alignment on ImageNet", "p3", "35_pfa_fig5_imagenet", RULES, grid, {"precision": "bfloat16"}
+    "p3_fig5",
+    "Accuracy and alignment on ImageNet",
+    "p3",
+    "35_pfa_fig5_imagenet",
+    RULES,
+    grid,
+    {"precision": "bfloat16"},
 )
-STAND_IN = Experiment(
-    "p3_fig5_standin", "A small stand-in for ImageNet", "p3", "35_pfa_fig5_imagenet", RULES, stand_in
-)
+STAND_IN = Experiment("p3_fig5_standin", "A small stand-in for ImageNet", "p3", "35_pfa_fig5_imagenet", RULES, stand_in)

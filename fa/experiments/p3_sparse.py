@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..train import Config
-from . import p3_fig2
-from .experiment import Experiment
+from fa.experiments import p3_fig2
+from fa.experiments.experiment import Experiment
+from fa.train.config import Config
 
 RULES = ("bp", "fa", "dfa", "usf", "pfa_o", "kp", "pfa")  # pfa last: sparse, it has no form without its population
 

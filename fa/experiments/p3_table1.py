@@ -3,7 +3,7 @@
 Two kinds of run. *Training*: Figure 2's recipe on MNIST. The runs of rules whose feedback has W's shape are Figure
 2's own; the others are trained here, so that every feedback matrix of the trained network can be compared with W.
 *Probes*: the same recipe in its quick form (digits), briefly, and then interventions on the rules' own code
-(:mod:`fa.circuits`). A property of the code does not hang on the data.
+(:mod:`fa.probes`). A property of the code does not hang on the data.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import data
-from ..circuits import noise_passes, reads, reciprocal
-from ..feedback import generator
-from ..metrics import symmetry
-from ..steps import converted
-from ..train import Config, identity, seed_network, train, weighted
-from . import p3_fig2
-from .experiment import Experiment
+from fa.experiments import p3_fig2
+from fa.experiments.experiment import Experiment
+from fa.layers.feedback import generator
+from fa.layers.hooks import converted
+from fa.metrics import symmetry
+from fa.probes import noise_passes, reads, reciprocal
+from fa.train import data
+from fa.train.config import Config, identity
+from fa.train.loop import seed_network, train, weighted
 
 RULES = ("bp", "fa", "dfa", "usf", "kp", "wm", "pfa", "pfa_o")
 
@@ -45,7 +46,7 @@ class Probe:
     Args:
         experiment: "p3_table1".
         rule: a name of ``fa.RULES``.
-        seed: as in :class:`fa.train.Config`, and of the scrambling.
+        seed: as in :class:`fa.train.config.Config`, and of the scrambling.
         options: of the rule; product feedback stores R here.
         measure: "circuit"; tells a probe's identity from that of an ordinary run.
         dataset: digits, whatever the mode.
@@ -93,7 +94,7 @@ def run(
     until: float = math.inf,
     on_epoch: Callable[..., None] | None = None,
 ) -> pd.DataFrame | None:
-    """Train one run and measure the symmetry of its feedback, or make one probe; see :func:`fa.train.train`."""
+    """Train one run and measure the symmetry of its feedback, or make one probe; see :func:`fa.train.loop.train`."""
     if isinstance(config, Probe):
         return probe(config)
     return train(config, device, folder, until, on_epoch, extra=partial(mirrored, config))
@@ -133,7 +134,7 @@ def explicit(config: Config, net: nn.Module) -> nn.Module:
 
 
 def probe(config: Probe) -> pd.DataFrame:
-    """Train briefly, then ask the rule's code what it reads (:mod:`fa.circuits`); rows at the last epoch only."""
+    """Train briefly, then ask the rule's code what it reads (:mod:`fa.probes`); rows at the last epoch only."""
     begin = time.monotonic()
     trained: dict[str, nn.Module] = {}
 
@@ -155,14 +156,16 @@ def probed(net: nn.Module, x: Tensor, y: Tensor, seed: int) -> list[tuple[str, i
     """(layer, depth, metric, value) of every intervention on a network, at one batch and the true errors of its
     cross-entropy.
 
-    ``send_*`` and ``learn_*`` are those of :func:`fa.circuits.reads`, ``B_reciprocal``, ... those of
-    :func:`fa.circuits.reciprocal` (``W_`` where the feedback is made of W), ``noise_passes`` that of
-    :func:`fa.circuits.noise_passes`.
+    ``send_*`` and ``learn_*`` are those of :func:`fa.probes.reads`, ``B_reciprocal``, ... those of
+    :func:`fa.probes.reciprocal` (``W_`` where the feedback is made of W), ``noise_passes`` that of
+    :func:`fa.probes.noise_passes`.
     """
     layers, kept, handles = weighted(net), {}, []
     for name, layer in layers.items():
+
         def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
             kept[name] = args[0].detach(), out  # fmt: skip
+
         handles.append(layer.register_forward_hook(keep))
     try:
         with torch.enable_grad():
@@ -186,17 +189,21 @@ def probed(net: nn.Module, x: Tensor, y: Tensor, seed: int) -> list[tuple[str, i
 # --------------------------------------------------------------------------------------------------------------- table
 
 PROPERTIES = {
-    "no_sign_transport": ("No need to transport weight sign",
-                          "change of the error sent down · of the\nfeedback's lesson, under random signs"),
-    "no_magnitude_transport": ("No need to transport weight magnitude",
-                               "the same, under permuted magnitudes"),
+    "no_sign_transport": (
+        "No need to transport weight sign",
+        "change of the error sent down · of the\nfeedback's lesson, under random signs",
+    ),
+    "no_magnitude_transport": ("No need to transport weight magnitude", "the same, under permuted magnitudes"),
     "no_separate_phase": ("No separate feedback-learning phase", "passes that noise drives, not the data"),
-    "no_explicit_symmetry": ("No explicit symmetry after training",
-                             "synapses that join a forward pair of\nneurons · highest correlation with W"),
-    "accurate_path": ("Accurate approximation to BP",
-                      "widest angle between path and W · be-\ntween the gradient and backprop's"),
-    "bp_level": ("BP-level task performance",
-                 "test accuracy minus BP's (points) · sd\nover seeds, which are paired"),
+    "no_explicit_symmetry": (
+        "No explicit symmetry after training",
+        "synapses that join a forward pair of\nneurons · highest correlation with W",
+    ),
+    "accurate_path": (
+        "Accurate approximation to BP",
+        "widest angle between path and W · be-\ntween the gradient and backprop's",
+    ),
+    "bp_level": ("BP-level task performance", "test accuracy minus BP's (points) · sd\nover seeds, which are paired"),
 }
 """Rows of the table, named as in data/reference/p3_table1.csv: the paper's property, and the number that we put
 behind it."""
@@ -309,7 +316,7 @@ def _symmetry(last: pd.DataFrame, rule: str, show: Callable[..., str]) -> tuple[
 def listing(cells: pd.DataFrame) -> str:
     """Text table of :func:`cells`: our numbers, our tick / the paper's (y, n, a footnote's letter); "*" where the two
     disagree."""
-    from ..plot import in_order, look
+    from fa.plot import in_order, look
 
     mark = {1.0: "y", 0.0: "n"}
     text = [f"{c.ours or '-'} {mark.get(c.met, '-')}/{c.note or mark.get(c.paper, '-')}" for c in cells.itertuples()]
@@ -321,7 +328,7 @@ def listing(cells: pd.DataFrame) -> str:
 
 def evidence(cells: pd.DataFrame) -> str:
     """Text table: the metrics of the record, and the claims, behind the cells of each property."""
-    from ..plot import in_order, look
+    from fa.plot import in_order, look
 
     def named(rules: pd.Series) -> str:
         return " ".join(look(r).label for r in in_order(rules))
@@ -336,7 +343,7 @@ def evidence(cells: pd.DataFrame) -> str:
 def mirrors(table: pd.DataFrame) -> str:
     """Text table of the symmetry of every feedback matrix that a trained network's record holds, means over seeds
     after training."""
-    from ..plot import in_order, look
+    from fa.plot import in_order, look
 
     names = ("correlation", "match", "mixed", "chance")
     rows = table[table.metric.str.fullmatch(f"[BRK]_({'|'.join(names)})")]
@@ -358,7 +365,7 @@ def draw(cells: pd.DataFrame) -> Any:
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch, Rectangle
 
-    from ..plot import WIDTH, in_order, look
+    from fa.plot import WIDTH, in_order, look
 
     rules = in_order(cells.rule)
     label, row, head, foot = 2.1, 0.46, 0.4, 0.24  # inches

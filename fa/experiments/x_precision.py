@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..train import Config
-from . import p3_fig2, p3_fig4
-from .experiment import Experiment
+from fa.experiments import p3_fig2, p3_fig4
+from fa.experiments.experiment import Experiment
+from fa.train.config import Config
 
 RULES = ("bp", "fa", "dfa", "usf", "kp", "pfa", "pfa_o")
 
@@ -24,7 +24,11 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
     quick = mode == "quick"
     plain = p3_fig2.grid(mode, rules, seeds or (2 if quick else 5), epochs or (10 if quick else 0), dataset)
     whole = [replace(c, experiment="x_precision" if quick else "p3_fig2") for c in plain]
-    return [replace(c, experiment=c.experiment if p == "float32" else "x_precision", precision=p) for c in whole for p in PRECISIONS]
+    return [
+        replace(c, experiment=c.experiment if p == "float32" else "x_precision", precision=p)
+        for c in whole
+        for p in PRECISIONS
+    ]
 
 
 def cifar(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str) -> list[Config]:
@@ -40,5 +44,11 @@ EXPERIMENT = Experiment(
     swept=lambda config: {"precision": config.precision},
 )  # fmt: skip
 CIFAR = Experiment(
-    "x_precision_cifar", "ResNet-20 in bfloat16 and float32", "x", "40_precision_bf16", CIFAR_RULES, cifar, swept=EXPERIMENT.swept
+    "x_precision_cifar",
+    "ResNet-20 in bfloat16 and float32",
+    "x",
+    "40_precision_bf16",
+    CIFAR_RULES,
+    cifar,
+    swept=EXPERIMENT.swept,
 )

@@ -7,14 +7,14 @@ A rule leaves the forward pass alone. In each converted layer
 where :math:`K` is the rule's *kernel*, of ``W``'s shape (backprop is :math:`K = W`). A rule is a frozen dataclass whose fields
 are its options. It says
 
-* ``draw(op, W, gen)`` - the tensors it keeps, as a dict; those named in ``learned`` become parameters, the others buffers;
+* ``init_state(op, W, gen)`` - the tensors it keeps, as a dict; those named in ``learned`` become parameters, the others buffers;
 * ``kernel(...)`` - :math:`K`;
 * ``feedback_grad(...)`` - the gradients of what is learned, as a dict, or is left out;
 * ``after_step(...)`` - what changes once per optimizer step, or is left out.
 
-The last three name what they need as arguments: ``W``, any tensor from ``draw``, and in ``feedback_grad`` also ``x`` (the layer's
-input), ``y`` (= W x, without bias), ``dy``, ``dW`` and ``op`` (the layer's linear map: ``forward``, ``transpose``, ``correlate``).
-All of them arrive detached. A rule may also send the error itself (``transport``, of the same arguments but ``y`` and ``dW``: dx, or
+The last three name what they need as arguments: ``W``, any tensor from ``init_state``, and in ``feedback_grad`` also ``x`` (the layer's
+input), ``y`` (= W x, without bias), ``dy``, ``dW`` and ``op`` (the layer's linear map: ``forward``, ``grad_input``, ``grad_weight``).
+All of them arrive detached. A rule may also send the error itself (``send_error``, of the same arguments but ``y`` and ``dW``: dx, or
 None for the way through the kernel) and leave in ``memo``, a dict that lives for one backward pass, what ``feedback_grad`` needs again. ``RULES`` maps names to rules and may be extended::
 
     @dataclass(frozen=True)
@@ -25,7 +25,7 @@ None for the way through the kernel) and leave in ``memo``, a dict that lives fo
     fa.RULES["mine"] = Mine
 
 What a rule is *not*: it never sees the loss, another layer, or the optimizer. Direct feedback alignment, which sends the
-output error everywhere at once, is therefore not a layer-wise rule; it has a module of its own (:mod:`fa.dfa`).
+output error everywhere at once, is therefore not a layer-wise rule; it has a module of its own (:mod:`fa.layers.dfa`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import UserError
+from fa.errors import UserError
 
 # --------------------------------------------------------------------------------------------------- drawing
 
@@ -64,12 +64,12 @@ def uniform(shape: tuple[int, ...], std: float, like: Tensor, gen: torch.Generat
     return (draw * (2 * bound) - bound).to(like)
 
 
-def bernoulli(shape: tuple[int, ...], density: float, like: Tensor, gen: torch.Generator) -> Tensor:
+def random_mask(shape: tuple[int, ...], density: float, like: Tensor, gen: torch.Generator) -> Tensor:
     """Mask of ones (with probability ``density``) and zeros."""
     return (torch.rand(shape, generator=gen, dtype=torch.float64, device="cpu") < density).to(like)
 
 
-def mix(B: Tensor, K: Tensor) -> Tensor:
+def channel_product(B: Tensor, K: Tensor) -> Tensor:
     """Channel product B K: ``B`` (..., out/g, mid/g) times ``K`` (mid, in, *kernel) -> (out, in, *kernel), group by group.
 
     With one group ``B`` is an ordinary (out, mid) matrix and this is ``B @ K`` over the first axis of ``K``.
@@ -102,8 +102,10 @@ class Rule:
     source: ClassVar[str] = ""
     learned: ClassVar[tuple[str, ...]] = ()
     own_decay: ClassVar[bool] = False  # True: the feedback gradient holds its decay, so the optimizer must add none
-    sgd_only: ClassVar[bool] = False
-    channels: ClassVar[tuple[str, ...]] = ()  # tensors of ``draw`` that are matrices between channels, whatever the layer
+    needs_sgd: ClassVar[bool] = False
+    channels: ClassVar[
+        tuple[str, ...]
+    ] = ()  # tensors of ``init_state`` that are matrices between channels, whatever the layer
     needs_y: ClassVar[bool] = True  # False: ``feedback_grad`` gets None for y, and the forward pass keeps none
 
     init_scale: ClassVar[tuple[str, ...]] = ("match", "xavier", "kaiming")
@@ -114,8 +116,15 @@ class Rule:
     clamp_forward: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.init, str) and self.init not in self.init_scale or not isinstance(self.init, str) and self.init <= 0:
-            raise UserError(f"{self.name}: init={self.init!r} is not one of {', '.join(self.init_scale)} or a positive number")
+        if (
+            isinstance(self.init, str)
+            and self.init not in self.init_scale
+            or not isinstance(self.init, str)
+            and self.init <= 0
+        ):
+            raise UserError(
+                f"{self.name}: init={self.init!r} is not one of {', '.join(self.init_scale)} or a positive number"
+            )
         if not 0 < self.density <= 1:
             raise UserError(f"{self.name}: density={self.density!r} must lie in (0, 1]")
         if self.norm not in ("fixed", "track"):
@@ -155,7 +164,7 @@ class Rule:
         """The rule as the network's layer number ``index`` (from 0, in the order of its modules) has it."""
         return self
 
-    def draw(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
+    def init_state(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
         """Tensors to keep, by name. ``W`` (out, in / groups, *kernel) is the weight at conversion; it is not changed."""
         return {}
 
@@ -197,23 +206,25 @@ class FA(Rule):
         if self.form == "dense" and self.norm != "fixed":
             raise UserError("fa: norm='track' holds for form='kernel' only")
 
-    def draw(self, op, W, gen):
+    def init_state(self, op, W, gen):
         shape, std = tuple(W.shape), self.std(W)
         if self.form == "dense" and W.dim() > 2:
             if op.sizes is None:
-                raise UserError("fa: form='dense' needs the sizes of the maps; pass a batch of inputs, convert(..., sample=x)")
+                raise UserError(
+                    "fa: form='dense' needs the sizes of the maps; pass a batch of inputs, convert(..., sample=x)"
+                )
             shape = tuple(math.prod(size) for size in reversed(op.sizes))
             if self.init == "match":
                 std *= math.sqrt(W[0].numel() / shape[1])
         B = uniform(shape, std, W, gen)
-        return {"B": B if self.density == 1 else B * bernoulli(shape, self.density, W, gen)}
+        return {"B": B if self.density == 1 else B * random_mask(shape, self.density, W, gen)}
 
     def kernel(self, W, B):
         if B.shape != W.shape:
             raise UserError("fa: form='dense' has no kernel of the weight's shape")
         return B
 
-    def transport(self, op, dy, W, B):
+    def send_error(self, op, dy, W, B):
         """dx through a dense matrix between flattened maps; None where B is a kernel."""
         if B.shape == W.shape:
             return None
@@ -246,7 +257,7 @@ class USF(Rule):
         if isinstance(self.scale, str) and self.scale not in ("init", "xavier", "track"):
             raise UserError(f"usf: scale={self.scale!r} is not one of init, xavier, track or a number")
 
-    def draw(self, op, W, gen):
+    def init_state(self, op, W, gen):
         match self.scale:
             case "init":
                 s = self.nonzero(rms(W), "scale")
@@ -257,7 +268,7 @@ class USF(Rule):
             case number:
                 s = float(number)
         state = {"s": torch.tensor(s, dtype=torch.float64).to(W)}
-        return state if self.density == 1 else state | {"mask": bernoulli(W.shape, self.density, W, gen)}
+        return state if self.density == 1 else state | {"mask": random_mask(W.shape, self.density, W, gen)}
 
     def kernel(self, W, s, mask=None):
         scale = W.square().mean().sqrt() if self.scale == "track" else s
@@ -279,9 +290,9 @@ class KP(Rule):
     source = "Kolen & Pollack 1994; Akrout et al. 2019; Kunin et al. 2020"
     learned = ("B",)
 
-    def draw(self, op, W, gen):
+    def init_state(self, op, W, gen):
         B = uniform(W.shape, self.std(W), W, gen)
-        return {"B": B} if self.density == 1 else {"B": B, "mask": bernoulli(W.shape, self.density, W, gen)}
+        return {"B": B} if self.density == 1 else {"B": B, "mask": random_mask(W.shape, self.density, W, gen)}
 
     def kernel(self, B, mask=None):
         return masked(B, mask)
@@ -341,60 +352,64 @@ class PFA(Rule):
         return ("c",) if self.implicit is True else ("R",)
 
     @property
-    def sgd_only(self):
+    def needs_sgd(self):
         return bool(self.implicit)
 
     def fixed(self, out: int, groups: int, like: Tensor, gen: torch.Generator) -> Tensor:
         """The fixed matrix B, (out, mid), or (groups, out / groups, mid / groups)."""
         mid = int(self.expansion * out / groups + 1e-9)
         if mid < 1:
-            raise UserError(f"{self.name}: expansion={self.expansion} leaves a layer of {out // groups} outputs a group no population")
+            raise UserError(
+                f"{self.name}: expansion={self.expansion} leaves a layer of {out // groups} outputs a group no population"
+            )
         shape = (out, mid) if groups == 1 else (groups, out // groups, mid)
         B = uniform(shape, 1 / math.sqrt(mid * self.density), like, gen)
-        return B if self.density == 1 else B * bernoulli(shape, self.density, like, gen)
+        return B if self.density == 1 else B * random_mask(shape, self.density, like, gen)
 
-    def draw(self, op, W, gen):
+    def init_state(self, op, W, gen):
         B = self.fixed(W.shape[0], op.groups, W, gen)
         mid = B.shape[-1] * op.groups
         shape = (mid, *W.shape[1:])
         fan_in, fan_out = fans(W)
         std = math.sqrt(2 / (fan_in + fan_out * mid / W.shape[0])) if self.init == "xavier" else self.std(W)
         R = uniform(shape, std, W, gen)
-        state = {"B": B} if self.density == 1 else {"B": B, "mask": bernoulli(shape, self.density, W, gen)}
+        state = {"B": B} if self.density == 1 else {"B": B, "mask": random_mask(shape, self.density, W, gen)}
         if not self.implicit:
             return state | {"R": R}
         c, Wt = W.new_ones((1,) * W.dim()), W.detach()
         if self.density < 1:
-            return state | {"D": masked(R - mix(B.mT, Wt), state["mask"]), "c": c}
+            return state | {"D": masked(R - channel_product(B.mT, Wt), state["mask"]), "c": c}
         BBt = self.square(B)
-        state = {"BD": mix(B, R) - (Wt if BBt is None else mix(BBt, Wt)), "c": c}
+        state = {"BD": channel_product(B, R) - (Wt if BBt is None else channel_product(BBt, Wt)), "c": c}
         return state if BBt is None else state | {"BBt": BBt}
 
     def square(self, B: Tensor) -> Tensor | None:
         """B B^T, or None where it is the identity."""
         return B @ B.mT
 
-    def population(self, W: Tensor, B: Tensor, R: Tensor | None, mask: Tensor | None, D: Tensor | None, c: Tensor | None) -> Tensor:
+    def population(
+        self, W: Tensor, B: Tensor, R: Tensor | None, mask: Tensor | None, D: Tensor | None, c: Tensor | None
+    ) -> Tensor:
         """R on the entries that exist, stored or not."""
-        return masked(R, mask) if R is not None else masked(mix(B.mT, W), mask) + c * D
+        return masked(R, mask) if R is not None else masked(channel_product(B.mT, W), mask) + c * D
 
     def kernel(self, W, B=None, R=None, mask=None, D=None, BBt=None, BD=None, c=None):
         if B is None:
-            return torch.addcmul(W if BBt is None else mix(BBt, W), c, BD)
-        return mix(B, self.population(W, B, R, mask, D, c))
+            return torch.addcmul(W if BBt is None else channel_product(BBt, W), c, BD)
+        return channel_product(B, self.population(W, B, R, mask, D, c))
 
-    def transport(self, op, x, dy, W, memo, B=None, R=None, mask=None, D=None, BBt=None, BD=None, c=None):
+    def send_error(self, op, x, dy, W, memo, B=None, R=None, mask=None, D=None, BBt=None, BD=None, c=None):
         """dx along the drawn path, where there are so few samples, or positions of a map, that the product does not pay; else None."""
         if self.norm != "fixed" or not self.drawn(op, dy, W):
             return None
         t = dy.dtype  # that of autocast, where it is on
         if B is not None:
-            memo["activity"] = op.across(dy, B.to(t))
-            return op.transpose(memo["activity"], self.population(W, B, R, mask, D, c).to(t), x)
+            memo["activity"] = op.matmul_channels(dy, B.to(t))
+            return op.grad_input(memo["activity"], self.population(W, B, R, mask, D, c).to(t), x)
         if BBt is None:
             return None
         rest = (dy * c.flatten()).to(t)  # c BD would be a product of weight size
-        return op.transpose(op.across(dy, BBt.to(t)), W.to(t), x) + op.transpose(rest, BD.to(t), x)
+        return op.grad_input(op.matmul_channels(dy, BBt.to(t)), W.to(t), x) + op.grad_input(rest, BD.to(t), x)
 
     def drawn(self, op: Any, dy: Tensor, W: Tensor) -> bool:
         """Whether the drawn path costs less than products of weights."""
@@ -404,9 +419,9 @@ class PFA(Rule):
         if c is not None:
             return {"c": torch.zeros_like(c)}
         if self.drawn(op, dy, W):
-            activity = memo["activity"] if "activity" in memo else op.across(dy, B.to(dy.dtype))
-            return {"R": op.correlate(x, activity, R).to(B.dtype)}
-        return {"R": mix(B.mT, dW)}
+            activity = memo["activity"] if "activity" in memo else op.matmul_channels(dy, B.to(dy.dtype))
+            return {"R": op.grad_weight(x, activity, R).to(B.dtype)}
+        return {"R": channel_product(B.mT, dW)}
 
 
 @dataclass(frozen=True)
@@ -434,9 +449,11 @@ class PFAo(PFA):
         n = out // groups
         draw = torch.randn((groups, n, n), generator=gen, dtype=torch.float64, device="cpu")
         Q, T = torch.linalg.qr(draw)
-        B = (Q * T.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).to(like)  # signs of T: uniform over the orthogonal group
+        B = (Q * T.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).to(
+            like
+        )  # signs of T: uniform over the orthogonal group
         B = B[0] if groups == 1 else B
-        return B if self.density == 1 else B * bernoulli(B.shape, self.density, like, gen) / math.sqrt(self.density)
+        return B if self.density == 1 else B * random_mask(B.shape, self.density, like, gen) / math.sqrt(self.density)
 
     def square(self, B):
         return None  # asked for dense B alone
@@ -455,9 +472,9 @@ class FRSF(Rule):
     equation = "dx = (|M| sign(W))^T dy, M fixed and random"
     source = "Liao et al. 2016; Moskovitz et al. 2018"
 
-    def draw(self, op, W, gen):
+    def init_state(self, op, W, gen):
         M = uniform(W.shape, self.std(W), W, gen)
-        return {"M": M if self.density == 1 else M * bernoulli(W.shape, self.density, W, gen)}
+        return {"M": M if self.density == 1 else M * random_mask(W.shape, self.density, W, gen)}
 
     def kernel(self, W, M):
         return M.abs() * W.sign()
@@ -477,10 +494,10 @@ class BRSF(FRSF):
     name = "brsf"
     equation = "dx = (|M_t| sign(W))^T dy, M_t redrawn every step"
 
-    def draw(self, op, W, gen):
+    def init_state(self, op, W, gen):
         std = self.std(W)
         state = {"M": uniform(W.shape, std, W, gen), "std": torch.tensor(std, dtype=torch.float64).to(W)}
-        return state if self.density == 1 else state | {"mask": bernoulli(W.shape, self.density, W, gen)}
+        return state if self.density == 1 else state | {"mask": random_mask(W.shape, self.density, W, gen)}
 
     def kernel(self, W, M, mask=None):
         return masked(M.abs() * W.sign(), mask)
@@ -514,9 +531,9 @@ class Frozen(Rule):
         if self.every < 0 or not 0 < self.part <= 1:
             raise UserError(f"frozen: every={self.every} must not be negative, part={self.part} must lie in (0, 1]")
 
-    def draw(self, op, W, gen):
+    def init_state(self, op, W, gen):
         state = {"B": W.detach().clone()}
-        return state if self.density == 1 else state | {"mask": bernoulli(W.shape, self.density, W, gen)}
+        return state if self.density == 1 else state | {"mask": random_mask(W.shape, self.density, W, gen)}
 
     def kernel(self, B, mask=None):
         return masked(B, mask)
@@ -524,7 +541,9 @@ class Frozen(Rule):
     def after_step(self, gen, W, B, step):
         if self.every == 0 or step % self.every:
             return {}
-        return {"B": W if self.part == 1 else torch.where(torch.empty_like(B).uniform_(generator=gen()) < self.part, W, B)}
+        return {
+            "B": W if self.part == 1 else torch.where(torch.empty_like(B).uniform_(generator=gen()) < self.part, W, B)
+        }
 
 
 # --------------------------------------------------------------------------------------- rules of paper 2
@@ -597,9 +616,9 @@ class Primitives(Rule):
             x = (flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True) if self.normalize else flat).view_as(x)
         return x
 
-    def draw(self, op, W, gen):
+    def init_state(self, op, W, gen):
         B = uniform(W.shape, self.std(W), W, gen)
-        return {"B": B} if self.density == 1 else {"B": B, "mask": bernoulli(W.shape, self.density, W, gen)}
+        return {"B": B} if self.density == 1 else {"B": B, "mask": random_mask(W.shape, self.density, W, gen)}
 
     def kernel(self, B, mask=None):
         return masked(B, mask)
@@ -621,20 +640,22 @@ class Primitives(Rule):
 
         # Coefficients multiply kernels, which are small, and not maps.
         if y is None and not (n or self.activation):
-            data = op.correlate(x, up(p * B - a * W), W)  # both terms in one pass, by linearity
+            data = op.grad_weight(x, up(p * B - a * W), W)  # both terms in one pass, by linearity
         else:
             y = up(W) if y is None else y
             y = torch.relu(y) if self.activation else y
             if n:
-                data = op.correlate(op.transpose(y, (n * B).to(x.dtype), x).sub_(x, alpha=a), y, W)
-                data = data + op.correlate(x, up(p * B), W) if p else data
+                data = op.grad_weight(op.grad_input(y, (n * B).to(x.dtype), x).sub_(x, alpha=a), y, W)
+                data = data + op.grad_weight(x, up(p * B), W) if p else data
             elif p:
-                data = op.correlate(x, up(p * B).sub_(y, alpha=a), W)
+                data = op.grad_weight(x, up(p * B).sub_(y, alpha=a), W)
             elif x.dtype == torch.float16:  # its range is too small for a sum over positions
-                data = op.correlate(x, -a * y, W)
+                data = op.grad_weight(x, -a * y, W)
             else:
-                data = op.correlate(x, y, W).mul_(-a)
-        every = self.positions == "mean" or W.dim() == 2  # samples (every token is one), or samples times output positions
+                data = op.grad_weight(x, y, W).mul_(-a)
+        every = (
+            self.positions == "mean" or W.dim() == 2
+        )  # samples (every token is one), or samples times output positions
         data = data.to(B.dtype).div_(max(dy.numel() // W.shape[0] if every else dy.shape[0], 1))  # 1: an empty batch
         if self.decay:
             data.add_(B, alpha=2 * self.decay)
@@ -645,7 +666,7 @@ class Primitives(Rule):
 class WM(Primitives):
     """Weight mirror: a Hebbian term and decay. dB = 2d B - a <y x^T>; here with the layer's own input.
 
-    It learns in every step, beside the task; for mirror phases and a mirror before training see :class:`fa.train.Config`.
+    It learns in every step, beside the task; for mirror phases and a mirror before training see :class:`fa.train.config.Config`.
     Source: Akrout et al. 2019; p2 (authors' code, Alignments/primitives.py).
     """
 
@@ -708,8 +729,10 @@ class BP(Rule):
         return W
 
 
-RULES: dict[str, type] = {rule.name: rule for rule in (BP, FA, USF, BRSF, FRSF, Frozen, KP, PFA, PFAo, Primitives, WM, IA, SA, AA)}
-"""Name -> rule. Extend it with your own; :mod:`fa.dfa` adds ``dfa``."""
+RULES: dict[str, type] = {
+    rule.name: rule for rule in (BP, FA, USF, BRSF, FRSF, Frozen, KP, PFA, PFAo, Primitives, WM, IA, SA, AA)
+}
+"""Name -> rule. Extend it with your own; :mod:`fa.layers.dfa` adds ``dfa``."""
 
 
 def rule(name: str, **options: Any) -> Rule:

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import data, models
-from .layers import convert
-from .rules import BP, FA, FRSF, KP, PFA, USF, PFAo, Rule
-from .rules import rule as make_rule
+from fa import models
+from fa.layers.convert import convert
+from fa.rules import BP, FA, FRSF, KP, PFA, USF, PFAo, Rule
+from fa.rules import rule as make_rule
+from fa.train import data
 
 if TYPE_CHECKING:
-    from .train import Config
+    from fa.train.config import Config
 
 RULES = (BP, FA, USF, FRSF, KP, PFA, PFAo)
 """Rules that do to every group of a grouped convolution what they do to a layer; the others meet a layer, or a network, as a whole."""
@@ -36,7 +37,12 @@ def key(config: Config) -> Config | None:
     """
     options, rule = config.rule_options, make_rule(config.rule, **config.rule_options)
     by_layer = rule.norm != "fixed" or rule.clamp_forward or options.get("scale", "init") not in ("init", "xavier")
-    between = options.get("form") == "dense" or options.get("implicit") == "first" or options.get("implicit") and rule.density < 1
+    between = (
+        options.get("form") == "dense"
+        or options.get("implicit") == "first"
+        or options.get("implicit")
+        and rule.density < 1
+    )
     resident = not isinstance(data.SETS.get(config.dataset), data.Album)
     if not models.is_cifar_resnet(config.model) or not resident or type(rule) not in RULES or by_layer or between:
         return None
@@ -75,7 +81,10 @@ class Stacked(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         for method in ("kernel", "feedback_grad"):  # looked up once, for compiled steps cannot
-            found = (inspect.signature(getattr(rule, method)).parameters if hasattr(rule, method) else () for rule, _ in self.parts)
+            found = (
+                inspect.signature(getattr(rule, method)).parameters if hasattr(rule, method) else ()
+                for rule, _ in self.parts
+            )
             object.__setattr__(self, f"_{method}", tuple(tuple(names) for names in found))
 
     @property
@@ -83,22 +92,24 @@ class Stacked(Rule):
         return tuple(f"{j}_{name}" for j, (rule, _) in enumerate(self.parts) for name in rule.learned)
 
     @property
-    def sgd_only(self) -> bool:
-        return any(rule.sgd_only for rule, _ in self.parts)
+    def needs_sgd(self) -> bool:
+        return any(rule.needs_sgd for rule, _ in self.parts)
 
     def slices(self, t: Tensor) -> Iterator[Tensor]:
         """Those of a tensor of the layer's weight's shape, one a rule."""
         rows = len(t) // sum(n for _, n in self.parts)
         return iter(t.split([n * rows for _, n in self.parts]))
 
-    def draw(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
+    def init_state(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
         """Tensors to be filled by :func:`join`."""
         state = {}
         for j, ((rule, n), part) in enumerate(zip(self.parts, self.slices(W))):
-            state |= {f"{j}_{name}": t for name, t in rule.draw(replace(op, groups=n), part, gen).items()}
+            state |= {f"{j}_{name}": t for name, t in rule.init_state(replace(op, groups=n), part, gen).items()}
         return state
 
-    def _known(self, method: str, each: dict[str, Iterator[Tensor]], state: dict[str, Any], **alike: Any) -> Iterator[Any]:
+    def _known(
+        self, method: str, each: dict[str, Iterator[Tensor]], state: dict[str, Any], **alike: Any
+    ) -> Iterator[Any]:
         """(number, rule, its method's arguments), one a rule."""
         for j, ((rule, _), names) in enumerate(zip(self.parts, getattr(self, f"_{method}"))):
             known = {**alike, **{name: next(parts) for name, parts in each.items()}}
@@ -106,7 +117,9 @@ class Stacked(Rule):
             yield j, rule, {name: known[name] for name in names if name in known} | own
 
     def kernel(self, W, **state):
-        return torch.cat([rule.kernel(**known) for _, rule, known in self._known("kernel", {"W": self.slices(W)}, state)])
+        return torch.cat(
+            [rule.kernel(**known) for _, rule, known in self._known("kernel", {"W": self.slices(W)}, state)]
+        )
 
     def feedback_grad(self, op, W, dW, **state):
         grads = {}
@@ -177,7 +190,9 @@ def join(whole: nn.Module, opt: torch.optim.SGD, nets: Sequence[nn.Module], opts
                     mine.data = part
     for p, theirs_opts, theirs in momenta:
         kept = [o.state[q].get("momentum_buffer") for o, q in zip(theirs_opts, theirs)]
-        kept = [torch.zeros_like(q) if m is None else m for q, m in zip(theirs, kept)]  # from 0 a first step leaves the gradient, as it must
+        kept = [
+            torch.zeros_like(q) if m is None else m for q, m in zip(theirs, kept)
+        ]  # from 0 a first step leaves the gradient, as it must
         joined = _join(kept, p.shape, len(p) // len(kept), False)
         opt.state[p]["momentum_buffer"] = joined
         for o, q, part in zip(theirs_opts, theirs, _parts(joined, theirs)):

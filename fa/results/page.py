@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from .errors import UserError
-from .paths import ROOT
-from .records import build
+from fa.errors import UserError
+from fa.paths import ROOT
+from fa.results.records import build
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ PAPERS = {
 }  # fmt: skip
 """The papers that are replicated, as one cites them. A page of paper "x" goes across them and is after none."""
 
-DRAWN = {"p3_fig1": ("31_pfa_fig1_circuits", "fa/circuits.py")}
+DRAWN = {"p3_fig1": ("31_pfa_fig1_circuits", "fa/probes.py")}
 """Figures without runs and table: name to notebook, and to the code that they are drawn from."""
 
 
@@ -61,8 +61,8 @@ def check(values: Mapping[str, Any], types: Mapping[str, type]) -> None:
     Raises:
         UserError: names the parameter and what is known.
     """
-    from . import RULES
-    from .data import SETS
+    from fa.rules import RULES
+    from fa.train.data import SETS
 
     for name in values:
         if name not in types:
@@ -129,7 +129,7 @@ def notebook(namespace: Mapping[str, Any], experiment: str = "") -> Notebook:
     Example:
         >>> cfg = fa.notebook(globals(), "p3_fig2")  # doctest: +SKIP
     """
-    from .experiments import find as experiment_of
+    from fa.experiments import find as experiment_of
 
     own = experiment_of(experiment).own if experiment else {}
     types = {**STANDARD, **{n: type(v) for n, v in own.items()}}
@@ -171,7 +171,7 @@ class Notebook:
     @property
     def _changed(self) -> bool:
         """Whether this is another experiment than the paper's, and not only a part of it."""
-        from .experiments import find as experiment_of
+        from fa.experiments import find as experiment_of
 
         default = experiment_of(self.experiment).own if self.experiment else {}
         return bool(self.epochs or self.dataset) or any(default[n] != v for n, v in self.own.items())
@@ -184,7 +184,7 @@ class Notebook:
     @cached_property
     def runs(self) -> list[Any]:
         """The runs of this figure under these parameters."""
-        from .experiments import plan
+        from fa.experiments import plan
 
         mode, rules = "quick" if self.mode == "quick" else "paper", ",".join(self.rules)
         return plan(self.experiment, mode, self.seeds, self.epochs, rules, self.dataset, **self.own)
@@ -197,7 +197,7 @@ class Notebook:
     @property
     def path(self) -> Path:
         """The table on disk."""
-        from . import records
+        from fa.results import records
 
         if self.mode == "paper" and self.chosen:
             return build("paper") / f"{self.experiment}.csv"
@@ -216,7 +216,7 @@ class Notebook:
 
     @cached_property
     def _table(self) -> pd.DataFrame:
-        from . import records
+        from fa.results import records
 
         if self.mode != "record":
             return self._train()
@@ -232,21 +232,30 @@ class Notebook:
 
     def _nothing(self) -> pd.DataFrame:
         """A table of no rows, with the columns that the record will have."""
-        from . import records
-        from .experiments import find as experiment_of
+        from fa.experiments import find as experiment_of
+        from fa.results import records
 
         beside = [*records.COLUMNS, *records.REFERENCE_COLUMNS]
-        swept = [*records.reference(self.experiment).columns.difference(beside, sort=False), *experiment_of(self.experiment).swept(self.runs[0])]
-        dtypes = dict.fromkeys([*records.COLUMNS, *swept], float) | dict.fromkeys(("run", "rule", "layer", "metric"), str)
+        swept = [
+            *records.reference(self.experiment).columns.difference(beside, sort=False),
+            *experiment_of(self.experiment).swept(self.runs[0]),
+        ]
+        dtypes = dict.fromkeys([*records.COLUMNS, *swept], float) | dict.fromkeys(
+            ("run", "rule", "layer", "metric"), str
+        )
         return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in dtypes.items()})
 
     def _train(self) -> pd.DataFrame:
         """Train what is missing, write the table, and read it back."""
-        from . import RULES, campaign, records
-        from .experiments import find as experiment_of
+        from fa.experiments import find as experiment_of
+        from fa.results import records
+        from fa.results import runs as campaign
+        from fa.rules import RULES
 
         own_rule = [c for c in self.runs if RULES[c.rule].__module__ == "__main__"]  # which no other process would know
-        for config in own_rule if self.mode == "quick" else ():  # its code is no part of a run's identity, and may have changed
+        for config in (
+            own_rule if self.mode == "quick" else ()
+        ):  # its code is no part of a run's identity, and may have changed
             shutil.rmtree(records.Folder(self.mode, config).path, ignore_errors=True)
         add = os.environ.get("FA_ADD") and self.mode == "paper" and not self.chosen
         held = campaign.recorded(self.mode) if add else ()
@@ -264,7 +273,7 @@ class Notebook:
 
     def partial(self) -> str:
         """What the table lacks, in words ("without DFA, 2 of 5 seeds, 60 of 250 epochs"); empty when it is whole."""
-        from .plot import in_order, look
+        from fa.plot import in_order, look
 
         table, said = self.table(), []
         if table.empty:
@@ -281,14 +290,16 @@ class Notebook:
             said += [f"{have[worst]} of {of[worst]} seeds"] if have[worst] < of[worst] else []
         if "seeds" not in "".join(said) and not {c.run for c in there} <= set(reached.index):  # e.g. points of a sweep
             said.append(f"{len(reached)} of {len(planned)} runs")
-        if short := {c.run: reached[c.run] for c in there if c.run in reached and reached[c.run] < getattr(c, "epochs", 0)}:
+        if short := {
+            c.run: reached[c.run] for c in there if c.run in reached and reached[c.run] < getattr(c, "epochs", 0)
+        }:
             run = min(short, key=short.__getitem__)
             said.append(f"{short[run]:.0f} of {planned[run].epochs} epochs")
         return ", ".join(said)
 
     def reference(self) -> pd.DataFrame:
         """The published values, from data/reference/; none where these runs are of another kind than the paper's."""
-        from . import records
+        from fa.results import records
 
         table = records.reference(self.experiment)
         table = table[table.rule.isin(self.rules)] if self.rules else table
@@ -297,7 +308,7 @@ class Notebook:
 
     def verdicts(self) -> pd.DataFrame:
         """The claims of this figure and their verdicts, from the committed record (from the quick table in `quick` mode)."""
-        from . import claims
+        from fa.results import claims
 
         return claims.verdicts(self.experiment, mode="quick" if self.mode == "quick" else "record")
 
@@ -305,12 +316,14 @@ class Notebook:
 
     def banner(self) -> str:
         """A sentence or two: what this page shows, and whether anything was trained for it."""
-        from . import records
-        from .plot import in_order, look
+        from fa.plot import in_order, look
+        from fa.results import records
 
         rows, where, part = self.table(), relative(self.path), self.partial()
         if rows.empty:
-            return f"Nothing was trained, and there is no {where} yet: published values only. mode quick or paper trains."
+            return (
+                f"Nothing was trained, and there is no {where} yet: published values only. mode quick or paper trains."
+            )
         repeats = f"{rows.seed.nunique()} {'seeds' if self.datasets else 'repeats'}"
         what = f"{rows.run.nunique()} runs ({', '.join(look(r).label for r in in_order(rows.rule))}; {repeats})"
         what += f"; PARTIAL: {part}" if part else ""
@@ -328,7 +341,7 @@ class Notebook:
             epoch: epoch in our count.
             digits: decimals.
         """
-        from .plot import in_order
+        from fa.plot import in_order
 
         by, parts = list(by), []
         for frame in (self.table(), self.reference()):
@@ -362,9 +375,9 @@ class Notebook:
 
     def _trail(self, name: str) -> dict[str, Any]:
         """What leads from a figure back to its data, code and machine; nothing in it depends on the clock."""
-        from . import records
-        from .experiments import find as experiment_of
-        from .plot import sha256
+        from fa.experiments import find as experiment_of
+        from fa.plot import sha256
+        from fa.results import records
 
         if not self.experiment:
             stem, code = DRAWN[name]
@@ -393,7 +406,7 @@ class Notebook:
         Returns:
             path of the PDF.
         """
-        from . import plot
+        from fa import plot
 
         published = self.mode == "paper" and not self.chosen
         folder = ROOT / "figures" if published else build(self.mode) / "figures"
@@ -467,14 +480,17 @@ def find(names: Sequence[str] = ()) -> list[Path]:
 
 def index() -> str:
     """Markdown table of the notebooks: title, what the record holds, verdicts on the claims."""
-    from . import claims
-    from .experiments import EXPERIMENTS
+    from fa.experiments import EXPERIMENTS
+    from fa.results import claims
 
     lines = ["| notebook | shows | record | claims |", "|---|---|---|---|"]
     for path in find():
         title = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()[0].lstrip("# ")
         shown = [Notebook(name) for name, e in EXPERIMENTS.items() if e.notebook == path.stem]
-        held = [", ".join(filter(None, [f"{len(set(cfg.table().run))} runs" if len(cfg.table()) else "", cfg.partial()])) for cfg in shown]
+        held = [
+            ", ".join(filter(None, [f"{len(set(cfg.table().run))} runs" if len(cfg.table()) else "", cfg.partial()]))
+            for cfg in shown
+        ]
         verdicts = [counted(claims.verdicts(cfg.experiment).verdict) for cfg in shown]
         lines.append(f"| [{path.stem}]({path.name}) | {title} | {'; '.join(held)} | {'; '.join(verdicts)} |")
     return "\n".join(lines)
@@ -482,8 +498,8 @@ def index() -> str:
 
 def rules() -> str:
     """Markdown table of `fa.RULES`: name, equation, source."""
-    from . import RULES
-    from .plot import in_order
+    from fa.plot import in_order
+    from fa.rules import RULES
 
     lines = ["| name | rule | from |", "|---|---|---|"]
     for name in in_order(RULES):

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import attention, rules
-from .errors import UserError
-from .feedback import ConvMap, Feedback, LinearMap, NoisyFeedback
-from .rules import Rule
-from .steps import Converted, converted, unwatch, watch
+from fa import rules
+from fa.errors import UserError
+from fa.layers import attention
+from fa.layers.feedback import ConvMap, Feedback, LinearMap, NoisyFeedback
+from fa.layers.hooks import Converted, converted, unwatch, watch
+from fa.rules import Rule
 
 
 class FeedbackLinear(Converted, nn.Linear):
@@ -26,7 +27,7 @@ class FeedbackLinear(Converted, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., in) -> (..., out), as ``nn.Linear``."""
-        if self.feedback.plain():
+        if self.feedback.bypassed():
             return super().forward(x)
         return self.feedback.forward(x, self.weight, self.bias)
 
@@ -36,7 +37,7 @@ class FeedbackConv2d(Converted, nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Shapes: x (n, in, h, w) or (in, h, w), as ``nn.Conv2d``."""
-        if self.feedback.plain():
+        if self.feedback.bypassed():
             return super()._conv_forward(x, weight, bias)
         pad = _explicit_padding(self)
         if pad:  # an ordinary operation before the layer's linear map; autograd sends the error through it exactly
@@ -176,7 +177,9 @@ def convert(
     if r.name == "bp":
         return revert(net)
     if r.learned and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in net.modules()):
-        raise UserError("DistributedDataParallel averages the parameters it was given: convert the network first, then wrap it")
+        raise UserError(
+            "DistributedDataParallel averages the parameters it was given: convert the network first, then wrap it"
+        )
     layers = _targets(net, skip)
     sizes = {} if sample is None else _sizes(net, sample)
     attach = r.attach if hasattr(r, "attach") else partial(_attach, r)
@@ -192,8 +195,10 @@ def _sizes(net: nn.Module, sample: Tensor) -> dict[str, tuple[torch.Size, torch.
     sizes, handles, modes = {}, [], {m: m.training for m in net.modules()}
     for name, m in net.named_modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
+
             def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
                 sizes[name] = args[0].shape[1:], out.shape[1:]  # fmt: skip
+
             handles.append(m.register_forward_hook(keep))
     try:
         net.eval()(sample)
@@ -259,7 +264,9 @@ def feedback_parameters(net: nn.Module) -> list[nn.Parameter]:
     return [p for layer in converted(net).values() for p in layer.feedback.parameters()]
 
 
-def param_groups(net: nn.Module, lr: float, weight_decay: float = 0.0, feedback_lr: float | None = None) -> list[dict[str, Any]]:
+def param_groups(
+    net: nn.Module, lr: float, weight_decay: float = 0.0, feedback_lr: float | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups with each rule's right defaults.
 
     Feedback that follows W's own update (kp, pfa, pfa_o) shares its learning rate and decay: the mismatch vanishes only if both

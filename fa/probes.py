@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .dfa import DirectFeedback
-from .errors import UserError
-from .feedback import Feedback, generator
-from .layers import convert
-from .metrics import matrices
-from .rules import RULES, rule
-from .steps import converted
+from fa.errors import UserError
+from fa.layers.convert import convert
+from fa.layers.dfa import DirectFeedback
+from fa.layers.feedback import Feedback, generator
+from fa.layers.hooks import converted
+from fa.metrics import matrices
+from fa.rules import RULES, rule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,10 +130,10 @@ def taught(
     fb = getattr(layer, "feedback", None)
     if not isinstance(fb, Feedback) or not fb.rule.learned:
         return {}
-    if fb.rule.sgd_only:
+    if fb.rule.needs_sgd:
         raise UserError("implicit feedback stores no R and cannot say what teaches it; convert with implicit=False")
     true = layer.weight.detach()
-    known = {n: getattr(fb, n).detach() for n in fb.names} | {"x": x, "dy": dy, "dW": fb.op.correlate(x, dy, true)}
+    known = {n: getattr(fb, n).detach() for n in fb.names} | {"x": x, "dy": dy, "dW": fb.op.grad_weight(x, dy, true)}
 
     def lesson(W: Tensor, op: Any) -> dict[str, Tensor]:
         with torch.no_grad(), same_noise(layer):
@@ -356,7 +356,7 @@ def summary(names: Sequence[str] = PANELS) -> str:
     """Text table: what each panel of the drawing shows, as asked of the rules' code."""
     import pandas as pd
 
-    from .plot import look
+    from fa.plot import look
 
     rows = []
     for c in map(circuit, names):
@@ -387,6 +387,7 @@ _LOW, _POP, _HIGH, _TOP, _LOSS = 0.33, 0.74, 1.15, 1.55, 1.86  # levels
 
 def equation(name: str) -> str:
     """A rule's equations as mathtext; the words beside them are left out."""
+
     def word(text: str) -> str:
         text = text.replace("^T", r"^{\mathsf{T}}").replace("<", r"\langle ").replace(">", r"\rangle ")
         return "$" + re.sub(r" sign\b", r"\\,\\mathrm{sign}", text).replace("d ", "d\\,") + "$"
@@ -439,7 +440,7 @@ def draw_panel(ax: Axes, c: Circuit) -> None:
     """One circuit, in inches: forward at the left, the error's way down at the right."""
     from matplotlib.patches import FancyBboxPatch
 
-    from .plot import look
+    from fa.plot import look
 
     color = look(c.rule).color if c.rule != "bp" else "0.15"
     box = {"boxstyle": "round,pad=0.02", "fc": "0.93", "ec": "0.5", "lw": 0.6}
@@ -511,7 +512,7 @@ def draw(names: Sequence[str] = PANELS) -> Figure:
     own is not known to us."""
     import matplotlib.pyplot as plt
 
-    from .plot import WIDTH, look
+    from fa.plot import WIDTH, look
 
     circuits = [circuit(n) for n in names]
     cell, tall, columns = WIDTH["double"] / 4, 2.5, 4
@@ -534,7 +535,7 @@ def draw(names: Sequence[str] = PANELS) -> Figure:
 
 def _key(ax: Axes) -> None:
     """What the marks mean."""
-    from .plot import look
+    from fa.plot import look
 
     lines = [("learned", "learned synapses"), ("fixed", "fixed, random synapses"), ("copied", "synapses that copy W")]
     ax.text(0.12, 2.05, "Marks", fontsize=7.5, fontweight="bold")

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import weakref
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .errors import UserError
-from .rules import Rule
+from fa.errors import UserError
+from fa.rules import Rule
 
 # ------------------------------------------------------------------------------------ a layer's linear map
 
@@ -75,7 +75,10 @@ _keys = itertools.count()
     "fa::noise",
     mutates_args=(),
     schema="(Tensor like, Tensor dy, int key, str kind, float std) -> Tensor",
-    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),  # inductor's own graphs do not know the generator
+    tags=(
+        torch.Tag.nondeterministic_seeded,
+        torch.Tag.cudagraph_unsafe,
+    ),  # inductor's own graphs do not know the generator
 )
 def _noise(like: Tensor, dy: Tensor, key: int, kind: str, std: float) -> Tensor:
     """What a compiled graph calls, unseen by the compiler."""
@@ -97,15 +100,15 @@ class LinearMap(_Map):
         """K x (+ bias)."""
         return F.linear(x, K, bias)
 
-    def transpose(self, y: Tensor, K: Tensor, like: Tensor) -> Tensor:
+    def grad_input(self, y: Tensor, K: Tensor, like: Tensor) -> Tensor:
         """K^T y, of the shape of ``like``."""
         return y @ K
 
-    def across(self, y: Tensor, B: Tensor) -> Tensor:
+    def matmul_channels(self, y: Tensor, B: Tensor) -> Tensor:
         """B^T y on the last axis; B (out, mid)."""
         return y @ B
 
-    def correlate(self, x: Tensor, y: Tensor, like: Tensor | None = None) -> Tensor:
+    def grad_weight(self, x: Tensor, y: Tensor, like: Tensor | None = None) -> Tensor:
         """sum y x^T over all leading axes: the gradient of <y, K x> by K."""
         return rows(y).t() @ rows(x)
 
@@ -113,7 +116,7 @@ class LinearMap(_Map):
         """(K^T dy, dW, db) where ``mask`` asks for them."""
         return (
             dy @ K if mask[0] else None,
-            self.correlate(x, dy) if mask[1] else None,
+            self.grad_weight(x, dy) if mask[1] else None,
             rows(dy).sum(0) if mask[2] else None,
         )
 
@@ -136,15 +139,15 @@ class ConvMap(_Map):
         """K * x (+ bias)."""
         return F.conv2d(x, K, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def transpose(self, y: Tensor, K: Tensor, like: Tensor) -> Tensor:
+    def grad_input(self, y: Tensor, K: Tensor, like: Tensor) -> Tensor:
         """Transposed convolution of y, of the shape of ``like``."""
         return self.backward(y, like, K, [True, False, False])[0]
 
-    def across(self, y: Tensor, B: Tensor) -> Tensor:
+    def matmul_channels(self, y: Tensor, B: Tensor) -> Tensor:
         """B^T y at every position; B (out, mid)."""
         return (B.mT @ y.flatten(2)).unflatten(2, y.shape[2:])
 
-    def correlate(self, x: Tensor, y: Tensor, like: Tensor) -> Tensor:
+    def grad_weight(self, x: Tensor, y: Tensor, like: Tensor) -> Tensor:
         """The gradient of <y, K * x> by K, of the shape of ``like``."""
         return self.backward(y, x, like, [False, True, False])[1]
 
@@ -184,11 +187,13 @@ class _Local(torch.autograd.Function):
         x, W, b, out, *state = ctx.saved_tensors
         need_x, need_W, need_b, _, *need_state = ctx.needs_input_grad
         rule, op = fb.rule, fb.op
-        learns = any(need_state) and (need_W or "dW" not in fb.grad_args)  # what follows W's own update rests while W is frozen
+        learns = any(need_state) and (
+            need_W or "dW" not in fb.grad_args
+        )  # what follows W's own update rests while W is frozen
         known = dict(zip(fb.names, state), W=W, op=op, dy=dy, x=x, y=None, memo={})
         dx = None
-        if need_x and fb.transport_args:
-            dx = rule.transport(**{n: known[n] for n in fb.transport_args})
+        if need_x and fb.send_args:
+            dx = rule.send_error(**{n: known[n] for n in fb.send_args})
         K = cast(fb.kernel_from(known) if need_x and dx is None else W, dy)
         mask = [need_x and dx is None, need_W, need_b]
         through, dW, db = op.backward(dy, x, K, mask)
@@ -213,7 +218,7 @@ class _Local(torch.autograd.Function):
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _arguments(method: Any, names: tuple[str, ...]) -> tuple[str, ...]:
     """Those of ``names`` that a rule's method asks for, with ``**`` all; an argument that nothing can fill raises."""
     wanted = inspect.signature(method).parameters
@@ -234,11 +239,13 @@ class Feedback(nn.Module):
     def __init__(self, rule: Rule, op: LinearMap | ConvMap, layer: nn.Module, name: str, seed: int) -> None:
         super().__init__()
         self.rule, self.op, self.layer_name, self.seed = rule, op, name, seed
-        if rule.sgd_only and not layer.weight.requires_grad:
-            raise UserError(f"implicit feedback moves with its weight, and that of layer {name!r} is frozen; leave implicit out")
+        if rule.needs_sgd and not layer.weight.requires_grad:
+            raise UserError(
+                f"implicit feedback moves with its weight, and that of layer {name!r} is frozen; leave implicit out"
+            )
         W = layer.weight.detach()
         try:
-            state = rule.draw(op, W, generator(seed, name))
+            state = rule.init_state(op, W, generator(seed, name))
         except UserError as error:
             raise UserError(f"layer {name!r}: {error}" if name else str(error)) from None
         for key, value in state.items():
@@ -252,8 +259,8 @@ class Feedback(nn.Module):
         local = ("W", "op", "x", "y", "dy", "dW", "memo", *state)
         self.grad_args = _arguments(type(rule).feedback_grad, local) if rule.learned else ()
         self.keeps_y = "y" in self.grad_args and rule.needs_y
-        transport = getattr(type(rule), "transport", None)
-        self.transport_args = _arguments(transport, ("W", "op", "x", "dy", "memo", *state)) if transport else ()
+        send = getattr(type(rule), "send_error", None)
+        self.send_args = _arguments(send, ("W", "op", "x", "dy", "memo", *state)) if send else ()
         if rule.clamp_forward:
             self.register_buffer("forward_norm", torch.linalg.vector_norm(W))
         after = getattr(type(rule), "after_step", None)
@@ -261,7 +268,7 @@ class Feedback(nn.Module):
         if after:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.steps: int | None = None  # the buffer's value, so that it is read, and the device waited for, once only
-        self.exact = False  # True: plain backprop for the moment (fa.exact_backprop)
+        self.use_backprop = False  # True: plain backprop for the moment (fa.exact_backprop)
         self.backward_ran = self.traced = False
         self.steps_alone = 0  # optimizer steps of the weight without its learned feedback
 
@@ -269,7 +276,9 @@ class Feedback(nn.Module):
         """The layer's output, y = W x + b; x, W, b as the layer holds them."""
         if torch.compiler.is_compiling():
             self.traced = True
-            for option in self.numbers:  # seen here first: a second rule's number, met in the backward pass alone, fails to compile
+            for option in (
+                self.numbers
+            ):  # seen here first: a second rule's number, met in the backward pass alone, fails to compile
                 getattr(self.rule, option) * 1.0
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -285,7 +294,9 @@ class Feedback(nn.Module):
         K = self.rule.kernel(**{n: known[n] for n in self.kernel_args})
         if self.rule.norm == "track":
             size = torch.linalg.vector_norm(K)
-            K = K * (torch.linalg.vector_norm(known["W"]) / size.clamp_min(torch.finfo(size.dtype).tiny))  # a kernel of zeros stays one
+            K = K * (
+                torch.linalg.vector_norm(known["W"]) / size.clamp_min(torch.finfo(size.dtype).tiny)
+            )  # a kernel of zeros stays one
         return K
 
     def after_step(self, W: Tensor) -> None:
@@ -304,14 +315,14 @@ class Feedback(nn.Module):
         self.steps = None
         super()._load_from_state_dict(*args, **kwargs)
 
-    def plain(self) -> bool:
+    def bypassed(self) -> bool:
         """Whether the forward pass at hand is the stock layer's: none to differentiate, or exact backprop asked for."""
-        if self.exact:
+        if self.use_backprop:
             self.backward_ran = True  # the gradient to come is meant
-        return self.exact or not torch.is_grad_enabled()
+        return self.use_backprop or not torch.is_grad_enabled()
 
     def mark_backward(self) -> None:
-        """Note that the layer's own backward ran (the check of :func:`fa.steps.watch` reads it)."""
+        """Note that the layer's own backward ran (the check of :func:`fa.layers.hooks.watch` reads it)."""
         if not torch.compiler.is_compiling():
             vars(self)["backward_ran"] = True  # a module's own setattr takes ten times as long
 

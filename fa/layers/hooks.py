@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .feedback import Feedback
+from fa.layers.feedback import Feedback
 
 _watches: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # layer -> handle of its check
 _unheld: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose learned feedback no optimizer has stepped yet
@@ -64,7 +64,7 @@ def watch(layer: nn.Module) -> None:
     def check(weight: Tensor) -> None:
         layer = ref()
         fb = getattr(layer, "feedback", None)
-        if fb is None or fb.exact:
+        if fb is None or fb.use_backprop:
             return
         if not (fb.backward_ran or fb.traced):
             raise RuntimeError(
@@ -101,7 +101,9 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         fb, W = layer.feedback, id(layer.held)
         learned = [id(p) for p in fb.parameters() if p.requires_grad]  # feedback may be frozen on purpose
         if all(p in group_of for p in learned):
-            if fb.rule.sgd_only and not (type(optimizer) is torch.optim.SGD and {group_of[p] for p in learned} == {group_of.get(W)}):
+            if fb.rule.needs_sgd and not (
+                type(optimizer) is torch.optim.SGD and {group_of[p] for p in learned} == {group_of.get(W)}
+            ):
                 raise RuntimeError(
                     f"implicit feedback of layer {fb.layer_name!r} is exact only for torch.optim.SGD with the weight and its "
                     f"feedback in one parameter group, not {type(optimizer).__name__}; convert with implicit=False"

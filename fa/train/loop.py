@@ -1,4 +1,4 @@
-"""One flat training loop: ``train(config) -> table``, with checkpoint and resume; its steps are :mod:`fa.engine`'s.
+"""One flat training loop: ``train(config) -> table``, with checkpoint and resume; its steps are :mod:`fa.train.step`'s.
 
 A run is a frozen dataclass of scalars. Everything random in it has a generator of its own, made of the seed and a word: the initial
 weights, the order of the batches in each epoch, the feedback. The same seed therefore gives the same initial weights and the same
@@ -7,12 +7,10 @@ batches under every rule, and a run that is stopped and resumed equals one that 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -21,152 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from . import data, models, stack
-from .engine import Stepper, drain, on, stream
-from .errors import UserError
-from .feedback import generator
-from .layers import convert, param_groups
-from .metrics import alignment, gradient_angles
-from .records import environment
-from .rules import rule as make_rule
-from .steps import converted
-
-
-def identity(config: Any) -> str:
-    """A run's name: the first 12 hex digits of the sha256 of the canonical JSON of its fields.
-
-    Fields at their default are left out of it, so that a field added later, with a default that keeps the recipe, keeps identities.
-    """
-    told = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
-    canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
-
-
-@dataclass(frozen=True)
-class Config:
-    """One run. Its identity is a hash of all fields, see :attr:`run`.
-
-    Args:
-        experiment: the figure that it belongs to.
-        rule: a name of ``fa.RULES``.
-        seed: of initial weights, order of batches and feedback.
-        options: of the rule, as ``"init=xavier expansion=10"``.
-        dataset: a name of ``fa.data.SETS``.
-        model: a name that ``fa.models.build`` knows.
-        hidden: widths of an mlp's hidden layers, comma separated.
-        epochs: passes over the training set.
-        batch: images in a batch; the last, smaller batch of an epoch is dropped.
-        lr: learning rate.
-        lr_drops: epochs after which it is multiplied by ``lr_factor``, comma separated.
-        lr_factor: see ``lr_drops``.
-        momentum: of SGD.
-        weight_decay: L2, of all parameters, learned feedback and biases included.
-        first_weight_decay: that of the first epoch (0: the same).
-        feedback_lr: learning rate of feedback that holds its own decay (wm, ia, sa, aa), dropped as ``lr`` is (0: ``lr``).
-        alternate: k > 0: a mirror-only step, then k task-only ones, and so on (0: both at every step). See below.
-        delay_epochs: so many epochs come first, all steps mirror-only; the schedule of both parts begins after them, as p2's drops do.
-        augment: random crops (4 pixels of padding) and mirrored images.
-        precision: "float32" (on CUDA convolutions are then made in TF32, PyTorch's default), or "bfloat16": forward and backward under autocast, weights and optimizer in float32.
-        revision: of the recipe; raised by any fix that changes numbers.
-
-    Defaults are p3's MNIST recipe (the authors' configuration).
-
-    Phases (``alternate_step_freq`` and ``delay_epochs`` of p2's code) are for feedback that learns from activity or W, and not
-    from the task: wm, ia, sa, aa, primitives. A mirror-only step moves that feedback and nothing else, a task-only step all but it. What
-    rests does not move at all: no decay, and its momentum waits. That is our reading; p2's code multiplies one loss by 0 and steps both
-    optimizers, so that momentum coasts through the other's phase. Running statistics of batch norm follow activity in every step (p2's
-    too). Steps count over the whole run, the delay's included, and each takes a batch: ``epochs`` counts all of them, whichever part
-    learns. p2's code multiplies the epochs of the drops by k + 1; here they are what they say.
-    """
-
-    experiment: str
-    rule: str
-    seed: int
-    options: str = ""
-    dataset: str = "mnist"
-    model: str = "mlp"
-    hidden: str = "512,512"
-    epochs: int = 40
-    batch: int = 64
-    lr: float = 0.01
-    lr_drops: str = "20,30"
-    lr_factor: float = 0.5
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    first_weight_decay: float = 0.0
-    feedback_lr: float = 0.0
-    alternate: int = 0
-    delay_epochs: int = 0
-    augment: bool = False
-    precision: str = "float32"
-    revision: int = 1
-
-    def __post_init__(self) -> None:
-        for f in fields(self):  # 1 and 1.0 are one setting, and so one run
-            if f.type == "float":
-                object.__setattr__(self, f.name, float(getattr(self, f.name)))
-        if self.precision not in ("float32", "bfloat16"):
-            raise UserError(f"unknown precision {self.precision!r}; known: float32, bfloat16")
-        for name in ("alternate", "delay_epochs"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} is negative; it must be 0 (none) or a positive number")
-        if self.delay_epochs and self.delay_epochs >= self.epochs:
-            raise UserError(f"delay_epochs={self.delay_epochs} leaves none of {self.epochs} epochs to the task; make epochs larger")
-        if self.alternate or self.delay_epochs:
-            r = make_rule(self.rule, **self.rule_options)
-            if not (r.own_decay and r.learned):
-                raise UserError(
-                    f"a mirror phase would teach {self.rule} nothing, for no feedback of it learns without the task; "
-                    "leave alternate and delay_epochs at 0"
-                )
-            if r.clamp_forward:
-                raise UserError("clamp_forward moves W after mirror-only steps too; leave it out, or alternate and delay_epochs at 0")
-
-    @property
-    def run(self) -> str:
-        """Identity, see :func:`identity`."""
-        return identity(self)
-
-    @property
-    def rule_options(self) -> dict[str, Any]:
-        """``options`` as keyword arguments."""
-        return parse_options(self.options)
-
-    def schedule(self, epoch: int) -> dict[str, float]:
-        """Learning rate and weight decay of epoch ``epoch``, counted from 0; those of the first hold in a delay before it."""
-        epoch = max(0, epoch - self.delay_epochs)
-        drops = sum(epoch >= e for e in integers(self.lr_drops))
-        first = epoch == 0 and self.first_weight_decay > 0
-        decay = self.first_weight_decay if first else self.weight_decay
-        return {"lr": self.lr * self.lr_factor**drops, "weight_decay": decay}
-
-    def phase(self, epoch: int, step: int) -> str:
-        """What moves in a step: "mirror", "task" or "joint". ``step`` counts over the whole run; it and the epoch from 0."""
-        if epoch < self.delay_epochs:
-            return "mirror"
-        if not self.alternate:
-            return "joint"
-        return "task" if step % (self.alternate + 1) else "mirror"
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """``"init=xavier expansion=10 implicit=true"`` as keyword arguments; numbers and true/false are read as such."""
-
-    def value(word: str) -> Any:
-        try:
-            return json.loads(word)
-        except json.JSONDecodeError:
-            return word
-
-    pairs = [item.partition("=") for item in text.split()]
-    if bad := [name for name, sign, _ in pairs if not sign]:
-        raise UserError(f"rule options are written NAME=VALUE, separated by spaces; {bad[0]!r} has no value")
-    return {name: value(word) for name, _, word in pairs}
-
-
-def integers(text: str) -> list[int]:
-    """``"20,30"`` as a list of integers; ``""`` as an empty one."""
-    return [int(word) for word in text.split(",") if word.strip()]
+from fa import models
+from fa.layers.convert import convert, param_groups
+from fa.layers.feedback import generator
+from fa.layers.hooks import converted
+from fa.metrics import alignment, gradient_angles
+from fa.provenance import environment
+from fa.rules import rule as make_rule
+from fa.train import data, stack
+from fa.train.config import Config, integers
+from fa.train.step import Stepper, drain, on, stream
 
 
 def seed_network(config: Config, shape: tuple[int, ...], classes: int, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -259,7 +121,7 @@ def train(
     Args:
         config: the run.
         device: a torch device; on "cpu" one thread is used, so that the numbers do not depend on the number of cores.
-        folder: a :class:`fa.records.Folder` to keep checkpoints in (default None: nothing is written).
+        folder: a :class:`fa.results.records.Folder` to keep checkpoints in (default None: nothing is written).
         until: ``time.monotonic()`` at which to have stopped; a checkpoint is written and None returned if an epoch would not fit.
         on_epoch: called after every epoch with its number and the latest whole-network metrics.
         extra: called whenever the network is measured, epoch 0 and after every epoch; its rows join the table.
@@ -276,9 +138,13 @@ def train(
 
 
 def combined(
-    configs: Sequence[Config], nets: Sequence[nn.Module], opts: Sequence[torch.optim.SGD], shape: Sequence[int], classes: int
+    configs: Sequence[Config],
+    nets: Sequence[nn.Module],
+    opts: Sequence[torch.optim.SGD],
+    shape: Sequence[int],
+    classes: int,
 ) -> tuple[nn.Module, torch.optim.SGD]:
-    """What is trained, and its optimizer: a run's own network, or the stack of several, which shares their memory (:func:`fa.stack.join`)."""
+    """What is trained, and its optimizer: a run's own network, or the stack of several, which shares their memory (:func:`fa.train.stack.join`)."""
     if len(configs) == 1:
         return nets[0], opts[0]
     whole = stack.build(configs, shape, classes, next(nets[0].parameters()))
@@ -310,10 +176,10 @@ def running(
     sets: data.Data | None = None,
     at_once: int = 1,
 ) -> Generator[None, None, list[pd.DataFrame | None]]:
-    """:func:`train` as a generator that yields after every step, for :func:`fa.engine.together`.
+    """:func:`train` as a generator that yields after every step, for :func:`fa.train.step.together`.
 
     Args:
-        members: one run, or several with one :func:`fa.stack.key` that have come equally far, which are trained as a stack.
+        members: one run, or several with one :func:`fa.train.stack.key` that have come equally far, which are trained as a stack.
         device: as of :func:`train`, like ``until`` and ``compiled``.
         sets: data that runs share (default: loaded here).
         at_once: runs that this process trains meanwhile, these included (default 1): ``share`` in a run's status is its part of the seconds.
@@ -332,14 +198,19 @@ def running(
         nets = [net.to(memory_format=torch.channels_last) for net in nets]
     opts = [sgd(net, c) for net, c in zip(nets, configs)]
     here = environment()
-    states: list[dict[str, Any]] = [{"epoch": 0, "rows": [], "seconds": 0.0, "share": 0.0, "environments": [here]} for _ in members]
+    states: list[dict[str, Any]] = [
+        {"epoch": 0, "rows": [], "seconds": 0.0, "share": 0.0, "environments": [here]} for _ in members
+    ]
     for member, net, opt, state in zip(members, nets, opts, states):
         if checkpoint := member.checkpoint:
             state.update((k, checkpoint[k]) for k in list(state) if k in checkpoint)
             state["environments"] += [here] if here not in state["environments"] else []
             net.load_state_dict(checkpoint["net"])
             opt.load_state_dict(checkpoint["optimizer"])
-            for p, kept in opt.state.items():  # in this device's memory layout, which need not be that of the checkpoint
+            for (
+                p,
+                kept,
+            ) in opt.state.items():  # in this device's memory layout, which need not be that of the checkpoint
                 if kept.get("momentum_buffer") is not None:
                     kept["momentum_buffer"] = torch.empty_like(p).copy_(kept["momentum_buffer"])
     net, opt = combined(configs, nets, opts, sets.shape, sets.classes)
@@ -356,7 +227,10 @@ def running(
         """Each run's measurements."""
         found: list[dict[str, float] | None] = [None] * len(members)
         if len(members) > 1:
-            each = {metric: stack.accuracies(net, len(members), split) for metric, split in watched(sets, config, epoch).items()}
+            each = {
+                metric: stack.accuracies(net, len(members), split)
+                for metric, split in watched(sets, config, epoch).items()
+            }
             found = [{metric: values[i] for metric, values in each.items()} for i in range(len(members))]
         return [measure(n, m.config, sets, epoch, m.extra, f) for n, m, f in zip(nets, members, found)]
 
@@ -365,7 +239,9 @@ def running(
         for member, net, opt, state in zip(members, nets, opts, states):
             if member.folder:
                 parts = {"net": net.state_dict(), "optimizer": opt.state_dict()}
-                member.folder.save({**state, **tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, parts)})  # not the whole stack
+                member.folder.save(
+                    {**state, **tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, parts)}
+                )  # not the whole stack
 
     if states[0]["epoch"] == 0:
         for state, rows in zip(states, look(0)):
@@ -378,7 +254,9 @@ def running(
             return [None] * len(members)
         losses = (yield from stepper.epoch(epoch)).view(-1, len(members)).mean(0).tolist()
         finite = all(map(math.isfinite, losses))
-        if len(members) > 1 and not (finite and all(torch.isfinite(torch.stack([p.sum() for p in net.parameters()])).tolist())):
+        if len(members) > 1 and not (
+            finite and all(torch.isfinite(torch.stack([p.sum() for p in net.parameters()])).tolist())
+        ):
             raise Apart  # before a checkpoint is written; the last step's weights no loss has seen
         if not finite:
             status = {"state": "diverged", "epoch": epoch + 1}
@@ -401,7 +279,9 @@ def running(
         spent = {"seconds": round(state["seconds"], 1)}
         if state["share"] != state["seconds"]:
             spent["share"] = round(state["share"], 1)
-        earlier = [e for e in state["environments"] if e != here]  # of the machine that finishes a run its folder takes note
+        earlier = [
+            e for e in state["environments"] if e != here
+        ]  # of the machine that finishes a run its folder takes note
         table.attrs["status"] = {**status, **spent} | ({"earlier": earlier} if earlier else {})
         tables.append(table)
     return tables

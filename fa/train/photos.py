@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .feedback import generator
+from fa.errors import UserError
+from fa.layers.feedback import generator
 
 __all__ = ["Album", "Photos"]
 
@@ -165,7 +165,9 @@ class Views(torch.utils.data.Dataset):
         try:
             from torchvision.transforms import v2
         except ImportError as error:
-            raise UserError("photographs are decoded by torchvision, which is not installed: pip install torchvision") from error
+            raise UserError(
+                "photographs are decoded by torchvision, which is not installed: pip install torchvision"
+            ) from error
         middle = [v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)]
         part = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
         self.transform: Any = v2.Compose([*(part if key else middle), v2.PILToTensor()])

@@ -2,7 +2,7 @@
 
 A finished run is never trained twice; one that was stopped, or killed, goes on from its checkpoint. On the CPU each run has one process
 and one thread, so that its numbers do not depend on how many run beside it; on CUDA a process trains several at once, those that share a
-recipe as one network (:mod:`fa.stack`), the others by taking their steps in turn.
+recipe as one network (:mod:`fa.train.stack`), the others by taking their steps in turn.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ from typing import Any
 import pandas as pd
 import torch
 
-from . import data, engine, experiments, records, stack
-from .engine import can_compile
-from .errors import UserError
-from .records import Folder
-from .train import Apart, Config, Member, fingerprint, running, train
-
+from fa import experiments
+from fa.errors import UserError
+from fa.results import records
+from fa.results.records import Folder
+from fa.train import data, stack
+from fa.train import step as engine
+from fa.train.config import Config
+from fa.train.loop import Apart, Member, fingerprint, running, train
+from fa.train.step import can_compile
 
 PACK = 15
 """Runs that a process on CUDA trains at once, stacked or in turn: they end together, so that fewer would leave the device idle and more
@@ -180,7 +183,9 @@ def run(
     return Summary(before, done, len(todo) - done, failed, time.monotonic() - begin)
 
 
-def forecast(todo: list[Any], mode: str, budget: float | None = None, workers: str | int = "auto", device: str = "auto") -> str:
+def forecast(
+    todo: list[Any], mode: str, budget: float | None = None, workers: str | int = "auto", device: str = "auto"
+) -> str:
     """How long the missing runs will take, as those of the run store did on such a device, and in how many calls of ``budget`` seconds.
 
     An epoch counts as long as one of the same rule, network and data did on average, whatever the figure.
@@ -196,7 +201,11 @@ def forecast(todo: list[Any], mode: str, budget: float | None = None, workers: s
     unknown = [c for c in todo if _kind(asdict(c)) not in spent]
     total = sum(getattr(c, "epochs", 1) * statistics.fmean(spent[_kind(asdict(c))]) for c in todo if c not in unknown)
     total /= min(pick_workers(workers, device), max(len(todo), 1))
-    text = f"about {clock(total)} by the finished runs of their kind" if len(unknown) < len(todo) else "nothing like them has been trained here yet"
+    text = (
+        f"about {clock(total)} by the finished runs of their kind"
+        if len(unknown) < len(todo)
+        else "nothing like them has been trained here yet"
+    )
     if unknown and len(unknown) < len(todo):
         text += f", and {len(unknown)} runs of a kind that has not been trained here yet"
     calls = f"; {math.ceil(total / budget)} calls of {clock(budget)}" if budget and not unknown else ""
@@ -216,7 +225,7 @@ def _kind(config: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def pack(todo: list[Any], together: int) -> list[list[Any]]:
-    """The runs in packs of at most ``together``, in order; what is not trained by :func:`fa.train.train` is a pack of its own, and so is
+    """The runs in packs of at most ``together``, in order; what is not trained by :func:`fa.train.loop.train` is a pack of its own, and so is
     a stack."""
     packs: list[list[Any]] = []
     for config in todo:
@@ -234,13 +243,18 @@ def _stack(config: Any) -> Config | None:
     return stack.key(config) if isinstance(config, Config) else None
 
 
-def _crew(packs: list[list[Any]], mode: str, device: str, until: float, compiled: bool, n: int, on: Callable[..., None]) -> None:
+def _crew(
+    packs: list[list[Any]], mode: str, device: str, until: float, compiled: bool, n: int, on: Callable[..., None]
+) -> None:
     """Train in ``n`` processes; ``on`` hears of events as they happen."""
     context = multiprocessing.get_context("spawn")
     tasks, events = context.SimpleQueue(), context.Queue()
     for task in [*packs, *[None] * n]:
         tasks.put(task)
-    crew = [context.Process(target=_work, args=(tasks, events, mode, device, until, compiled), daemon=True) for _ in range(n)]
+    crew = [
+        context.Process(target=_work, args=(tasks, events, mode, device, until, compiled), daemon=True)
+        for _ in range(n)
+    ]
     for process in crew:
         process.start()
     open_runs = sum(map(len, packs))
@@ -378,9 +392,13 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
     folders = [f for f in (Folder(mode, c) for c in configs) if f.finished]
     tables = [f.table(swept(f.config)) for f in folders]
     status = {f.config.run: f.status for f in folders}
-    environments = {json.dumps(e, sort_keys=True) for s in status.values() for e in (s.pop("environment"), *s.pop("earlier", []))}
+    environments = {
+        json.dumps(e, sort_keys=True) for s in status.values() for e in (s.pop("environment"), *s.pop("earlier", []))
+    }
     lacking = [c for c in configs if c.run not in status]
-    for name in dict.fromkeys((experiment, *(c.experiment for c in lacking), *experiments.EXPERIMENTS)) if lacking else ():
+    for name in (
+        dict.fromkeys((experiment, *(c.experiment for c in lacking), *experiments.EXPERIMENTS)) if lacking else ()
+    ):
         stays = [c for c in lacking if c.run not in status and c.run in records.held(name, mode)]
         if not stays:
             continue
@@ -412,7 +430,7 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
 
 
 def fingerprints(configs: list[Any]) -> dict[str, list[str]]:
-    """Run -> fingerprint, for one seed of every recipe: see :func:`fa.train.fingerprint`."""
+    """Run -> fingerprint, for one seed of every recipe: see :func:`fa.train.loop.fingerprint`."""
     first: dict[Any, Any] = {}
     for config in configs:
         if isinstance(config, Config):
@@ -456,7 +474,9 @@ class Progress:
             self.fresh += 1
             self.reached[config.run] = epoch
             test = values.get("test_accuracy")
-            self.latest = f"{config.rule} seed {config.seed} epoch {epoch}" + (f": {test:.2f} %" if test is not None else "")
+            self.latest = f"{config.rule} seed {config.seed} epoch {epoch}" + (
+                f": {test:.2f} %" if test is not None else ""
+            )
         elif kind == "done":
             self.runs += 1
             self.reached[config.run] = getattr(config, "epochs", 1)

@@ -13,7 +13,7 @@ tiny-imagenet-20 32x32 RGB, 20         2,000 / 500 / -          ImageNet's      
 
 Every file is checked by its md5 *before* any is parsed, for CIFAR-10's are pickles and a pickle can run anything.
 Nothing is downloaded unless :func:`download` is called. The last two are photographs that stay on disk
-(:mod:`fa.photos`): their images are counted, and those of tiny-imagenet-20 checked by their sha256.
+(:mod:`fa.train.photos`): their images are counted, and those of tiny-imagenet-20 checked by their sha256.
 
 Sources: normalisation, CIFAR-10's split and its augmentation are Li & Benna 2024 (authors' code ``datasets/mnist.py``,
 ``datasets/cifar.py``); the split of digits is ours; tiny-imagenet-20 is every tenth class of Tiny ImageNet (Le & Yang
@@ -37,9 +37,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .paths import ROOT
-from .photos import Album, Photos
+from fa.errors import UserError
+from fa.paths import ROOT
+from fa.train.photos import Album, Photos
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,7 +147,9 @@ def _cifar10(files: list[bytes]) -> Arrays:
 def _cifar10_16(files: list[bytes]) -> Arrays:
     """CIFAR-10 with each block of 2x2 pixels averaged, so that a step of a convolutional network costs a quarter."""
 
-    def halved(x: np.ndarray) -> np.ndarray:  # (n, 3, 32, 32) uint8 -> (n, 3, 16, 16); quarters of whole numbers are exact
+    def halved(
+        x: np.ndarray,
+    ) -> np.ndarray:  # (n, 3, 32, 32) uint8 -> (n, 3, 16, 16); quarters of whole numbers are exact
         return x.reshape(-1, 3, 16, 2, 16, 2).mean((3, 5), dtype=np.float32)
 
     return {split: (halved(x), y) for split, (x, y) in _cifar10(files).items()}
@@ -165,29 +167,62 @@ CIFAR10_FILES = {
 
 SETS: dict[str, Source | Album] = {
     "digits": Source(
-        "8x8 grey: 1,437 train, 360 test", 10, 16, (0.3052,), (0.3760,),
-        {"datasets/data/digits.csv": "a0339c30a8a5312a1b6f9e5c719dcce5"}, _digits),
+        "8x8 grey: 1,437 train, 360 test",
+        10,
+        16,
+        (0.3052,),
+        (0.3760,),
+        {"datasets/data/digits.csv": "a0339c30a8a5312a1b6f9e5c719dcce5"},
+        _digits,
+    ),
     "mnist": Source(
-        "28x28 grey: 60,000 train, 10,000 test", 10, 255, (0.1307,), (0.3081,),
-        {"MNIST/raw/train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-         "MNIST/raw/train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-         "MNIST/raw/t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-         "MNIST/raw/t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}, _mnist),
+        "28x28 grey: 60,000 train, 10,000 test",
+        10,
+        255,
+        (0.1307,),
+        (0.3081,),
+        {
+            "MNIST/raw/train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+            "MNIST/raw/train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+            "MNIST/raw/t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+            "MNIST/raw/t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+        },
+        _mnist,
+    ),
     "cifar10": Source(
-        "32x32 RGB: 45,000 train, 5,000 validation, 10,000 test", 10, 255,
-        (0.4914, 0.4821, 0.4465), (0.2470, 0.2435, 0.2616),
-        CIFAR10_FILES, _cifar10),
+        "32x32 RGB: 45,000 train, 5,000 validation, 10,000 test",
+        10,
+        255,
+        (0.4914, 0.4821, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        CIFAR10_FILES,
+        _cifar10,
+    ),
     "cifar10-16": Source(
-        "16x16 RGB, means of 2x2 pixels of cifar10: 45,000 train, 5,000 validation, 10,000 test", 10, 255,
-        (0.4914, 0.4821, 0.4465), (0.2470, 0.2435, 0.2616), CIFAR10_FILES, _cifar10_16),
+        "16x16 RGB, means of 2x2 pixels of cifar10: 45,000 train, 5,000 validation, 10,000 test",
+        10,
+        255,
+        (0.4914, 0.4821, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        CIFAR10_FILES,
+        _cifar10_16,
+    ),
     "imagenet": Album(
-        "ILSVRC 2012 photographs: 1,281,167 train, 50,000 validation", 1000, "imagenet",
-        {"train": 1_281_167, "val": 50_000}),
+        "ILSVRC 2012 photographs: 1,281,167 train, 50,000 validation",
+        1000,
+        "imagenet",
+        {"train": 1_281_167, "val": 50_000},
+    ),
     "tiny-imagenet-20": Album(
-        "64x64 photographs: 2,000 train, 500 validation", 20, "tiny-imagenet-20", {"train": 2000, "val": 500}, size=32,
-        sha256="85687d6c5c1b3d7cc2ae9beb6c663187236ffd8c0451e41057c2202762a8a7da"),
+        "64x64 photographs: 2,000 train, 500 validation",
+        20,
+        "tiny-imagenet-20",
+        {"train": 2000, "val": 500},
+        size=32,
+        sha256="85687d6c5c1b3d7cc2ae9beb6c663187236ffd8c0451e41057c2202762a8a7da",
+    ),
 }
-"""Name -> :class:`Source` or, of photographs on disk, :class:`fa.photos.Album` of every data set that :func:`load` knows."""
+"""Name -> :class:`Source` or, of photographs on disk, :class:`fa.train.photos.Album` of every data set that :func:`load` knows."""
 
 
 def root() -> Path:
@@ -198,8 +233,9 @@ def root() -> Path:
     return _folder(None)
 
 
-def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-         root: str | Path | None = None) -> Data:
+def load(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, root: str | Path | None = None
+) -> Data:
     """Read a data set from its own files, check them, and put it on the device, normalised.
 
     .. math:: x = (pixel / top - mean) / sd
@@ -215,7 +251,7 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     Raises:
         UserError: an unknown name, a file that is not there, or one whose md5 is wrong; nothing has been parsed then.
 
-    Photographs (:mod:`fa.photos`) stay on disk, and are put on the device a batch at a time.
+    Photographs (:mod:`fa.train.photos`) stay on disk, and are put on the device a batch at a time.
     """
     source = _source(name)
     if isinstance(source, Album):
@@ -226,7 +262,7 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
 
     def split(images: np.ndarray, labels: np.ndarray) -> Split:
         x = torch.tensor(images, device=device).to(wide)  # uint8 travels, floats are made on the device
-        x = x if x.ndim == 4 else x[:, None]              # (n, h, w) -> (n, 1, h, w)
+        x = x if x.ndim == 4 else x[:, None]  # (n, h, w) -> (n, 1, h, w)
         return Split(x.div_(source.top).sub_(mean).div_(sd).to(dtype), torch.tensor(labels, device=device).long())
 
     made = {part: split(*arrays) for part, arrays in splits.items()}
@@ -235,16 +271,24 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
 
 def _photos(name: str, album: Album, device: str | torch.device, dtype: torch.dtype, folder: Path) -> Data:
     if (state := album.state(folder)) != "yes":
-        why = {"no": "is not there", "incomplete": f"is not whole ({_counts(album, folder)})",
-               "damaged": "does not have the published sha256"}[state]
+        why = {
+            "no": "is not there",
+            "incomplete": f"is not whole ({_counts(album, folder)})",
+            "damaged": "does not have the published sha256",
+        }[state]
         raise UserError(f"data set {name}: {folder / album.folder} {why}; {album.remedy(folder)}")
-    train, val = (Photos(album.samples(folder, part), album.size, album.mean, album.sd, device, dtype) for part in ("train", "val"))
+    train, val = (
+        Photos(album.samples(folder, part), album.size, album.mean, album.sd, device, dtype)
+        for part in ("train", "val")
+    )
     return Data(name, album.classes, train, val, None)
 
 
 def _counts(album: Album, folder: Path) -> str:
     found = {part: album.samples(folder, part) for part in album.counts}
-    return ", ".join(f"{part}: {len(of):,} images of {len({label for _, label in of})} classes" for part, of in found.items())
+    return ", ".join(
+        f"{part}: {len(of):,} images of {len({label for _, label in of})} classes" for part, of in found.items()
+    )
 
 
 def augment(x: Tensor, generator: torch.Generator, pad: int = 4, fill: Sequence[float] | None = None) -> Tensor:
@@ -270,8 +314,10 @@ def augment(x: Tensor, generator: torch.Generator, pad: int = 4, fill: Sequence[
     """
     fill = SETS["cifar10"].black if fill is None else fill
     if len(fill) not in (1, x.shape[1]):
-        raise UserError(f"augment: fill has {len(fill)} values for {x.shape[1]} channels; "
-                        "pass fill=fa.data.SETS[name].black for the data set at hand")
+        raise UserError(
+            f"augment: fill has {len(fill)} values for {x.shape[1]} channels; "
+            "pass fill=fa.data.SETS[name].black for the data set at hand"
+        )
     return crop(x, draw_crops(len(x), generator, pad).to(x.device), torch.tensor(fill, device=x.device), pad)
 
 
@@ -298,9 +344,9 @@ def crop(x: Tensor, draws: Tensor, border: Tensor, pad: int = 4) -> Tensor:
     n, channels, height, width = x.shape
     down, right, mirrored = draws
     padded = border.to(x.dtype).view(1, -1, 1, 1).expand(n, channels, height + 2 * pad, width + 2 * pad).clone()
-    padded[:, :, pad:pad + height, pad:pad + width] = x
-    crops = padded.unfold(2, height, 1).unfold(3, width, 1)                 # (n, c, 2 pad + 1, 2 pad + 1, h, w), a view
-    x = crops[torch.arange(n, device=x.device), :, down, right]             # (n, c, h, w)
+    padded[:, :, pad : pad + height, pad : pad + width] = x
+    crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # (n, c, 2 pad + 1, 2 pad + 1, h, w), a view
+    x = crops[torch.arange(n, device=x.device), :, down, right]  # (n, c, h, w)
     return torch.where(mirrored.bool().view(n, 1, 1, 1), x.flip(-1), x)
 
 
@@ -325,6 +371,7 @@ def download(name: str, root: str | Path | None = None) -> Path:
     if name != "digits" and not all(_find(folder / path) for path in source.files):
         try:
             from torchvision import datasets
+
             {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name](folder, download=True)
         except (ImportError, OSError, RuntimeError) as error:
             raise UserError(f"{name} could not be downloaded ({_line(error)}); {_by_hand(name, folder)}") from error
@@ -376,11 +423,14 @@ def _verified(name: str, root: str | Path | None) -> list[bytes]:
         try:
             content = found.read_bytes() if found.suffix != ".gz" else gzip.decompress(found.read_bytes())
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"data set {name}: {found} cannot be read ({_line(error)}); remove it, then "
-                            f"{_remedy(name, folder)}") from error
+            raise UserError(
+                f"data set {name}: {found} cannot be read ({_line(error)}); remove it, then {_remedy(name, folder)}"
+            ) from error
         if (own := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
-            raise UserError(f"data set {name}: {found} is not the published file (md5 {own}, not {md5}); remove it, "
-                            f"then {_remedy(name, folder)}")
+            raise UserError(
+                f"data set {name}: {found} is not the published file (md5 {own}, not {md5}); remove it, "
+                f"then {_remedy(name, folder)}"
+            )
         contents.append(content)
     return contents
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import claims, criteria, experiments, records
-from .errors import UserError
-from .notebooks import Notebook
-from .paths import ROOT
+from fa import experiments
+from fa.errors import UserError
+from fa.paths import ROOT
+from fa.results import claims, criteria, records
+from fa.results.page import Notebook
 
 PAPERS = {
     "p1": "T. H. Moskovitz, A. Litwin-Kumar, L. F. Abbott (2018). Feedback alignment in deep convolutional networks. "
@@ -195,8 +196,9 @@ def write() -> list[Path]:
 
 def _claims_table() -> pd.DataFrame:
     """The verdicts with each claim's paper, figure, experiment and source, and the measurement as one text."""
-    told = pd.DataFrame([{k: getattr(c, k) for k in ("id", "paper", "figure", "experiment", "source")}
-                         for c in claims.load()])
+    told = pd.DataFrame(
+        [{k: getattr(c, k) for k in ("id", "paper", "figure", "experiment", "source")} for c in claims.load()]
+    )
     table = claims.verdicts().merge(told, on="id", validate="1:1")
     pairs = [list(zip(m.split("; "), s.split("; "))) if m else [] for m, s in zip(table.measured, table.sd)]
     return table.assign(ours=["; ".join(m if s == "nan" else f"{m} ± {s}" for m, s in p) for p in pairs])
@@ -205,24 +207,41 @@ def _claims_table() -> pd.DataFrame:
 def _report(table: pd.DataFrame) -> str:
     names = list(dict.fromkeys(table.experiment))
     papers = list(dict.fromkeys(table.paper))
-    scope = ". ".join(f"{p if p in PAPERS else 'Across the papers'}: {'; '.join(dict.fromkeys(table.figure[table.paper == p]))}"
-                      for p in papers)
+    scope = ". ".join(
+        f"{p if p in PAPERS else 'Across the papers'}: {'; '.join(dict.fromkeys(table.figure[table.paper == p]))}"
+        for p in papers
+    )
     return REPORT.format(
         scope=f"{len(table)} claims are stated. {scope} (references at the end).",
         counts=_counts(table),
-        claims="\n\n".join(f"**{title}**\n\n" + _markdown(rows, {
-            "claim": "claim", "target": "target", "tolerance": "tolerance", "source": "source of target", "id": "id"})
-            for title, rows in _by_figure(table)),
+        claims="\n\n".join(
+            f"**{title}**\n\n"
+            + _markdown(
+                rows,
+                {
+                    "claim": "claim",
+                    "target": "target",
+                    "tolerance": "tolerance",
+                    "source": "source of target",
+                    "id": "id",
+                },
+            )
+            for title, rows in _by_figure(table)
+        ),
         hyperparameters="\n\n".join(["", *map(_hyperparameters, names)]).strip(),
         compute="\n".join(f"* {_compute(name)}" for name in names),
-        results="\n\n".join(f"### 4.{i} {title}\n\n{_figure(rows.experiment.iloc[0])}{_so_far(rows.experiment.iloc[0])}" + _results(rows)
-                            for i, (title, rows) in enumerate(_by_figure(table), 1)),
+        results="\n\n".join(
+            f"### 4.{i} {title}\n\n{_figure(rows.experiment.iloc[0])}{_so_far(rows.experiment.iloc[0])}"
+            + _results(rows)
+            for i, (title, rows) in enumerate(_by_figure(table), 1)
+        ),
         discussion=_discussion(table),
         references="\n".join(f"* {line}" for line in [*(f"{p}: {PAPERS[p]}" for p in papers if p in PAPERS), *RULES]),
     )
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces
+
 
 def _by_figure(table: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
     for name, rows in table.groupby("experiment", sort=False):
@@ -235,22 +254,32 @@ def _by_figure(table: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
 def _counts(table: pd.DataFrame) -> str:
     """How many claims hold, partly hold, fail and are not tested; whose those are that hold, and how many rest on one run a rule."""
     n = table.verdict.value_counts().reindex(criteria.VERDICTS, fill_value=0)
-    counted = (f"Of {len(table)} claims, {n['holds']} hold, {n['partly']} hold partly, {n['fails']} fail and "
-               f"{n['not tested']} are not tested.")
+    counted = (
+        f"Of {len(table)} claims, {n['holds']} hold, {n['partly']} hold partly, {n['fails']} fail and "
+        f"{n['not tested']} are not tested."
+    )
     held = table[table.verdict == "holds"]
     own = held.source.str.startswith(("our", "unknown", "third party"))
     if not len(held):
         return counted
-    return (f"{counted} Of those that hold, {(~own).sum()} are from the papers and {own.sum()} are predictions or derivations of ours; "
-            f"{(held.n.astype(str) == '1').sum()} rest on one run a rule.")
+    return (
+        f"{counted} Of those that hold, {(~own).sum()} are from the papers and {own.sum()} are predictions or derivations of ours; "
+        f"{(held.n.astype(str) == '1').sum()} rest on one run a rule."
+    )
 
 
 def _results(rows: pd.DataFrame) -> str:
     """The verdicts of one experiment, then the criteria as they were fixed."""
     shown = rows.assign(verdict=rows.verdict.where(rows.verdict != "not tested", "not tested: " + rows.why))
     criteria = "\n".join(f"* `{r.id}`: `{r.criterion}`" for r in rows.itertuples())
-    columns = {"claim": "claim", "target": "target", "tolerance": "tolerance", "ours": "ours (mean ± sd)", "n": "n",
-               "verdict": "verdict"}
+    columns = {
+        "claim": "claim",
+        "target": "target",
+        "tolerance": "tolerance",
+        "ours": "ours (mean ± sd)",
+        "n": "n",
+        "verdict": "verdict",
+    }
     return f"{_markdown(shown, columns)}\n\nCriteria:\n\n{criteria}"
 
 
@@ -307,8 +336,9 @@ def _figures() -> list[tuple[str, dict]]:
 
 def _figure(experiment: str) -> str:
     """The experiment's figure with its caption, or nothing where none is drawn."""
-    return "".join(f"![{name}](figures/{name}.png)\n\n*{trail['caption']}*\n\n"
-                   for name, trail in _figures() if name == experiment)
+    return "".join(
+        f"![{name}](figures/{name}.png)\n\n*{trail['caption']}*\n\n" for name, trail in _figures() if name == experiment
+    )
 
 
 def _so_far(experiment: str) -> str:
@@ -326,8 +356,10 @@ def _gallery() -> str:
     blocks = []
     for name, trail in _figures():
         notebook = f", [notebook](notebooks/{Path(trail['notebook']).stem}.ipynb)" if trail.get("notebook") else ""
-        blocks.append(f"[![{name}](figures/{name}.png)](figures/{name}.pdf)\n\n"
-                      f"**{name}** ([PDF](figures/{name}.pdf){notebook}). {trail['caption']}")
+        blocks.append(
+            f"[![{name}](figures/{name}.png)](figures/{name}.pdf)\n\n"
+            f"**{name}** ([PDF](figures/{name}.pdf){notebook}). {trail['caption']}"
+        )
     return "\n\n".join(blocks) or "No figure yet: none has a record."
 
 
@@ -347,6 +379,7 @@ def _readme_claims(table: pd.DataFrame) -> str:
 
 def _markdown(frame: pd.DataFrame, columns: dict[str, str]) -> str:
     """A Markdown table of these columns under these heads."""
+
     def line(cells: Iterable[object]) -> str:
         return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
 
@@ -359,4 +392,4 @@ def _fill(text: str, block: str, content: str) -> str:
     begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
         raise UserError(f"README.md needs {begin} and, after it, {end}, once each")
-    return text[: text.index(begin) + len(begin)] + f"\n{content}\n" + text[text.index(end):]
+    return text[: text.index(begin) + len(begin)] + f"\n{content}\n" + text[text.index(end) :]

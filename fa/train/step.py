@@ -2,7 +2,7 @@
 
 On the CPU a step is a step. On a CUDA device the first few are taken as they come, then one is captured as a graph, from the
 gathering of the batch to the optimizer, and replayed; a change of the schedule captures anew, and every phase has a graph of its own.
-Several runs, or stacks of them (:mod:`fa.stack`), take their steps in turn, each on a stream of its own: the kernels of one small network
+Several runs, or stacks of them (:mod:`fa.train.stack`), take their steps in turn, each on a stream of its own: the kernels of one small network
 leave gaps that those of another fill, and every run computes what it would alone.
 """
 
@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import data
-from .feedback import generator
-from .steps import acts_between_steps, converted
+from fa.layers.feedback import generator
+from fa.layers.hooks import acts_between_steps, converted
+from fa.train import data
 
 if TYPE_CHECKING:
-    from .train import Config
+    from fa.train.config import Config
 
 WARM = 3  # eager steps before a capture: they choose convolution algorithms, make the momenta, and compile
 
@@ -42,7 +42,7 @@ class Stepper:
         compiled: forward and backward through ``torch.compile`` (default False).
         capture: replay steps as a CUDA graph (default: on CUDA, unless a rule acts between steps, the data come from disk, or
             ``$FA_CAPTURE`` is 0).
-        seeds: of the runs that the network holds side by side (:mod:`fa.stack`), each with an order of batches and a loss of its own
+        seeds: of the runs that the network holds side by side (:mod:`fa.train.stack`), each with an order of batches and a loss of its own
             (default: ``config``'s alone).
     """
 
@@ -91,10 +91,16 @@ class Stepper:
         now = config.schedule(epoch)
         if now != self.now:
             self.now, self.replays = now, {}
-        self.phases = (config.phase(epoch, step) for step in count(epoch * self.per_epoch))  # of the run: a resumed one agrees
+        self.phases = (
+            config.phase(epoch, step) for step in count(epoch * self.per_epoch)
+        )  # of the run: a resumed one agrees
         for group in self.opt.param_groups:
-            group["lr"] = config.feedback_lr * now["lr"] / config.lr if group["own_decay"] and config.feedback_lr else now["lr"]
-            if not group["own_decay"]:  # feedback whose gradient holds its decay gets none from the optimizer, in no epoch
+            group["lr"] = (
+                config.feedback_lr * now["lr"] / config.lr if group["own_decay"] and config.feedback_lr else now["lr"]
+            )
+            if not group[
+                "own_decay"
+            ]:  # feedback whose gradient holds its decay gets none from the optimizer, in no epoch
                 group["weight_decay"] = now["weight_decay"]
         n = self.per_epoch * config.batch
         orders = [torch.randperm(len(self.train), generator=generator(seed, "order", epoch))[:n] for seed in self.seeds]
@@ -104,7 +110,10 @@ class Stepper:
         else:
             self.feed = self.train.feed(index, config.seed, epoch, config.augment)
         if self.draws is not None:
-            draws = [data.draw_crops(n, generator(seed, "augment", epoch), self.pad).view(3, -1, config.batch) for seed in self.seeds]
+            draws = [
+                data.draw_crops(n, generator(seed, "augment", epoch), self.pad).view(3, -1, config.batch)
+                for seed in self.seeds
+            ]
             self.draws.copy_(torch.cat(draws, 2).transpose(0, 1))
         self.at.zero_()
         return self.per_epoch
@@ -134,7 +143,10 @@ class Stepper:
 
     def _take(self) -> None:
         rows = self.index.index_select(0, self.at)[0]
-        x, y = self.train.x.index_select(0, rows), self.train.y.index_select(0, rows)  # on a CPU twice as fast as x[rows]
+        x, y = (
+            self.train.x.index_select(0, rows),
+            self.train.y.index_select(0, rows),
+        )  # on a CPU twice as fast as x[rows]
         if self.draws is not None:
             x = data.crop(x, self.draws.index_select(0, self.at)[0], self.border, self.pad)
         self._learn(x, y)
@@ -156,7 +168,9 @@ class Stepper:
         total.backward()
         for group in self.opt.param_groups:
             if self.phase == ("task" if group["own_decay"] else "mirror"):
-                for p in group["params"]:  # at rest: without a gradient the optimizer leaves it alone, its momentum and decay too
+                for p in group[
+                    "params"
+                ]:  # at rest: without a gradient the optimizer leaves it alone, its momentum and decay too
                     p.grad = None
         self.opt.step()
         self.opt.zero_grad()
@@ -201,7 +215,7 @@ def together(runs: Iterable[Generator[None, None, Any]], device: str | torch.dev
     """Take the steps of several runs in turn.
 
     Args:
-        runs: generators that yield after every step they have asked of the device, as :func:`fa.train.running`.
+        runs: generators that yield after every step they have asked of the device, as :func:`fa.train.loop.running`.
         device: theirs.
 
     Yields:
@@ -245,4 +259,6 @@ def compile_(net: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]
 
 def can_compile(device: str | torch.device) -> bool:
     """Whether ``torch.compile`` has what it needs for this device: a C compiler, and on CUDA triton."""
-    return bool(shutil.which("cc") or shutil.which("gcc")) and (torch.device(device).type == "cpu" or find_spec("triton") is not None)
+    return bool(shutil.which("cc") or shutil.which("gcc")) and (
+        torch.device(device).type == "cpu" or find_spec("triton") is not None
+    )

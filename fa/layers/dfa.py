@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .errors import UserError
-from .feedback import generator
-from .layers import put_on
-from .rules import RULES, Rule, bernoulli, rms, uniform
-from .steps import Converted
+from fa.errors import UserError
+from fa.layers.convert import put_on
+from fa.layers.feedback import generator
+from fa.layers.hooks import Converted
+from fa.rules import RULES, Rule, random_mask, rms, uniform
 
 
 @dataclass(frozen=True)
@@ -71,30 +71,42 @@ class DFA(Rule):
         if self.norm != "fixed" or self.clamp_forward:
             raise UserError("dfa has no kernel of W's shape, so norm and clamp_forward do not apply")
 
-    def attach(self, net: nn.Module, layers: dict[str, nn.Module], sizes: dict[str, Any], seed: int) -> Callable[[], None]:
+    def attach(
+        self, net: nn.Module, layers: dict[str, nn.Module], sizes: dict[str, Any], seed: int
+    ) -> Callable[[], None]:
         """Draw B_l for every layer; the function returned puts them in place."""
         classes = self.classes or next(reversed(layers.values())).weight.shape[0]
         tape = Tape(net)
         if self.form != "kernel" and set(layers) - set(sizes):
-            raise UserError(f"dfa: form={self.form!r} needs the sizes of the maps; pass a batch of inputs, convert(..., sample=x)")
+            raise UserError(
+                f"dfa: form={self.form!r} needs the sizes of the maps; pass a batch of inputs, convert(..., sample=x)"
+            )
         size = {name: None if self.form == "kernel" else sizes[name][0] for name in layers}
         shared = None
         if self.form == "shared":
             gen, exact = generator(seed, "dfa", "shared"), torch.empty(0, dtype=torch.float64)
             columns = max(size[name].numel() if m.weight.dim() > 2 else m.weight.shape[1] for name, m in layers.items())
             shared = uniform((classes, columns), 1.0, exact, gen)
-            shared = shared if self.density == 1 else shared * bernoulli(shared.shape, self.density, exact, gen)
-        feedback = {name: DirectFeedback(self, m, name, seed, classes, tape, size[name], shared) for name, m in layers.items()}
+            shared = shared if self.density == 1 else shared * random_mask(shared.shape, self.density, exact, gen)
+        feedback = {
+            name: DirectFeedback(self, m, name, seed, classes, tape, size[name], shared) for name, m in layers.items()
+        }
         blocks = []
         if self.tap == "block":
             named = {b.strip() for b in self.blocks.split(",")}
             blocks = [m for m in net.modules() if type(m).__name__ in named]
             if not blocks:
-                raise UserError(f"dfa: tap='block' found no block of class {self.blocks}; name the network's with blocks='...'")
+                raise UserError(
+                    f"dfa: tap='block' found no block of class {self.blocks}; name the network's with blocks='...'"
+                )
 
         def attach() -> None:
             for name, layer in layers.items():
-                put_on(layer, feedback[name], next((new for old, new in _DIRECT.items() if isinstance(layer, old)), type(layer)))
+                put_on(
+                    layer,
+                    feedback[name],
+                    next((new for old, new in _DIRECT.items() if isinstance(layer, old)), type(layer)),
+                )
             tape.put_on()
             for block in blocks:
                 first = next(m for m in block.modules() if isinstance(m, Converted))
@@ -112,7 +124,9 @@ class BlockTap:
     def __call__(self, block: nn.Module, args: tuple) -> tuple:
         """A forward pre-hook."""
         fb = getattr(self.layer, "feedback", None)
-        return (fb.tap(args[0], self.layer), *args[1:]) if isinstance(fb, DirectFeedback) else args  # else it has another rule by now
+        return (
+            (fb.tap(args[0], self.layer), *args[1:]) if isinstance(fb, DirectFeedback) else args
+        )  # else it has another rule by now
 
 
 class Tape:
@@ -148,7 +162,9 @@ class Tape:
         """The network's forward pass."""
         self.recording = True
         try:
-            return self.close(self.own(*args, **kwargs) if self.own else type(self.net).forward(self.net, *args, **kwargs))
+            return self.close(
+                self.own(*args, **kwargs) if self.own else type(self.net).forward(self.net, *args, **kwargs)
+            )
         finally:  # also of a pass that failed, or that a checkpoint ran again only as far as it had to
             self.open(recording=False)
 
@@ -202,7 +218,9 @@ def send(e: Tensor, spread: Spread, shape: torch.Size) -> Tensor:
     if rows is None:
         d = e @ S.flatten(1).to(e.dtype)
         if S.dim() == 2 and d.dim() == len(shape) and d.shape != shape:
-            raise RuntimeError(f"dfa: an output of shape {tuple(e.shape)} has no error for each row of an input of shape {tuple(shape)}")
+            raise RuntimeError(
+                f"dfa: an output of shape {tuple(e.shape)} has no error for each row of an input of shape {tuple(shape)}"
+            )
         if S.dim() == 2 and d.dim() < len(shape):
             d = d.reshape(shape[0], *[1] * (len(shape) - 2), shape[-1]).expand(shape)
         return d.reshape(shape)
@@ -219,7 +237,11 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spread: Spread, error: Error) -> Tensor:
-        ctx.shape, ctx.spread, ctx.error = x.shape, spread, error  # nothing saved: a checkpoint that runs this again finds nothing amiss
+        ctx.shape, ctx.spread, ctx.error = (
+            x.shape,
+            spread,
+            error,
+        )  # nothing saved: a checkpoint that runs this again finds nothing amiss
         return x.new_zeros(())
 
     @staticmethod
@@ -292,7 +314,9 @@ class DirectFeedback(nn.Module):
         W = layer.weight.detach()
         inputs = W.shape[1] * getattr(layer, "groups", 1)
         receptive = W[0, 0].numel()
-        shape = (classes, inputs, *W.shape[2:]) if size is None else (classes, *size) if W.dim() > 2 else (classes, inputs)
+        shape = (
+            (classes, inputs, *W.shape[2:]) if size is None else (classes, *size) if W.dim() > 2 else (classes, inputs)
+        )
         match rule.init:
             case "match":
                 std = rule.nonzero(rms(W), "init", name)
@@ -307,16 +331,16 @@ class DirectFeedback(nn.Module):
         else:
             gen = generator(seed, name)
             B = uniform(shape, std, W, gen)
-            B = B if rule.density == 1 else B * bernoulli(shape, rule.density, W, gen)
+            B = B if rule.density == 1 else B * random_mask(shape, rule.density, W, gen)
         self.register_buffer("B", B)
-        self.exact = False
+        self.use_backprop = False
         self.backward_ran = self.traced = False
         self._spread: dict[tuple[int, int, bool], Spread] = {}
 
     def tap(self, x: Tensor, layer: nn.Module | None = None) -> Tensor:
         """Cut the graph at the layer's input, to be handed B e when the output error is known."""
         self.traced = True  # seen by its own forward
-        if self.plain():
+        if self.bypassed():
             return x
         if not self.tape.recording:
             if rerun():
@@ -330,9 +354,9 @@ class DirectFeedback(nn.Module):
             self.tape.add(x, self.spread(layer, x) if spread else (self.B, None, None))
         return x.detach()
 
-    def plain(self) -> bool:
+    def bypassed(self) -> bool:
         """Whether the forward pass at hand is the stock layer's."""
-        return self.exact or not torch.is_grad_enabled()
+        return self.use_backprop or not torch.is_grad_enabled()
 
     def forward(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """A tapped linear layer whose weight another module owns (see fa.attention)."""
@@ -363,7 +387,9 @@ class DirectFeedback(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-def patterns(n: int, padding: tuple[int, int], kernel: int, stride: int, dilation: int) -> tuple[list[list[bool]], list[int]]:
+def patterns(
+    n: int, padding: tuple[int, int], kernel: int, stride: int, dilation: int
+) -> tuple[list[list[bool]], list[int]]:
     """Along one axis of ``n`` positions: the different patterns, each which of the kernel's entries see a position, and whose is which."""
     before, after = padding
     outputs = (n + before + after - dilation * (kernel - 1) - 1) // stride + 1

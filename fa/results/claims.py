@@ -1,6 +1,6 @@
 """Claims and their verdicts: ``data/claims.csv`` held against the records.
 
-A criterion is fixed before the run; :mod:`fa.criteria` has its grammar.
+A criterion is fixed before the run; :mod:`fa.results.criteria` has its grammar.
 
 **Targets.** ``target`` and ``tolerance`` are the claim's own columns. A target is a number, an expression of ``ref``,
 ``sqrt`` and numbers, or words, which a criterion cannot use.
@@ -13,6 +13,7 @@ A criterion is fixed before the run; :mod:`fa.criteria` has its grammar.
 * *not tested*: no record, or one of another data set or recipe than the paper-scale plan, or a partial one that lacks a run
   which the criterion asks for; a rule, layer or epoch that it does not hold; fewer than ``n_min`` seeds; no published value.
 """
+
 from __future__ import annotations
 
 import ast
@@ -23,14 +24,25 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import experiments, records
-from .criteria import SWEPT, WORDS, Compiler, Number, Scope, Truth, Untested, Value, finite, show
-from .errors import UserError
-from .paths import ROOT
-from .train import Config
+from fa import experiments
+from fa.errors import UserError
+from fa.paths import ROOT
+from fa.results import records
+from fa.results.criteria import SWEPT, WORDS, Compiler, Number, Scope, Truth, Untested, Value, finite, show
+from fa.train.config import Config
 
-COLUMNS = ("id", "paper", "figure", "claim", "target", "tolerance", "source of target", "criterion", "n_min",
-           "experiment")
+COLUMNS = (
+    "id",
+    "paper",
+    "figure",
+    "claim",
+    "target",
+    "tolerance",
+    "source of target",
+    "criterion",
+    "n_min",
+    "experiment",
+)
 FREE = ("experiment", "seed", "repeats", "measure")  # a table may differ from the paper-scale plan in these fields
 
 
@@ -69,9 +81,14 @@ def _compile(row: dict[str, str]) -> Claim:
     if finite(tolerance):
         compiler.names["tolerance"] = lambda scope: Value(float(tolerance))
     test = compiler.truth(tree)
-    return Claim(**{c: row[c] for c in COLUMNS if c not in ("source of target", "n_min")}, n_min=int(row["n_min"]),
-                 source=row["source of target"], test=test, published=published,
-                 bindings=compiler.each[0] if compiler.each else lambda scope: [()])
+    return Claim(
+        **{c: row[c] for c in COLUMNS if c not in ("source of target", "n_min")},
+        n_min=int(row["n_min"]),
+        source=row["source of target"],
+        test=test,
+        published=published,
+        bindings=compiler.each[0] if compiler.each else lambda scope: [()],
+    )
 
 
 def load(path: Path | None = None) -> list[Claim]:
@@ -95,6 +112,7 @@ def load(path: Path | None = None) -> list[Claim]:
 
 # ---------------------------------------------------------------------------------------------------------- verdicts
 
+
 def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
     """Blank words as "", everything else as numbers (what is not one becomes nan: published as unknown)."""
     words = {c: frame[c].astype(object).where(frame[c].notna(), "") for c in WORDS if c in frame}
@@ -104,7 +122,9 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _unfit(sidecar: dict, planned: list[dict]) -> str:
     """Why a table cannot speak about the paper's experiment; empty if it can."""
-    later = {f.name: f.default for f in fields(Config) if f.default is not MISSING}  # a field newer than the record had its default
+    later = {
+        f.name: f.default for f in fields(Config) if f.default is not MISSING
+    }  # a field newer than the record had its default
     for config in (later | config for config in sidecar.get("configs", {}).values()):
         plans = [plan for plan in planned if plan.get("rule") == config.get("rule")]
         others = ([f for f in plan if f not in FREE and config.get(f) != plan[f]] for plan in plans)
@@ -116,8 +136,14 @@ def _unfit(sidecar: dict, planned: list[dict]) -> str:
     return ""
 
 
-def judge(claim: Claim, table: pd.DataFrame | None, reference: pd.DataFrame, sidecar: dict | None = None,
-          planned: list[dict] | None = None, due: pd.DataFrame | None = None) -> dict[str, object]:
+def judge(
+    claim: Claim,
+    table: pd.DataFrame | None,
+    reference: pd.DataFrame,
+    sidecar: dict | None = None,
+    planned: list[dict] | None = None,
+    due: pd.DataFrame | None = None,
+) -> dict[str, object]:
     """One claim held against one table: a row of ``verdicts``.
 
     Args:
@@ -126,22 +152,38 @@ def judge(claim: Claim, table: pd.DataFrame | None, reference: pd.DataFrame, sid
         reference: the published values of the same experiment.
         sidecar: what stands beside the record; default empty (a whole table of unknown origin).
         planned: configurations of the paper-scale plan, which its own must be among. Default: not compared.
-        due: of a partial record the planned runs, see :class:`fa.criteria.Scope`.
+        due: of a partial record the planned runs, see :class:`fa.results.criteria.Scope`.
     Raises:
         UserError: a selection that is ambiguous in this table, naming claim and position.
     """
-    scope = Scope(_tidy(pd.DataFrame() if table is None else table), _tidy(reference), sidecar or {}, claim.n_min, due=due)
-    row = {"id": claim.id, "claim": claim.claim, "target": _target(claim, scope), "tolerance": claim.tolerance,
-           "criterion": claim.criterion, "measured": "", "sd": "", "n": "", "verdict": "not tested", "why": ""}
+    scope = Scope(
+        _tidy(pd.DataFrame() if table is None else table), _tidy(reference), sidecar or {}, claim.n_min, due=due
+    )
+    row = {
+        "id": claim.id,
+        "claim": claim.claim,
+        "target": _target(claim, scope),
+        "tolerance": claim.tolerance,
+        "criterion": claim.criterion,
+        "measured": "",
+        "sd": "",
+        "n": "",
+        "verdict": "not tested",
+        "why": "",
+    }
     if why := "no record" if table is None else _unfit(scope.sidecar, planned or []):
         return row | {"why": why}
     try:
         verdict, parts = claim.test(scope)
     except Untested as reason:
         return row | {"why": str(reason)}
-    return row | {"measured": _join((p.label, show(p.value.mean)) for p in parts),
-                  "sd": _join(("", show(p.value.sd, 2)) for p in parts), "n": int(min(p.value.n for p in parts)),
-                  "verdict": verdict, "why": _join((p.label, p.why) for p in parts if p.why)}
+    return row | {
+        "measured": _join((p.label, show(p.value.mean)) for p in parts),
+        "sd": _join(("", show(p.value.sd, 2)) for p in parts),
+        "n": int(min(p.value.n for p in parts)),
+        "verdict": verdict,
+        "why": _join((p.label, p.why) for p in parts if p.why),
+    }
 
 
 def _join(parts: Iterable[tuple[str, str]]) -> str:
@@ -173,13 +215,16 @@ def verdicts(experiment: str | None = None, mode: str = "record") -> pd.DataFram
     """
     claims = [c for c in load() if experiment in (None, c.experiment)]
     if not claims:
-        raise UserError(f"no claim is about {experiment!r}; known: "
-                        + ", ".join(dict.fromkeys(c.experiment for c in load())))
+        raise UserError(
+            f"no claim is about {experiment!r}; known: " + ", ".join(dict.fromkeys(c.experiment for c in load()))
+        )
     sources = {name: _sources(name, mode) for name in dict.fromkeys(c.experiment for c in claims)}
     return pd.DataFrame([judge(c, *sources[c.experiment]) for c in claims])
 
 
-def _sources(experiment: str, mode: str) -> tuple[pd.DataFrame | None, pd.DataFrame, dict, list[dict], pd.DataFrame | None]:
+def _sources(
+    experiment: str, mode: str
+) -> tuple[pd.DataFrame | None, pd.DataFrame, dict, list[dict], pd.DataFrame | None]:
     """Table (None if there is none), published values, sidecar, paper-scale plan, and what is due of a partial record."""
     reference = records.reference(experiment)
     try:
@@ -190,5 +235,7 @@ def _sources(experiment: str, mode: str) -> tuple[pd.DataFrame | None, pd.DataFr
     planned = plan if mode != "quick" else experiments.plan(experiment, mode)
     swept, there, due = experiments.find(experiment).swept, sidecar["configs"], None
     if sidecar["partial"] or mode != "quick" and len(there) < len(plan):  # e.g. collected with fewer seeds
-        due = pd.DataFrame([{"rule": c.rule, "seed": getattr(c, "seed", None), **swept(c), "there": c.run in there} for c in planned])
+        due = pd.DataFrame(
+            [{"rule": c.rule, "seed": getattr(c, "seed", None), **swept(c), "there": c.run in there} for c in planned]
+        )
     return table, reference, sidecar, [asdict(config) for config in plan], due

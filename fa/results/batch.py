@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .notebooks import check, cut, find, relative
-from .paths import ROOT
-from .records import build
+from fa.errors import UserError
+from fa.paths import ROOT
+from fa.results.page import check, cut, find, relative
+from fa.results.records import build
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ def reproduce(
     with ThreadPoolExecutor(jobs) as pool:
         for i, done in enumerate(as_completed([pool.submit(_execute, job, outputs, jobs) for job in work]), 1):
             job, seconds, error = done.result()
-            say(f"[{i:>{len(str(len(work)))}}/{len(work)}] {'FAILED' if error else 'ok':6s} {seconds:6.0f} s  {job.name}")
+            say(
+                f"[{i:>{len(str(len(work)))}}/{len(work)}] {'FAILED' if error else 'ok':6s} {seconds:6.0f} s  {job.name}"
+            )
             if error:
                 failed.append(job.name)
                 say(f"         {error}")
@@ -113,7 +115,9 @@ def _typed(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         try:
             values[name] = words[str(text)] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            raise UserError(f"parameter {name!r} of {path.stem} must be of type {kind.__name__}, not {text!r}") from None
+            raise UserError(
+                f"parameter {name!r} of {path.stem} must be of type {kind.__name__}, not {text!r}"
+            ) from None
     check(default | values, {n: type(v) for n, v in default.items()})
     return values
 
@@ -124,12 +128,16 @@ def _execute(job: _Job, outputs: Path, jobs: int) -> tuple[_Job, float, str]:
     out.parent.mkdir(parents=True, exist_ok=True)
     alone = {} if jobs == 1 else {"FA_WORKERS": "1", "OMP_NUM_THREADS": "1"}  # threads of two jobs wait for one another
     env = os.environ | {"FA_BUILD": str(job.build)} | alone | ({"FA_ADD": "1"} if job.add else {})
-    env["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")  # this Python's kernel, whatever else the user has
+    env["JUPYTER_PATH"] = str(
+        Path(sys.prefix) / "share" / "jupyter"
+    )  # this Python's kernel, whatever else the user has
     command = [sys.executable, "-m", "papermill", str(job.notebook), str(out), "-k", "python3", "--cwd", str(ROOT)]
     command += ["--no-progress-bar", "--log-output", "-y", json.dumps(job.parameters)]
     start = time.time()
     with open(out.with_suffix(".log"), "w", encoding="utf-8") as log:
-        code = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        ).returncode
     return job, time.time() - start, _reason(out) if code else ""
 
 

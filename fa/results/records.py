@@ -13,38 +13,24 @@ import hashlib
 import io
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from .errors import UserError
-from .paths import ROOT
+from fa.errors import UserError
+from fa.paths import ROOT, write_bytes
+from fa.provenance import environment
 
 COLUMNS = ["run", "rule", "seed", "epoch", "layer", "depth", "metric", "value"]
 """Columns of every record; one for each swept parameter follows ``seed``."""
 
 REFERENCE_COLUMNS = ["paper", "figure", "rule", "seed", "epoch", "layer", "metric", "value", "sd", "n", "source"]
 """Columns of every table of published values; one for each swept parameter may stand beside them."""
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file whole or not at all: temporary name, sync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(temporary, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    return path
 
 
 # ------------------------------------------------------------------------------------ run store
@@ -123,44 +109,6 @@ class Folder:
         write_bytes(self.path / "config.json", json.dumps(asdict(self.config), indent=1).encode())
 
 
-@lru_cache(maxsize=None)
-def environment() -> dict[str, str]:
-    """The software and the machine, for provenance; as they were when first asked, before a long run."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return {
-        "torch": str(torch.__version__),  # a class of its own, which a checkpoint may not hold
-        "cuda": torch.version.cuda or "" if gpu else "",
-        "gpu": gpu,
-        "cpu": _cpu(),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "commit": commit(),
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def commit() -> str:
-    """``$FA_COMMIT``, or the repository's commit, with "+" where tracked files differ from it; "" outside a repository."""
-    if told := os.environ.get("FA_COMMIT"):  # for a copy of the files without their history
-        return told
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "fa")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
 # ------------------------------------------------------------------------------------ records
 
 
@@ -194,7 +142,9 @@ def read(experiment: str, mode: str = "record") -> pd.DataFrame:
     if not path.exists():
         raise UserError(f"there is no {path.relative_to(ROOT)}; set mode='quick' or 'paper' to make it")
     if mode != "quick" and hashlib.sha256(path.read_bytes()).hexdigest() != sidecar(experiment, mode).get("sha256"):
-        raise UserError(f"{path.relative_to(ROOT)} was changed after {experiment}.json, which holds its sha256, was written; restore both, or delete both and collect again")
+        raise UserError(
+            f"{path.relative_to(ROOT)} was changed after {experiment}.json, which holds its sha256, was written; restore both, or delete both and collect again"
+        )
     return _read_csv(path)
 
 
@@ -228,7 +178,9 @@ def write(experiment: str, mode: str, table: pd.DataFrame, about: dict[str, Any]
     """Write a table, sorted and in fixed column order, and its sidecar; ``.csv.gz`` above 2 MB. Returns the table's path."""
     swept = [c for c in table.columns if c not in COLUMNS]
     table = table[[*COLUMNS[:3], *swept, *COLUMNS[3:]]]
-    table = table.sort_values(["rule", *swept, "seed", "run", "epoch", "depth", "metric"], na_position="first", kind="stable")
+    table = table.sort_values(
+        ["rule", *swept, "seed", "run", "epoch", "depth", "metric"], na_position="first", kind="stable"
+    )
     content = table.to_csv(index=False, lineterminator="\n", float_format="%.8g").encode()
     folder = record_path(experiment, mode).parent
     plain, packed = folder / f"{experiment}.csv", folder / f"{experiment}.csv.gz"

@@ -25,6 +25,7 @@ quadrature, as if independent: say ``paired`` where seeds are shared.
 **Each.** ``each(truth, layer=[fc1, fc2])`` asks once for every value; within, every statistic has that axis set, and an
 axis of numbers is a name for its number. ``all`` means the published values or, if there are none, the recorded ones.
 """
+
 from __future__ import annotations
 
 import ast
@@ -37,7 +38,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from .errors import UserError
+from fa.errors import UserError
 
 VERDICTS = ("holds", "partly", "fails", "not tested")
 SWEPT = ("expansion", "density", "decay")
@@ -78,8 +79,10 @@ class Value:
         return self + -other
 
     def __mul__(self, other: Value) -> Value:
-        sd = math.hypot(self.sd * other.mean if self.sd else 0.0,  # a constant has none, even times inf
-                        other.sd * self.mean if other.sd else 0.0)
+        sd = math.hypot(
+            self.sd * other.mean if self.sd else 0.0,  # a constant has none, even times inf
+            other.sd * self.mean if other.sd else 0.0,
+        )
         return Value(self.mean * other.mean, sd, min(self.n, other.n))
 
     def __truediv__(self, other: Value) -> Value:
@@ -138,6 +141,7 @@ def finite(text: str) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- selecting rows
 
+
 def _where(column: pd.Series, axis: str, wanted: list) -> np.ndarray:
     """Rows whose axis takes a wanted value; swept values agree to half a percent, as published ones are rounded."""
     if axis in WORDS:
@@ -146,8 +150,9 @@ def _where(column: pd.Series, axis: str, wanted: list) -> np.ndarray:
     return np.isclose(column.to_numpy(float)[:, None], np.array(wanted, float)[None, :], rtol=rtol).any(axis=1)
 
 
-def _select(frame: pd.DataFrame, metric: str, chosen: dict[str, list], last: Callable[[pd.DataFrame], float],
-            what: str) -> pd.DataFrame:
+def _select(
+    frame: pd.DataFrame, metric: str, chosen: dict[str, list], last: Callable[[pd.DataFrame], float], what: str
+) -> pd.DataFrame:
     """Rows of one metric at the chosen axes. Raises where one with several values is not chosen."""
     frame = frame[frame.metric == metric]
     if frame.empty:
@@ -193,8 +198,11 @@ def _per_seed(scope: Scope, metric: str, chosen: dict[str, list], how: str) -> p
             if status["state"] != "diverged":
                 continue
             config = configs.get(run, {})
-            asked = all(_where(pd.Series([config[a]]), a, v)[0] for a, v in chosen.items()
-                        if a in config and a != "epoch" and v != ["all"])
+            asked = all(
+                _where(pd.Series([config[a]]), a, v)[0]
+                for a, v in chosen.items()
+                if a in config and a != "epoch" and v != ["all"]
+            )
             if asked and config.get("seed") not in have:
                 raise Diverged(f"{config.get('rule', 'run')} diverged with seed {config.get('seed', run)}")
 
@@ -242,6 +250,7 @@ def _statistic(seeds: pd.Series) -> Value:
 
 # --------------------------------------------------------------------------------------------------------- compiling
 
+
 class Compiler:
     """Turns one expression of a claim into closures over a ``Scope``; refuses every node that the grammar lacks."""
 
@@ -250,7 +259,7 @@ class Compiler:
     def __init__(self, claim: str, column: str, names: dict[str, Number] | None = None, measures: bool = True) -> None:
         self.claim, self.column, self.names, self.measures = claim, column, names or {}, measures
         self.each: list[Callable] = []  # bindings of the each() in this expression
-        self.measured = False           # whether the number just compiled takes something from the record
+        self.measured = False  # whether the number just compiled takes something from the record
 
     def fail(self, node: ast.AST | None, message: str, at: int = 0) -> UserError:
         where = node.col_offset + 1 if node is not None else at
@@ -272,6 +281,7 @@ class Compiler:
                 def both(scope: Scope) -> tuple[str, list[Part]]:
                     results = [side(scope) for side in sides]
                     return max((v for v, _ in results), key=VERDICTS.index), [p for _, parts in results for p in parts]
+
                 return both
             case ast.Call(func=ast.Name(id="each"), args=[inner], keywords=[_, *_] as keywords):
                 if axes:
@@ -292,6 +302,7 @@ class Compiler:
                     none_holds = "fails" in found and "holds" not in found
                     verdict = "holds" if found == {"holds"} else "fails" if none_holds else "partly"
                     return verdict, [p for _, parts in results for p in parts]
+
                 self.each.append(bindings)
                 return each
             case ast.Compare(left=left, ops=[ast.In()], comparators=[ast.List(elts=[low, high])]):
@@ -302,8 +313,9 @@ class Compiler:
                 return self.compare(left, low, None, isinstance(op, ast.Gt), axes)
         raise self.fail(node, "expected a comparison (< <= > >=, in [a, b]), 'and', or each(comparison, axis=values)")
 
-    def compare(self, left: ast.expr, low: ast.expr | None, high: ast.expr | None, strict: bool,
-                axes: tuple[str, ...]) -> Truth:
+    def compare(
+        self, left: ast.expr, low: ast.expr | None, high: ast.expr | None, strict: bool, axes: tuple[str, ...]
+    ) -> Truth:
         self.measured = False
         value_of = self.number(left, axes)
         if not self.measured:
@@ -326,6 +338,7 @@ class Compiler:
             spread = f" (sd {show(excess.sd, 2)})" if math.isfinite(excess.sd) else ""
             why = f"{show(value.mean)} is {show(excess.mean, 2)} {side} {show(bound.mean)}{spread}"
             return verdict, [Part("", value, verdict, why)]
+
         return test
 
     def number(self, node: ast.expr, axes: tuple[str, ...] = ()) -> Number:
@@ -337,10 +350,12 @@ class Compiler:
             case ast.Name(id=name) if name in self.names:
                 return self.names[name]
             case ast.Name(id=name) if name in axes and name not in WORDS:
+
                 def bound(scope: Scope) -> Value:
                     if name not in (axes := dict(scope.bound)):
                         raise self.fail(node, f"{name} is a number only within each({name}=...)")
                     return Value(float(axes[name]))
+
                 return bound
             case ast.Name(id="target" | "tolerance" as name):
                 raise self.fail(node, f"the {name} of this claim is not a number")
@@ -355,8 +370,11 @@ class Compiler:
                 return lambda scope: root(scope).sqrt()
             case ast.Call(func=ast.Name(id=name), args=[ast.Name(id=metric)], keywords=keywords):
                 return self.statistic(node, name, metric, keywords)
-        raise self.fail(node, "expected a number, inf, target, tolerance, or a function of a metric: "
-                              + ", ".join((*STATISTICS, "paired", "ref")))
+        raise self.fail(
+            node,
+            "expected a number, inf, target, tolerance, or a function of a metric: "
+            + ", ".join((*STATISTICS, "paired", "ref")),
+        )
 
     def statistic(self, node: ast.expr, name: str, metric: str, keywords: list[ast.keyword]) -> Number:
         if name not in (*STATISTICS, "paired", "ref"):
@@ -383,6 +401,7 @@ class Compiler:
                 raise self.fail(node, str(error)) from None
             value = _statistic(seeds)
             return Value(value.sd, math.nan, value.n) if name == "sd" else value
+
         return compute
 
     def values(self, keyword: ast.keyword, function: str) -> list:

@@ -1,0 +1,1 @@
+"""How a learning rule gets onto a network."""

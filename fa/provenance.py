@@ -1,0 +1,51 @@
+"""The software and the machine that a run was trained with, for the trail from a figure back to its making. A leaf."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fa.paths import ROOT
+
+
+@cache
+def environment() -> dict[str, str]:
+    """The software and the machine, for provenance; as they were when first asked, before a long run."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "torch": str(torch.__version__),  # a class of its own, which a checkpoint may not hold
+        "cuda": torch.version.cuda or "" if gpu else "",
+        "gpu": gpu,
+        "cpu": _cpu(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": commit(),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def commit() -> str:
+    """``$FA_COMMIT``, or the repository's commit, with "+" where tracked files differ from it; "" outside a repository."""
+    if told := os.environ.get("FA_COMMIT"):  # for a copy of the files without their history
+        return told
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "fa")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""

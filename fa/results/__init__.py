@@ -1,0 +1,1 @@
+"""Runs, records, claims, pages and reports."""

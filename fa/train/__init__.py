@@ -1,0 +1,1 @@
+"""From a :class:`~fa.train.config.Config` to a table of measurements."""

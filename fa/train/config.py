@@ -1,0 +1,152 @@
+"""A run as data: a frozen dataclass of scalars whose hash is its identity, with its schedule and its phases. A leaf of the trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fa.errors import UserError
+from fa.rules import rule as make_rule
+
+
+def identity(config: Any) -> str:
+    """A run's name: the first 12 hex digits of the sha256 of the canonical JSON of its fields.
+
+    Fields at their default are left out of it, so that a field added later, with a default that keeps the recipe, keeps identities.
+    """
+    told = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Its identity is a hash of all fields, see :attr:`run`.
+
+    Args:
+        experiment: the figure that it belongs to.
+        rule: a name of ``fa.RULES``.
+        seed: of initial weights, order of batches and feedback.
+        options: of the rule, as ``"init=xavier expansion=10"``.
+        dataset: a name of ``fa.data.SETS``.
+        model: a name that ``fa.models.build`` knows.
+        hidden: widths of an mlp's hidden layers, comma separated.
+        epochs: passes over the training set.
+        batch: images in a batch; the last, smaller batch of an epoch is dropped.
+        lr: learning rate.
+        lr_drops: epochs after which it is multiplied by ``lr_factor``, comma separated.
+        lr_factor: see ``lr_drops``.
+        momentum: of SGD.
+        weight_decay: L2, of all parameters, learned feedback and biases included.
+        first_weight_decay: that of the first epoch (0: the same).
+        feedback_lr: learning rate of feedback that holds its own decay (wm, ia, sa, aa), dropped as ``lr`` is (0: ``lr``).
+        alternate: k > 0: a mirror-only step, then k task-only ones, and so on (0: both at every step). See below.
+        delay_epochs: so many epochs come first, all steps mirror-only; the schedule of both parts begins after them, as p2's drops do.
+        augment: random crops (4 pixels of padding) and mirrored images.
+        precision: "float32" (on CUDA convolutions are then made in TF32, PyTorch's default), or "bfloat16": forward and backward under autocast, weights and optimizer in float32.
+        revision: of the recipe; raised by any fix that changes numbers.
+
+    Defaults are p3's MNIST recipe (the authors' configuration).
+
+    Phases (``alternate_step_freq`` and ``delay_epochs`` of p2's code) are for feedback that learns from activity or W, and not
+    from the task: wm, ia, sa, aa, primitives. A mirror-only step moves that feedback and nothing else, a task-only step all but it. What
+    rests does not move at all: no decay, and its momentum waits. That is our reading; p2's code multiplies one loss by 0 and steps both
+    optimizers, so that momentum coasts through the other's phase. Running statistics of batch norm follow activity in every step (p2's
+    too). Steps count over the whole run, the delay's included, and each takes a batch: ``epochs`` counts all of them, whichever part
+    learns. p2's code multiplies the epochs of the drops by k + 1; here they are what they say.
+    """
+
+    experiment: str
+    rule: str
+    seed: int
+    options: str = ""
+    dataset: str = "mnist"
+    model: str = "mlp"
+    hidden: str = "512,512"
+    epochs: int = 40
+    batch: int = 64
+    lr: float = 0.01
+    lr_drops: str = "20,30"
+    lr_factor: float = 0.5
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    first_weight_decay: float = 0.0
+    feedback_lr: float = 0.0
+    alternate: int = 0
+    delay_epochs: int = 0
+    augment: bool = False
+    precision: str = "float32"
+    revision: int = 1
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # 1 and 1.0 are one setting, and so one run
+            if f.type == "float":
+                object.__setattr__(self, f.name, float(getattr(self, f.name)))
+        if self.precision not in ("float32", "bfloat16"):
+            raise UserError(f"unknown precision {self.precision!r}; known: float32, bfloat16")
+        for name in ("alternate", "delay_epochs"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} is negative; it must be 0 (none) or a positive number")
+        if self.delay_epochs and self.delay_epochs >= self.epochs:
+            raise UserError(
+                f"delay_epochs={self.delay_epochs} leaves none of {self.epochs} epochs to the task; make epochs larger"
+            )
+        if self.alternate or self.delay_epochs:
+            r = make_rule(self.rule, **self.rule_options)
+            if not (r.own_decay and r.learned):
+                raise UserError(
+                    f"a mirror phase would teach {self.rule} nothing, for no feedback of it learns without the task; "
+                    "leave alternate and delay_epochs at 0"
+                )
+            if r.clamp_forward:
+                raise UserError(
+                    "clamp_forward moves W after mirror-only steps too; leave it out, or alternate and delay_epochs at 0"
+                )
+
+    @property
+    def run(self) -> str:
+        """Identity, see :func:`identity`."""
+        return identity(self)
+
+    @property
+    def rule_options(self) -> dict[str, Any]:
+        """``options`` as keyword arguments."""
+        return parse_options(self.options)
+
+    def schedule(self, epoch: int) -> dict[str, float]:
+        """Learning rate and weight decay of epoch ``epoch``, counted from 0; those of the first hold in a delay before it."""
+        epoch = max(0, epoch - self.delay_epochs)
+        drops = sum(epoch >= e for e in integers(self.lr_drops))
+        first = epoch == 0 and self.first_weight_decay > 0
+        decay = self.first_weight_decay if first else self.weight_decay
+        return {"lr": self.lr * self.lr_factor**drops, "weight_decay": decay}
+
+    def phase(self, epoch: int, step: int) -> str:
+        """What moves in a step: "mirror", "task" or "joint". ``step`` counts over the whole run; it and the epoch from 0."""
+        if epoch < self.delay_epochs:
+            return "mirror"
+        if not self.alternate:
+            return "joint"
+        return "task" if step % (self.alternate + 1) else "mirror"
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """``"init=xavier expansion=10 implicit=true"`` as keyword arguments; numbers and true/false are read as such."""
+
+    def value(word: str) -> Any:
+        try:
+            return json.loads(word)
+        except json.JSONDecodeError:
+            return word
+
+    pairs = [item.partition("=") for item in text.split()]
+    if bad := [name for name, sign, _ in pairs if not sign]:
+        raise UserError(f"rule options are written NAME=VALUE, separated by spaces; {bad[0]!r} has no value")
+    return {name: value(word) for name, _, word in pairs}
+
+
+def integers(text: str) -> list[int]:
+    """``"20,30"`` as a list of integers; ``""`` as an empty one."""
+    return [int(word) for word in text.split(",") if word.strip()]
