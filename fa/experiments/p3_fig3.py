@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
 
 from fa.errors import UserError
-from fa.experiments.experiment import Experiment
+from fa.experiments import Experiment
 from fa.layers.feedback import generator
 from fa.metrics import angle
 from fa.rules import PFAo, random_mask, uniform
 from fa.train.config import identity
-from fa.train.step import on
 
 RATIOS = tuple(10 ** (i / 5) for i in range(11))  # logspace(0, 2, 11)
 
@@ -27,7 +24,6 @@ class Expansion:
     """Random matrices in place of training: how near B R comes to W once it has converged, R = B^T W.
 
     Args:
-        experiment: "p3_fig3".
         rule: "pfa" at the eleven expansions of the authors, or "pfa_o" (B orthogonal, expansion 1).
         density: fraction of entries of B and of R that exist.
         repeats: independent draws, numbered in the record's ``seed``.
@@ -38,7 +34,6 @@ class Expansion:
     Source: p3, authors' ``alignment_vs_expand_ratio.py``.
     """
 
-    experiment: str
     rule: str
     density: float
     repeats: int
@@ -48,44 +43,40 @@ class Expansion:
 
     run = property(identity)
 
+    def table(self) -> pd.DataFrame:
+        """Angle and norm ratio of B R against W, and the eigenvalues of B^T B that are not zero by shape, at every expansion.
 
-@on("cpu")
-def expand(config: Expansion, *_: Any) -> pd.DataFrame:
-    """Angle and norm ratio of B R against W, and the eigenvalues of B^T B that are not zero by shape, at every expansion.
-
-    Returns:
-        ``expansion``, ``seed`` (the repeat), ``epoch`` (0), ``layer``, ``depth``, ``metric``, ``value``; ``eig_sd`` is the
-        population standard deviation of the eigenvalues within the repeat.
-    """
-    begin, rows = time.monotonic(), []
-    n_out, n_in, density = config.n_out, config.n_in, config.density
-    like = torch.empty(0, dtype=torch.float64)
-    for ratio, repeat in itertools.product(RATIOS if config.rule == "pfa" else (1.0,), range(config.repeats)):
-        gen = generator(repeat, config.rule, ratio, density)
-        W = uniform((n_out, n_in), math.sqrt(2 / (n_out + n_in)), like, gen)
-        if config.rule == "pfa_o":
-            B = PFAo().fixed(n_out, 1, like, gen)
-        else:
-            mid = int(ratio * n_out)
-            B = uniform(
-                (n_out, mid), math.sqrt((1 + 1 / ratio) / density / (n_out + mid)), like, gen
-            )  # Xavier, authors' gain
-        if density < 1:
-            B = B * random_mask(tuple(B.shape), density, like, gen)
-        R = B.T @ W
-        if density < 1:
-            R = R * random_mask(tuple(R.shape), density, like, gen)
-        path, eigenvalues = B @ R, torch.linalg.eigvalsh(B @ B.T)
-        values = {
-            "angle_deg": angle(W, path),
-            "norm_ratio": (torch.linalg.vector_norm(path) / torch.linalg.vector_norm(W)).item(),
-            "eig_mean": eigenvalues.mean().item(),
-            "eig_sd": eigenvalues.std(correction=0).item(),
-        }
-        rows += [[ratio, repeat, 0, "", None, metric, value] for metric, value in values.items()]
-    table = pd.DataFrame(rows, columns=["expansion", "seed", "epoch", "layer", "depth", "metric", "value"])
-    table.attrs["status"] = {"state": "finished", "seconds": round(time.monotonic() - begin, 1)}
-    return table
+        Returns:
+            ``expansion``, ``seed`` (the repeat), ``epoch`` (0), ``layer``, ``depth``, ``metric``, ``value``; ``eig_sd`` is the
+            population standard deviation of the eigenvalues within the repeat.
+        """
+        rows = []
+        n_out, n_in, density = self.n_out, self.n_in, self.density
+        like = torch.empty(0, dtype=torch.float64)
+        for ratio, repeat in itertools.product(RATIOS if self.rule == "pfa" else (1.0,), range(self.repeats)):
+            gen = generator(repeat, self.rule, ratio, density)
+            W = uniform((n_out, n_in), math.sqrt(2 / (n_out + n_in)), like, gen)
+            if self.rule == "pfa_o":
+                B = PFAo().fixed(n_out, 1, like, gen)
+            else:
+                mid = int(ratio * n_out)
+                B = uniform(
+                    (n_out, mid), math.sqrt((1 + 1 / ratio) / density / (n_out + mid)), like, gen
+                )  # Xavier, authors' gain
+            if density < 1:
+                B = B * random_mask(tuple(B.shape), density, like, gen)
+            R = B.T @ W
+            if density < 1:
+                R = R * random_mask(tuple(R.shape), density, like, gen)
+            path, eigenvalues = B @ R, torch.linalg.eigvalsh(B @ B.T)
+            values = {
+                "angle_deg": angle(W, path),
+                "norm_ratio": (torch.linalg.vector_norm(path) / torch.linalg.vector_norm(W)).item(),
+                "eig_mean": eigenvalues.mean().item(),
+                "eig_sd": eigenvalues.std(correction=0).item(),
+            }
+            rows += [[ratio, repeat, 0, "", None, metric, value] for metric, value in values.items()]
+        return pd.DataFrame(rows, columns=["expansion", "seed", "epoch", "layer", "depth", "metric", "value"])
 
 
 def grid(
@@ -98,10 +89,10 @@ def grid(
         raise UserError(f"p3_fig3 is about pfa and pfa_o, not {', '.join(sorted(unknown))}")
     repeats = seeds or (100 if mode == "paper" else 4)
     grid = [("pfa", density) for density in (1.0, 0.5, 0.3, 0.17, 0.1, 0.05)] + [("pfa_o", 1.0)]
-    return [Expansion("p3_fig3", rule, density, repeats, n_out, n_in) for rule, density in grid if rule in rules]
+    return [Expansion(rule, density, repeats, n_out, n_in) for rule, density in grid if rule in rules]
 
 
 EXPERIMENT = Experiment(
-    "p3_fig3", "Alignment against the expansion ratio", "p3", "33_pfa_fig3_expansion", ("pfa", "pfa_o"), grid,
-    {"n_out": 100, "n_in": 256}, expand, swept=lambda config: {"density": config.density},
+    "Alignment against the expansion ratio", "p3", "33_pfa_fig3_expansion", ("pfa", "pfa_o"), grid, own={"n_out": 100, "n_in": 256},
+    swept=lambda config: {"density": config.density},
 )  # fmt: skip

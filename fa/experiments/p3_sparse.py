@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from fa.experiments import p3_fig2
-from fa.experiments.experiment import Experiment
+from fa.experiments import Experiment, p3_fig2
 from fa.train.config import Config
 
 RULES = ("bp", "fa", "dfa", "usf", "pfa_o", "kp", "pfa")  # pfa last: sparse, it has no form without its population
@@ -20,14 +18,13 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
     quick = mode == "quick"
     runs = []
     for config in p3_fig2.grid(mode, rules, seeds or (2 if quick else 5), epochs or (20 if quick else 0), dataset):
+        implicit = "first" if config.rule_options.get("implicit") else None
         for density in (DENSITIES if not quick else QUICK) if config.rule != "bp" else (1.0,):
-            sparse = f"{config.options.replace('implicit=true', 'implicit=first')} density={density}"
-            whole = replace(config, experiment="p3_sparse" if quick else "p3_fig2")
-            runs.append(whole if density == 1 else replace(config, experiment="p3_sparse", options=sparse))
+            runs.append(config if density == 1 else config.vary(implicit=implicit, density=density))
     return runs
 
 
 EXPERIMENT = Experiment(
-    "p3_sparse", "Sparse feedback on MNIST", "p3", "36_pfa_sparse", RULES, grid,
+    "Sparse feedback on MNIST", "p3", "36_pfa_sparse", RULES, grid,
     swept=lambda config: {"density": config.rule_options.get("density", 1.0)},
 )  # fmt: skip

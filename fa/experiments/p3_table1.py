@@ -1,189 +1,46 @@
 """p3, Table 1: what each rule needs and what it reaches, a number for every tick.
 
-Two kinds of run. *Training*: Figure 2's recipe on MNIST. The runs of rules whose feedback has W's shape are Figure
-2's own; the others are trained here, so that every feedback matrix of the trained network can be compared with W.
-*Probes*: the same recipe in its quick form (digits), briefly, and then interventions on the rules' own code
-(:mod:`fa.probes`). A property of the code does not hang on the data.
+Two kinds of run. *Training*: Figure 2's recipe on MNIST. The runs of rules whose feedback has W's shape are Figure 2's own; the others
+also measure every feedback matrix of the trained network against W (``measure="symmetry"``). *Interventions*: the same recipe in its
+quick form (digits), briefly, and then interventions on the rules' own code (:mod:`fa.probes`). A property of the code does not hang on
+the data.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pandas as pd
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from fa.experiments import p3_fig2
-from fa.experiments.experiment import Experiment
-from fa.layers.feedback import generator
-from fa.layers.hooks import converted
-from fa.metrics import symmetry
-from fa.probes import noise_passes, reads, reciprocal
-from fa.train import data
-from fa.train.config import Config, identity
-from fa.train.loop import seed_network, train, weighted
+from fa.experiments import Experiment, p3_fig2
+from fa.train.config import Config
 
 RULES = ("bp", "fa", "dfa", "usf", "kp", "wm", "pfa", "pfa_o")
 
-OPTIONS = {"wm": "init=0.001 amp=0.01 decay=0.005 input=normal"}
+WM = dict(init=0.001, amp=0.01, decay=0.005, input="normal")
 """Ours, as the paper ran no weight mirror: noise drives it, B goes to amp / (2 decay) W = W, and it starts small, so
 that what the mirror has learned soon outweighs the draw."""
 
 SHARED = ("bp", "fa", "usf", "kp")  # Figure 2's runs: feedback of W's shape, of which the angle to W says all
 
-
-@dataclass(frozen=True)
-class Probe:
-    """One network, trained briefly and then intervened on.
-
-    Args:
-        experiment: "p3_table1".
-        rule: a name of ``fa.RULES``.
-        seed: as in :class:`fa.train.config.Config`, and of the scrambling.
-        options: of the rule; product feedback stores R here.
-        measure: "circuit"; tells a probe's identity from that of an ordinary run.
-        dataset: digits, whatever the mode.
-        hidden: widths of the hidden layers.
-        epochs: of training before (default 10, ours).
-        lr: learning rate.
-        revision: of the recipe.
-    """
-
-    experiment: str
-    rule: str
-    seed: int
-    options: str
-    measure: str
-    dataset: str = "digits"
-    hidden: str = "64,64"
-    epochs: int = 10
-    lr: float = 0.05
-    revision: int = 1
-
-    run = property(identity)
+PROBE = Config("bp", 0, dataset="digits", hidden="64,64", epochs=10, lr=0.05, lr_drops="", measure="interventions")
 
 
-def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, **own: Any) -> list[Any]:
-    """Figure 2's recipe, five seeds of its own runs and three of the others; and as many probes."""
+def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, **own: Any) -> list[Config]:
+    """Figure 2's recipe, five seeds of its own runs and three of the others; and as many networks to intervene on."""
     quick, runs = mode == "quick", []
     for config in p3_fig2.grid(mode, rules, seeds or (2 if quick else 5), epochs, dataset):
-        options = config.options or OPTIONS.get(config.rule, "")
+        if config.rule == "wm":
+            config = config.vary(**WM)
         if seeds or config.seed < (1 if quick else 3):
-            runs.append(Probe("p3_table1", config.rule, config.seed, options.replace(" implicit=true", ""), "circuit"))
+            runs.append(PROBE.vary(rule=config.rule, seed=config.seed, options=config.options).vary(implicit=None))
         if config.rule in SHARED:
             runs.append(config)
         elif seeds or config.seed < 3:
-            runs.append(replace(config, experiment="p3_table1", options=options))
+            runs.append(config.vary(measure="symmetry"))
     return runs
-
-
-# ----------------------------------------------------------------------------------------------------------- measuring
-
-
-def run(
-    config: Config | Probe,
-    device: str = "cpu",
-    folder: Any = None,
-    until: float = math.inf,
-    on_epoch: Callable[..., None] | None = None,
-) -> pd.DataFrame | None:
-    """Train one run and measure the symmetry of its feedback, or make one probe; see :func:`fa.train.loop.train`."""
-    if isinstance(config, Probe):
-        return probe(config)
-    return train(config, device, folder, until, on_epoch, extra=partial(mirrored, config))
-
-
-def mirrored(config: Config, net: nn.Module, epoch: int) -> list[list[Any]]:
-    """Rows of :func:`fa.metrics.symmetry` before and after training: ``B_match``, ``R_mixed``, ..., and ``B_excess``
-    = match - mixed."""
-    if epoch not in (0, config.epochs) or not converted(net):
-        return []
-    rows = []
-    for row in symmetry(explicit(config, net)).to_dict("records"):
-        row["excess"] = row["match"] - row["mixed"]
-        names = ("correlation", "angle_deg", "match", "mixed", "chance", "excess")
-        told = [n for n in names if not math.isnan(row[n])]
-        rows += [[epoch, row["layer"], row["depth"], f"{row['matrix']}_{n}", row[n]] for n in told]
-    return rows
-
-
-def explicit(config: Config, net: nn.Module) -> nn.Module:
-    """The network itself, or its twin in float64 that stores the R which implicit product feedback leaves out.
-
-    R = B^T W + c (R_0 - B^T W_0), with B, R_0 and W_0 drawn anew from the run's seed (:class:`fa.rules.PFA`).
-    """
-    if not config.rule_options.get("implicit"):
-        return net
-    layers = weighted(net)
-    shape, classes = (next(iter(layers.values())).in_features,), list(layers.values())[-1].out_features
-    plain = " ".join(word for word in config.options.split() if not word.startswith("implicit="))
-    twin = seed_network(replace(config, options=plain), shape, classes).double()
-    with torch.no_grad():
-        for name, layer in weighted(twin).items():
-            fb, W = layer.feedback, layers[name].weight.double().cpu()
-            fb.R.copy_(fb.B.T @ W + layers[name].feedback.c.double().cpu() * (fb.R - fb.B.T @ layer.weight))
-            layer.weight.copy_(W)
-    return twin
-
-
-def probe(config: Probe) -> pd.DataFrame:
-    """Train briefly, then ask the rule's code what it reads (:mod:`fa.probes`); rows at the last epoch only."""
-    begin = time.monotonic()
-    trained: dict[str, nn.Module] = {}
-
-    def keep(net: nn.Module, epoch: int) -> list[list[Any]]:
-        trained["net"] = net
-        return []
-
-    shared = ("experiment", "rule", "seed", "options", "dataset", "hidden", "epochs", "lr", "revision")
-    recipe = Config(**{name: getattr(config, name) for name in shared}, lr_drops="")
-    train(recipe, extra=keep)
-    net, split = trained["net"], data.load(config.dataset, "cpu").train
-    rows = [[config.epochs, *row] for row in probed(net, *split.first(64), config.seed)]
-    table = pd.DataFrame(rows, columns=["epoch", "layer", "depth", "metric", "value"]).astype({"depth": "Int64"})
-    table.attrs["status"] = {"state": "finished", "seconds": round(time.monotonic() - begin, 1)}
-    return table
-
-
-def probed(net: nn.Module, x: Tensor, y: Tensor, seed: int) -> list[tuple[str, int | None, str, float]]:
-    """(layer, depth, metric, value) of every intervention on a network, at one batch and the true errors of its
-    cross-entropy.
-
-    ``send_*`` and ``learn_*`` are those of :func:`fa.probes.reads`, ``B_reciprocal``, ... those of
-    :func:`fa.probes.reciprocal` (``W_`` where the feedback is made of W), ``noise_passes`` that of
-    :func:`fa.probes.noise_passes`.
-    """
-    layers, kept, handles = weighted(net), {}, []
-    for name, layer in layers.items():
-
-        def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
-            kept[name] = args[0].detach(), out  # fmt: skip
-
-        handles.append(layer.register_forward_hook(keep))
-    try:
-        with torch.enable_grad():
-            out = net(x)
-            errors = torch.autograd.grad(F.cross_entropy(out, y), [out, *(o for _, o in kept.values())])
-    finally:
-        for handle in handles:
-            handle.remove()
-    e, delta = errors[0], dict(zip(kept, errors[1:]))
-    found = []
-    for depth, (name, layer) in enumerate(layers.items(), 1):
-        error = e if hasattr(getattr(layer, "feedback", None), "tape") else delta[name]
-        values = reads(layer, kept[name][0], error, generator(seed, name, "scramble"))
-        found += [(name, depth, metric, value) for metric, value in values.items()]
-    depths = {name: depth for depth, name in enumerate(layers, 1)}
-    joined = reciprocal(net, generator(seed, "reciprocal"))
-    found += [(layer, depths[layer], f"{matrix}_reciprocal", value) for (layer, matrix), value in joined.items()]
-    return [*found, ("", None, "noise_passes", noise_passes(net, x, e))]
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -406,4 +263,4 @@ def draw(cells: pd.DataFrame) -> Any:
     return fig
 
 
-EXPERIMENT = Experiment("p3_table1", "What each rule needs and reaches", "p3", "30_pfa_table1", RULES, grid, run=run)
+EXPERIMENT = Experiment("What each rule needs and reaches", "p3", "30_pfa_table1", RULES, grid)
