@@ -1,4 +1,4 @@
-"""Claims and their verdicts: the tables ``data/claims/EXPERIMENT.csv`` held against the records.
+"""Claims and their verdicts: the tables ``data/claims/NAME.csv`` held against the records, NAME as in :mod:`fa.results.records`.
 
 A criterion is fixed before the run; :mod:`fa.results.criteria` has its grammar. ``target`` and ``tolerance`` are the
 claim's own columns: a number, for the target also an expression of ``ref``, or words, which a criterion cannot use.
@@ -28,7 +28,7 @@ from fa import experiments
 from fa.errors import UserError
 from fa.paths import ROOT
 from fa.results import records
-from fa.results.criteria import Malformed, Scope, Untested, each_of, parse, show
+from fa.results.criteria import VERDICTS, Malformed, Scope, Untested, each_of, parse, show
 
 COLUMNS = ("id", "figure", "claim", "target", "tolerance", "source of target", "criterion", "n_min")
 NUMBER = re.compile(
@@ -41,7 +41,7 @@ class Claim:
     """A row of a table of claims; ``names``: the target and the tolerance where they are numbers."""
 
     id: str
-    experiment: str
+    name: str
     figure: str
     claim: str
     target: str
@@ -55,7 +55,7 @@ class Claim:
     @property
     def paper(self) -> str:
         """ "p1", "p2" or "p3"; "x" across the papers."""
-        return self.experiment.partition("_")[0]
+        return self.name.partition("_")[0]
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def _naming(claim: str, column: str) -> Iterator[None]:
         raise UserError(f"claim {claim}, {column}: {error}") from None
 
 
-def compiled(experiment: str, row: dict[str, str]) -> Claim:
+def compiled(table: str, row: dict[str, str]) -> Claim:
     """A row of a table as a ``Claim``, its expressions checked as far as they can be without a record."""
     name, names = row["id"], {}
     if not row["n_min"].isdigit() or int(row["n_min"]) < 1:
@@ -78,7 +78,7 @@ def compiled(experiment: str, row: dict[str, str]) -> Claim:
     with _naming(name, "criterion"):
         test = parse(row["criterion"])
     told = {"source" if c == "source of target" else c: row[c] for c in COLUMNS}
-    claim = Claim(**told | {"n_min": int(row["n_min"])}, experiment=experiment, test=test, names=names)
+    claim = Claim(**told | {"n_min": int(row["n_min"])}, name=table, test=test, names=names)
     judge(claim, pd.DataFrame(), None)
     return claim
 
@@ -89,10 +89,13 @@ def load(folder: Path = ROOT / "data" / "claims") -> list[Claim]:
     Raises:
         UserError: a missing column or value, a repeated id, or an expression outside the grammar, naming the claim.
     """
-    order, claims = list(experiments.EXPERIMENTS), []
-    for path in sorted(
-        folder.glob("*.csv"), key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem)
-    ):
+    claims, order = [], list(experiments.EXPERIMENTS)
+
+    def place(path: Path) -> tuple[int, str]:
+        figure = path.stem.removesuffix("_small")
+        return order.index(figure) if figure in order else len(order), path.stem
+
+    for path in sorted(folder.glob("*.csv"), key=place):
         rows = pd.read_csv(path, dtype=str, keep_default_na=False)
         if tuple(rows.columns) != COLUMNS:
             raise UserError(f"{path.name} has the columns {', '.join(rows.columns)}; give {', '.join(COLUMNS)}")
@@ -169,11 +172,11 @@ def _target(claim: Claim, scope: Scope) -> str:
     return texts[0] if len(set(texts)) == 1 else "; ".join(texts)
 
 
-def verdicts(experiment: str | None = None, mode: str = "record") -> pd.DataFrame:
+def verdicts(name: str | None = None, mode: str = "record") -> pd.DataFrame:
     """The verdict on every claim, computed from the table read back from disk.
 
     Args:
-        experiment: only its claims; default every experiment's.
+        name: of one table of claims; default: all of them.
         mode: whose table: "record" (default) and "paper" the committed one, "quick" the one in build/.
     Returns:
         Columns id, claim, target, tolerance, criterion, measured, sd, n, verdict, why. ``measured`` and ``sd`` are
@@ -182,24 +185,28 @@ def verdicts(experiment: str | None = None, mode: str = "record") -> pd.DataFram
         UserError: a malformed criterion, naming the claim; an experiment that has no claim.
     """
     known = load()
-    claims = [c for c in known if experiment in (None, c.experiment)]
+    claims = [c for c in known if name in (None, c.name)]
     if not claims:
-        raise UserError(
-            f"no claim is about {experiment!r}; known: {', '.join(dict.fromkeys(c.experiment for c in known))}"
-        )
-    sources = {name: _sources(name, mode) for name in dict.fromkeys(c.experiment for c in claims)}
-    return pd.DataFrame([judge(c, *sources[c.experiment]) for c in claims])
+        raise UserError(f"no claim is about {name!r}; known: {', '.join(dict.fromkeys(c.name for c in known))}")
+    sources = {table: _sources(table, mode) for table in dict.fromkeys(c.name for c in claims)}
+    return pd.DataFrame([judge(c, *sources[c.name]) for c in claims])
 
 
-def _sources(experiment: str, mode: str) -> tuple[pd.DataFrame | None, pd.DataFrame, dict, pd.DataFrame]:
-    """Table (None if there is none), published values, sidecar, and the paper-scale plan with the axes of its runs."""
-    swept = experiments.find(experiment).swept
-    plan = [
-        {"run": c.run, "rule": c.rule, "seed": getattr(c, "seed", None), **swept(c)}
-        for c in experiments.plan(experiment, "paper")
-    ]
+def counted(verdicts: pd.Series) -> str:
+    """ "holds 24, partly 1, not tested 2", in that order."""
+    return ", ".join(f"{v} {(verdicts == v).sum()}" for v in VERDICTS if (verdicts == v).any())
+
+
+def _sources(name: str, mode: str) -> tuple[pd.DataFrame | None, pd.DataFrame, dict, pd.DataFrame]:
+    """Table (None if there is none), published values, what made the table, and the figure's plan with the axes of its runs."""
+    experiment, scale = records.figure_of(name)
+    swept, runs = experiments.find(experiment).swept, experiments.plan(experiment, scale)
+    plan = [{"run": c.run, "rule": c.rule, "seed": getattr(c, "seed", None), **swept(c)} for c in runs]
     try:
-        table, sidecar = records.read(experiment, mode), records.sidecar(experiment, mode)
+        if mode == "quick":
+            table, made = records.read(experiment, mode), records.sidecar(experiment, mode)
+        else:
+            table, made = records.union(experiment, scale, runs)
     except UserError:
-        table, sidecar = None, {}
-    return table, records.reference(experiment), sidecar, pd.DataFrame(plan)
+        table, made = None, {}
+    return table, records.reference(name), made, pd.DataFrame(plan)
