@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+import numpy as np
+import pandas as pd
+
+from fa import plot
 from fa.experiments import p3_fig2, p3_fig4
 from fa.experiments.experiment import Experiment
 from fa.train.config import Config
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fa.results.page import Notebook
 
 RULES = ("bp", "fa", "dfa", "usf", "kp", "pfa", "pfa_o")
 
@@ -52,3 +64,244 @@ CIFAR = Experiment(
     cifar,
     swept=EXPERIMENT.swept,
 )
+
+
+# ------------------------------------------------------------------------------------------------------------- figure
+
+CAPTION = """Learning in bfloat16 and float32. The 784-512-512-10 ReLU network of Li & Benna (2024), Figure 2, learns
+MNIST with forward and backward passes in float32 or, under autocast, in bfloat16; weights and optimizer are in
+float32; same seeds. a: test accuracy by epoch: float32 in colour, mean +/- 1 sd over seeds, bfloat16 dashed. b:
+difference bfloat16 - float32, paired by seed, mean +/- 1 sd; grey: what two independent draws of as many seeds would
+show, 5 percent for all rules together. c: the same after the last epoch; dots: seeds; grey: +/- 1 sd of seeds;
+dotted: 0.1 points. d: ratio of the training losses, bfloat16 / float32, means over seeds, colours as in a; dotted: 10
+percent. e: difference of the angle between each layer's W and its feedback after the last epoch, mean +/- 1 sd;
+circle, square, diamond: first, second, third layer; grey: +/- 1 sd of seeds; dotted: 1 degree."""
+
+CIFAR_CAPTION = """ResNet-20 in bfloat16 and float32. The network and recipe of Li & Benna (2024), Figure 4, learns
+CIFAR-10 with forward and backward passes in float32 or, under autocast, in bfloat16; one run each, seed 0. a:
+accuracy on the 5,000 validation images over the last 150 epochs: float32 in colour, bfloat16 dashed; hollow: the
+paper's after epochs 150, 200 and 250, mean +/- 1 sd of 5 seeds. b: difference bfloat16 - float32 after the last
+epoch; grey: what two independent draws would show, +/- 2 sqrt(2) sd of the paper's five seeds. c: difference of the
+angle between each layer's W and its feedback after the last epoch; dots: layers; large: mean of the layers; grey:
+tolerance of that mean in the claims."""
+
+BOTH = list(PRECISIONS)
+
+LAYERS = ["fc1", "fc2", "fc"]
+"""The layers of the MNIST network, from the input."""
+
+
+def tidy(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each rule, seed, layer, epoch and metric that both precisions have: both values and their difference."""
+    keys = ["rule", "seed", "layer", "epoch", "metric"]
+    pairs = table.pivot_table(index=keys, columns="precision", values="value").reindex(columns=BOTH).dropna()
+    return pairs.assign(difference=pairs.bfloat16 - pairs.float32).reset_index()
+
+
+def last(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs after the last epoch."""
+    return pairs[pairs.epoch == pairs.epoch.max()]
+
+
+def compared(table: pd.DataFrame) -> list[str]:
+    """The rules that have runs in bfloat16."""
+    return plot.in_order(table.rule[table.precision == "bfloat16"])
+
+
+def summary(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Means over seeds in both precisions, mean and sd of the paired difference, the sd of seeds (pooled), and n."""
+    of = rows.groupby(list(by), sort=False)
+    pooled = np.sqrt(of[BOTH].var().mean(axis=1))
+    shown = of[BOTH].mean().join(of.difference.agg(["mean", "std", "count"]))
+    shown.insert(4, "seeds", pooled)
+    return shown.set_axis([*BOTH, "difference", "sd", "sd of seeds", "n"], axis=1)
+
+
+def chance(shown: pd.DataFrame, rules: int) -> pd.Series:
+    """Difference that two independent draws of n seeds show, 5 % for all `rules` together (Student's t); of a summary."""
+    from scipy.stats import t
+
+    return t.ppf(1 - 0.05 / (2 * rules), 2 * (shown.n - 1)) * shown["sd of seeds"] * np.sqrt(2 / shown.n)
+
+
+@plot.style()
+def draw(page: Notebook) -> Figure:
+    """a: accuracy in both precisions, b: the difference, a column a rule; c to e: last accuracy, loss, angles."""
+    table, pairs = page.table(), tidy(page.table())
+    shown = compared(table) or list(dict.fromkeys(c.rule for c in page.runs))
+    mosaic = [[[[f"{p} {r}" for r in shown] for p in "ab"]], [[["c", "d", "e"]]]]
+    fig, ax = plot.figure(mosaic, height=4.9, height_ratios=(1.7, 1))
+    _draw_curves(ax, pairs, shown, compared(table), page.mode == "quick")
+    _draw_ends(ax, pairs, shown, compared(table))
+    plot.letters([ax[f"a {shown[0]}"], ax[f"b {shown[0]}"], ax["c"], ax["d"], ax["e"]])
+    return fig
+
+
+def _draw_curves(ax: dict[str, Axes], pairs: pd.DataFrame, shown: list[str], rules: list[str], quick: bool) -> None:
+    """Panels a and b, a column a rule."""
+    accuracy = pairs[(pairs.metric == "test_accuracy") & (pairs.epoch > 0)]
+    by_epoch, length = summary(accuracy, ["rule", "epoch"]), pairs.epoch.max() if len(pairs) else 1
+    low = by_epoch[BOTH].min().min() if len(by_epoch) else 90
+    for rule in shown:
+        look, a, b = plot.look(rule), ax[f"a {rule}"], ax[f"b {rule}"]
+        rows = accuracy[accuracy.rule == rule].groupby("epoch")
+        mean, sd = rows[BOTH].mean(), rows[BOTH].std().fillna(0)
+        low_32, high_32 = mean.float32 - sd.float32, mean.float32 + sd.float32
+        a.fill_between(mean.index, low_32, high_32, color=look.color, alpha=0.25, lw=0)
+        _two(a, mean, rule)
+        if rule in rules:
+            d = by_epoch.loc[rule]
+            noise, spread = chance(d, len(rules)), d["sd"].fillna(0)
+            b.fill_between(d.index, -noise, noise, color="0.85", lw=0)
+            b.fill_between(d.index, d.difference - spread, d.difference + spread, color=look.color, alpha=0.35, lw=0)
+            b.plot(d.difference, color=look.color, lw=0.9)
+        b.axhline(0, color="0.3", lw=0.5)
+        b.set_yscale("symlog", linthresh=0.1, linscale=1)
+        b.set(ylim=(-8, 8), xlabel=plot.LABELS["epoch"])
+        b.set(yticks=(-1, -0.1, 0, 0.1, 1), yticklabels=("−1", "−0.1", "0", "0.1", "1"))
+        b.minorticks_off()
+        for panel in (a, b):
+            panel.set(xlim=(0, 1.03 * length), xticks=(length // 4, 3 * length // 4))
+            panel.tick_params(labelleft=rule == shown[0])
+        a.set(ylim=(max(91.5, low - 0.3), 98.8) if not quick else (low - 2, 101))
+        a.tick_params(labelbottom=False)
+    ax[f"a {shown[0]}"].set_ylabel(plot.LABELS["test_accuracy"])
+    ax[f"b {shown[0]}"].set_ylabel("Difference (points)")
+
+
+def _two(ax: Axes, mean: pd.DataFrame, rule: str) -> None:
+    """A rule's panel: its name, float32 in its colour and bfloat16 dashed."""
+    look = plot.look(rule)
+    ax.set_title(look.label, color=look.color, fontweight="bold")
+    ax.plot(mean.float32, color=look.color, lw=1.2)
+    ax.plot(mean.bfloat16, color="k" if rule != "bp" else "0.6", ls=(0, (2, 1.5)), lw=0.8)
+
+
+def _draw_ends(ax: dict[str, Axes], pairs: pd.DataFrame, shown: list[str], rules: list[str]) -> None:
+    """Panels c to e: differences after the last epoch by rule and by layer, and the ratio of the training losses."""
+    end, length = last(pairs), pairs.epoch.max() if len(pairs) else 1
+    ends = end[end.metric == "test_accuracy"]
+    final = summary(ends, ["rule"])
+    for rule in rules:
+        look, row, i = plot.look(rule), final.loc[rule], shown.index(rule)
+        seeds = ends[ends.rule == rule].difference
+        ax["c"].bar(i, 2 * row["sd of seeds"], 0.8, -row["sd of seeds"], color="0.88")
+        ax["c"].plot(np.full(len(seeds), i - 0.22), seeds, ".", color=look.color, ms=3, alpha=0.5, mew=0)
+        line = {"fmt": look.marker, "color": look.color, "ms": 4, "elinewidth": 0.9, "capsize": 1.6}
+        ax["c"].errorbar(i + 0.08, row.difference, row["sd"], **line)
+        loss = pairs[(pairs.rule == rule) & (pairs.metric == "train_loss")].groupby("epoch")[BOTH].mean()
+        ax["d"].plot(loss.bfloat16 / loss.float32, color=look.color, lw=1)
+    angles = summary(end[end.metric == "angle_deg"], ["rule", "layer"])
+    aligned = [r for r in shown if r in set(angles.index.get_level_values("rule"))]
+    for i, rule in enumerate(aligned):
+        for j, layer in enumerate(LAYERS):
+            row, x = angles.loc[(rule, layer)], i + 0.26 * (j - 1)
+            ax["e"].bar(x, 2 * row["sd of seeds"], 0.22, -row["sd of seeds"], color="0.88")
+            line = {"fmt": "osD"[j], "color": plot.look(rule).color, "ms": 3.2, "elinewidth": 0.8, "capsize": 1.3}
+            ax["e"].errorbar(x, row.difference, row["sd"], **line)
+    panels = {"c": (shown, 0.1, "Difference, last epoch (points)"), "e": (aligned, 1, "Difference of angle (°)")}
+    for panel, (names, margin, label) in panels.items():
+        for y in (-margin, 0, margin):
+            ax[panel].axhline(y, color="0.3", lw=0.6, ls=":" if y else "-", zorder=0.5)
+        _by_rule(ax[panel], names, max(len(names) - 0.4, 0.6), label)
+    ax["d"].axhline(1, color="0.3", lw=0.6, zorder=0.5)
+    for y in (0.9, 1.1):
+        ax["d"].axhline(y, color="0.3", lw=0.6, ls=":", zorder=0.5)
+    ax["d"].set(xlim=(0, 1.03 * length), xlabel=plot.LABELS["epoch"], ylabel="Ratio of training losses")
+    plot.note(ax["c"], f"{plot.repeats(ends)} (dots)" if len(ends) else "")
+
+
+def _by_rule(ax: Axes, rules: list[str], end: float, label: str) -> None:
+    """The axes of a panel with a column a rule."""
+    ax.set(xticks=range(len(rules)), xlim=(-0.6, end), ylabel=label)
+    ax.set_xticklabels([plot.look(r).label for r in rules])
+    ax.tick_params(axis="x", length=0)
+    ax.use_sticky_edges = False  # else the longest grey bar would end at the frame
+
+
+def text(page: Notebook, metric: str, by: Sequence[str] = ("rule",), digits: int = 2, scale: float = 1) -> str:
+    """Text table: the summary of `metric` after the last epoch, in units of 1/`scale`; of the accuracy, `chance` too."""
+    rules, rows = compared(page.table()), last(tidy(page.table()))
+    rows = rows[rows.metric == metric].sort_values(list(by), key=lambda names: names.map([*rules, *LAYERS].index))
+    rows = rows.assign(**{column: scale * rows[column] for column in (*BOTH, "difference")})
+    shown = summary(rows, by)
+    if metric == "test_accuracy":
+        shown.insert(5, "chance", chance(shown, len(rules)))
+    form = {"float_format": f"{{:.{digits}f}}".format, "formatters": {"n": "{:.0f}".format}, "na_rep": "-"}
+    return shown.to_string(**form) if len(shown) else "nothing yet"
+
+
+# --------------------------------------------------------------------------------------------------------- ResNet-20
+
+
+def published(page: Notebook) -> pd.DataFrame:
+    """The validation accuracies of the paper's Figure 4; none in quick mode."""
+    paper = page.part("p3_fig4").reference()
+    return paper[paper.metric == "val_accuracy"]
+
+
+def tolerances(page: Notebook) -> tuple[dict[str, float], dict[str, float]]:
+    """The tolerances of the claims, by rule: of the accuracy (points), and of the mean angle (degrees); none in quick mode."""
+    if page.mode == "quick":
+        return {}, {}
+    claims = page.verdicts().set_index("id").tolerance.astype(float)
+    bound = {name.removeprefix("x_precision_cifar_"): value for name, value in claims.items()}
+    angles = {"usf": bound["angle_usf"], "pfa": bound["angle"], "pfa_o": bound["angle"]}
+    return {rule: bound[f"accuracy_{rule}"] for rule in CIFAR_RULES}, angles
+
+
+@plot.style()
+def draw_cifar(page: Notebook) -> Figure:
+    """ResNet-20. a: accuracy in both precisions, a column a rule; b, c: last difference of accuracy and of angles."""
+    shown, table, end = plot.in_order([c.rule for c in page.runs]), page.table(), last(tidy(page.table()))
+    metric = "val_accuracy" if page.mode != "quick" else "test_accuracy"  # digits have no validation images
+    ratios = [*[1] * len(shown), 1.7, 1.7]
+    fig, ax = plot.figure([[*(f"a {r}" for r in shown), "b", "c"]], height=2, width_ratios=ratios)
+    length, paper = table.epoch.max() if len(table) else 250, published(page)
+    rows = table[(table.metric == metric) & (table.epoch > 0.4 * length)]
+    for rule in shown:
+        look, panel = plot.look(rule), ax[f"a {rule}"]
+        curve = rows[rows.rule == rule].pivot(index="epoch", columns="precision", values="value")
+        _two(panel, curve.reindex(columns=BOTH), rule)
+        theirs = paper[(paper.rule == rule) & paper.epoch.isin([150, 200, 250])]
+        plot.published(panel, theirs.epoch, theirs.value, look.color, look.marker, theirs.sd, size=3.4)
+        panel.set(xlim=(0.4 * length, 1.04 * length), xlabel=plot.LABELS["epoch"])
+        if len(rows):
+            panel.set(ylim=(rows.value.min() - 0.5, rows.value.max() + 0.5))
+        panel.tick_params(labelleft=rule == shown[0])
+    ax[f"a {shown[0]}"].set_ylabel(plot.LABELS[metric])
+    band, tolerance = tolerances(page)
+    aligned = [r for r in shown if r != "bp"]
+    panels = {"b": (shown, metric, band, "Difference (points)"),
+              "c": (aligned, "angle_deg", tolerance, "Difference of angle (°)")}  # fmt: skip
+    for panel, (names, of, grey, label) in panels.items():
+        ax[panel].axhline(0, color="0.3", lw=0.6, zorder=0.5)
+        for i, rule in enumerate(names):
+            look, d = plot.look(rule), end[(end.rule == rule) & (end.metric == of)].difference
+            if rule in grey:
+                ax[panel].bar(i, 2 * grey[rule], 0.8, -grey[rule], color="0.88")
+            if len(d) > 1:
+                ax[panel].plot(np.full(len(d), i - 0.25), d, ".", color=look.color, ms=3, alpha=0.5, mew=0)
+            ax[panel].plot(i, d.mean(), look.marker, color=look.color, ms=4.5)
+        _by_rule(ax[panel], names, len(names) - 0.4, label)
+    plot.note(ax["b"], "last epoch")
+    plot.note(ax["c"], "last epoch; dots: layers")
+    plot.letters([ax[f"a {shown[0]}"], ax["b"], ax["c"]])
+    return fig
+
+
+def text_cifar(page: Notebook) -> str:
+    """Text tables of ResNet-20 after the last epoch: both precisions, difference, tolerance and the paper's; then angles."""
+    end, paper, told = last(tidy(page.table())), published(page), []
+    for metric in ("val_accuracy", "test_accuracy", "angle_deg"):
+        by_rule = end[end.metric == metric].groupby("rule")
+        shown = by_rule[[*BOTH, "difference"]].mean()
+        if metric == "val_accuracy":
+            shown["chance"] = pd.Series(tolerances(page)[0], dtype=float)
+            shown[["paper", "sd"]] = paper[paper.epoch == 250].set_index("rule")[["value", "sd"]]
+        if metric == "angle_deg":
+            shown["largest"] = by_rule.difference.agg(lambda d: d[d.abs().idxmax()])
+        shown = shown.loc[plot.in_order(shown.index)]
+        text = shown.to_string(float_format="{:.2f}".format, na_rep="-") if len(shown) else "nothing yet"
+        told += [plot.LABELS[metric], text]
+    return "\n".join(told)

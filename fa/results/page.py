@@ -48,7 +48,7 @@ PAPERS = {
 }  # fmt: skip
 """The papers that are replicated, as one cites them. A page of paper "x" goes across them and is after none."""
 
-DRAWN = {"p3_fig1": ("31_pfa_fig1_circuits", "fa/probes.py")}
+DRAWN = {"p3_fig1": ("31_pfa_fig1_circuits", "fa/experiments/p3_fig1.py")}
 """Figures without runs and table: name to notebook, and to the code that they are drawn from."""
 
 
@@ -165,6 +165,21 @@ class Notebook:
     dataset: str = ""
     device: str = "auto"
     own: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, experiment: str, **parameters: Any) -> Notebook:
+        """Another experiment on the same page, its parameters checked as the page's are.
+
+        Args:
+            experiment: its name.
+            parameters: by name. Defaults: mode and device are the page's; all others are the experiment's own, as the
+                page's belong to its own experiment (a rule or a seed that one has, the other may lack).
+        Raises:
+            UserError: as `notebook` does.
+        """
+        from fa.experiments import find as experiment_of
+
+        values = {name: kind() for name, kind in STANDARD.items()} | {"mode": self.mode, "device": self.device}
+        return notebook(values | experiment_of(experiment).own | parameters, experiment)
 
     # ------------------------------------------------------------------------------------------------- runs and table
 
