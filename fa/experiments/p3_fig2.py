@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
+from fa import plot
 from fa.experiments import Experiment, of_rules
 from fa.train.config import Config
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fa.results.page import Page
+
 
 RULES = ("bp", "fa", "dfa", "usf", "pfa", "pfa_o")
 
@@ -41,3 +52,70 @@ def grid(
 EXPERIMENT = Experiment(
     "Accuracy and alignment on MNIST", "p3", "32_pfa_fig2_mnist", RULES, grid, own={"expansion": 10}
 )
+
+
+# ------------------------------------------------------------------------------------------------------------- figure
+
+CAPTION = """Li & Benna (2024), Figure 2, replicated. A 784-512-512-10 ReLU network learns MNIST. a: test accuracy by
+epoch (inset: second half). b: test accuracy after the last epoch, a dot a seed. c: angle between each layer's weight
+W and the feedback that carries the error in its place. d: ratio of their norms. Lines and filled markers: ours, mean
++/- 1 sd over seeds. Hollow: the paper's, mean +/- 1 sd of 5 seeds in a and b, seed 0 in c and d."""
+
+
+@plot.style()
+def draw(page: Page) -> Figure:
+    """a, b: test accuracy by epoch and after the last; c, d: each layer's angle and norm ratio to W, a column a rule."""
+    table, paper = page.table(), page.reference()
+    rules = plot.in_order([*table[table.metric == "angle_deg"].rule, *paper[paper.metric == "angle_deg"].rule])
+    mosaic = [["a", *[f"angle_deg {r}" for r in rules]], ["b", *[f"norm_ratio {r}" for r in rules]]]
+    fig, ax = plot.figure(mosaic, height=3.5, width_ratios=[2.4, *[1] * len(rules)])
+    plot.accuracy(ax["a"], table)
+    plot.rule_key(ax["a"], [*table.rule, *paper.rule])
+    if page.mode != "quick":
+        zoom(ax["a"], table, paper)
+        ax["a"].set(xlim=(0, 41), ylim=(90, 100), yticks=range(90, 101, 2))
+    plot.finals(ax["b"], table, paper)
+    layer_grid(ax, table, rules, paper)
+    plot.letters([ax["a"], ax["b"], *[ax[f"{m} {rules[0]}"] for m in ("angle_deg", "norm_ratio") if rules]])
+    return fig
+
+
+def zoom(ax: Axes, table: pd.DataFrame, reference: pd.DataFrame, metric: str = "test_accuracy") -> None:
+    """Inset of `plot.accuracy`: the second half of training, at the height where the rules differ."""
+    inset = ax.inset_axes((0.37, 0.1, 0.61, 0.48))
+    plot.accuracy(inset, table, reference, metric)
+    end = table[table.metric == metric]
+    end = end[end.epoch >= end.epoch.max() / 2]
+    if len(end):
+        by_rule = end.groupby(["rule", "epoch"]).value.mean()
+        low, high = by_rule.min(), by_rule.max()
+        room = high - low
+        inset.set(xlim=(end.epoch.min() - 0.5, 1.025 * end.epoch.max()), ylim=(low - 0.15 * room, high + 0.25 * room))
+    inset.set(xlabel="", ylabel="")
+    inset.xaxis.get_major_locator().set_params(integer=True)
+    inset.tick_params(labelsize=5.5)
+
+
+def layer_grid(
+    axes: Mapping[str, Axes], table: pd.DataFrame, rules: Sequence[str], reference: pd.DataFrame | None = None
+) -> None:
+    """`plot.layers` of every rule, on p3's axes: panels "angle_deg RULE" and "norm_ratio RULE"."""
+    last = max((f.epoch.max() for f in (table, reference) if f is not None and len(f)), default=1)
+    rows = {
+        "angle_deg": ("Angle to W (°)", (-5, 100), (0, 50, 100), 90),  # 90: as random vectors
+        "norm_ratio": ("Norm ratio to W", (0, 3), (0, 1, 2, 3), 1),  # 1: as long as W
+    }
+    for metric, (label, limits, ticks, even) in rows.items():
+        for rule in rules:
+            ax, first, bottom = axes[f"{metric} {rule}"], rule == rules[0], metric == "norm_ratio"
+            ax.axhline(even, color="0.75", lw=0.6, ls=":", zorder=0)
+            colors = plot.layers(ax, table, rule, metric, reference)
+            ax.set(xlim=(-0.03 * last, 1.03 * last), xticks=(0, last // 2, last), ylim=limits, yticks=ticks)
+            ax.set(xlabel=plot.LABELS["epoch"] if bottom else "", ylabel=label if first else "")
+            ax.tick_params(labelleft=first, labelbottom=bottom)
+            if not bottom:
+                ax.set_title(plot.look(rule).label, color=plot.look(rule).color, fontweight="bold")
+    if rules:
+        shown = dict(list(colors.items())[:: max(len(colors) // 4, 1)]) if len(colors) > 6 else colors
+        paper = reference is not None and len(reference) > 0
+        axes[f"norm_ratio {rules[-1]}"].legend(handles=plot.key(shown, paper), loc="upper right")

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from fa import models, plot, theory
 from fa.experiments import Experiment, of_rules, p3_fig4
-from fa.experiments.p3_fig2 import DECAYED, OPTIONS
+from fa.experiments.p3_fig2 import DECAYED, OPTIONS, layer_grid
 from fa.train.config import Config
 from fa.train.data import SETS, Album
+from fa.train.loop import weighted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fa.results.page import Page
+
 
 RULES = ("bp", "usf", "pfa", "pfa_o")
 
@@ -40,3 +50,56 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
 EXPERIMENT = Experiment(
     "Accuracy and alignment on ImageNet", "p3", "35_pfa_fig5_imagenet", RULES, grid, own={"precision": ""}, small=True
 )
+
+
+# ------------------------------------------------------------------------------------------------------------- figure
+
+CAPTION = """Li & Benna (2024), Figure 5, replicated. ResNet-18 learns ImageNet. a, b: top-1 accuracy on the 50,000
+validation images, by epoch and after the last. c: angle between each layer's weight W and the feedback that carries
+the error in its place, and ratio of their norms, a line a layer. d, e: the same after training, by depth, and mean
+and range of the layers; dotted: arccos(1/sqrt(1 + 1/10)). Filled and lines: ours, mean +/- 1 sd over seeds where
+there are several. Hollow: the paper's, one run (seed 2021); its PFA-o stops after 66 epochs."""
+
+SMALL_CAPTION = """In place of ImageNet, which Li & Benna (2024), Figure 5, is about: ResNet-18 learns 20 classes from 2,000
+photographs of 32x32 pixels in 10 epochs. a, b: accuracy on 500 validation images, by epoch and after the last; chance
+is 5 percent. c: angle between each layer's weight W and the feedback that carries the error in its place, and ratio
+of their norms, a line a layer. d, e: the same after training, by depth, and mean and range of the layers; dotted:
+arccos(1/sqrt(1 + 1/10)). One seed a rule, so that there are no error bars."""
+
+
+@plot.style()
+def draw(page: Page) -> Figure:
+    """a, b: accuracy by epoch and after the last; c: layers by epoch; d, e: layers by depth."""
+    table, paper, metric = page.table(), page.reference(), accuracy_of(page)
+    fig, ax, rules = p3_fig4.frame(table, ["a", "a", "b"], ["d", "e"])
+    plot.accuracy(ax["a"], table, paper[paper.epoch.isin([1, 2, 6, 11, 20, 31, 40, 51, 60, 66, 75])], metric)
+    plot.rule_key(ax["a"], [*table.rule, *paper.rule])
+    ax["a"].set(xlim=(0, 1.04 * (table.epoch.max() if len(table) else 75)))
+    plot.finals(ax["b"], table, paper, metric)
+    ax["b"].set_ylabel(plot.LABELS[metric])
+    plot.note(ax["b"], f"last epoch, n = {table.seed.nunique()} seed(s)" if len(table) else "last epoch, n = 1 seed")
+    layer_grid(ax, table, rules, paper)
+    names = list(weighted(models.build("resnet18", (3, 224, 224), 1000)))
+    for panel, of in (("d", "angle_deg"), ("e", "norm_ratio")):
+        p3_fig4.by_depth(ax[panel], table, of, names, paper)
+    ax["d"].axhline(round(float(theory.path_angle(10)), 2), color="0.3", lw=0.7, ls=":", zorder=0)
+    ax["d"].set(ylim=(-3, 92), yticks=(0, 30, 60, 90))
+    ax["e"].set(ylim=(0, 3))
+    for panel, letter in {**dict(zip("abde", "abde")), **{f"angle_deg {r}": "c" for r in rules[:1]}}.items():
+        plot.letters([ax[panel]], letter)
+    if page.trained == "small":
+        plot.stamp(fig, "stand-in: 2,000 photographs at 32x32, not ImageNet")
+    return fig
+
+
+def accuracy_of(page: Page) -> str:
+    """The accuracy that is drawn: of the validation images, or of the test images of digits."""
+    table = page.table()
+    return "val_accuracy" if "val_accuracy" in set(table.metric) or table.empty else "test_accuracy"
+
+
+def accuracies(page: Page) -> str:
+    """Text tables of the accuracy after the last epoch, and after epoch 66, the last of the paper's PFA-o."""
+    metric = accuracy_of(page)
+    told = [plot.LABELS[metric], page.compare(metric)]
+    return "\n".join(told + (["after epoch 66", page.compare(metric, epoch=66)] if page.trained == "paper" else []))
