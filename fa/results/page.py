@@ -20,7 +20,7 @@ reproduce --add``) runs that data/records/ holds are not trained again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,16 +56,15 @@ def notebook(namespace: Mapping[str, Any], experiment: str = "") -> Page:
     values = given(namespace, list(types))
     check(values, types)
     common = {n: values[n] for n in (*STANDARD, "scale") if n in values} | {"rules": experiments.split(values["rules"])}
-    return Page(experiment, **common, own={n: values[n] for n in (about.own if about else ())})
+    return Page(experiment, **common, own={n: values[n] for n in (about.own if about else {})})
 
 
 class Page(FigureTable):
     """A :class:`fa.results.table.FigureTable` with the texts of a notebook, and the place where its figure goes."""
 
     def part(self, experiment: str) -> Page:
-        """The page of another experiment under the same parameters, for a notebook of two figures."""
-        known = experiments.find(experiment).own
-        return replace(self, experiment=experiment, scale="", own={n: v for n, v in self.own.items() if n in known})
+        """Another figure on the same page, in the same mode and at the same scale; its other parameters are its own defaults."""
+        return Page(experiment, self.mode, device=self.device, scale=self.trained if self.mode == "record" else "")
 
     def banner(self) -> str:
         """A sentence or two: what this page shows, and whether anything was trained for it."""
@@ -137,6 +136,12 @@ class Page(FigureTable):
             "cite": provenance.cited(self.name, about.paper),
         }
 
+    def draw(self) -> None:
+        """Draw the figure by the ``draw`` of its file in fa/experiments, save it under that file's caption, and say where it is."""
+        module = import_module(f"fa.experiments.{self.experiment}")
+        path = self.save(module.draw(self), module.SMALL_CAPTION if self.trained == "small" else module.CAPTION)
+        print(f"{relative(path)}, .png and .json")
+
     def save(self, fig: Figure, caption: str) -> Path:
         """Stamp and write a figure (see `fa.plot.save`): to figures/ in small and paper mode, else to build/MODE/figures/.
 
@@ -148,8 +153,8 @@ class Page(FigureTable):
         words = []
         if self.mode == "quick":
             words = [", ".join(["quick mode", *self.datasets]) + ": not the paper's scale"]
-            seeds = self.table().seed.nunique() if self.runs else 0
-            caption = f"Quick mode ({', '.join([*self.datasets, f'{seeds} seeds'])}), not the paper's scale. {caption}"
+            seeds = [f"{self.table().seed.nunique()} seeds"] if self.runs else []
+            caption = f"Quick mode ({', '.join([*self.datasets, *seeds])}), not the paper's scale. {caption}"
         if part := self.partial():
             words.append("no run yet: published values only" if self.table().empty else f"partial: {part}")
         if words:

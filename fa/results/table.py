@@ -46,7 +46,9 @@ class FigureTable:
     scale: str = ""
     own: dict[str, Any] = field(default_factory=dict)
 
-    # ------------------------------------------------------------------------------------------------- runs and table
+    def __post_init__(self) -> None:
+        if self.experiment:
+            self.own = self.about.own | self.own
 
     @property
     def about(self) -> Experiment:
