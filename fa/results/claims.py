@@ -28,7 +28,7 @@ from fa import experiments
 from fa.errors import UserError
 from fa.paths import ROOT
 from fa.results import records
-from fa.results.criteria import VERDICTS, Malformed, Scope, Untested, each_of, parse, show
+from fa.results.criteria import VERDICTS, Malformed, Scope, Untested, each_of, mismatch, parse, show
 
 COLUMNS = ("id", "figure", "claim", "target", "tolerance", "source of target", "criterion", "n_min")
 NUMBER = re.compile(
@@ -125,6 +125,8 @@ def judge(
     Raises:
         UserError: a selection that is ambiguous in this table, naming the claim.
     """
+    if table is not None and len(table) and "mismatch" in claim.criterion:
+        table = pd.concat([table, mismatch(table)], ignore_index=True)
     scope = Scope(table, reference, sidecar or {}, None, claim.n_min, claim.names)
     row = {c: getattr(claim, c) for c in ("id", "claim", "target", "tolerance", "criterion")}
     row |= {"target": _target(claim, scope), "measured": "", "sd": "", "n": "", "verdict": "not tested", "why": ""}

@@ -173,7 +173,7 @@ def _select(frame: pd.DataFrame, metric: str, chosen: dict, last: Callable, what
     return frame
 
 
-def _mismatch(table: pd.DataFrame) -> pd.DataFrame:
+def mismatch(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of ``mismatch``, norm of W - B_eff: weight_norm sqrt(1 + r^2 - 2 r cos a); r = norm_ratio, a = angle_deg."""
     names = ["weight_norm", "norm_ratio", "angle_deg"]
     rows = _tidy(table[table.metric.isin(names)])
@@ -444,8 +444,7 @@ class Scope:
             return max(planned, default=frame.epoch.max())
 
         try:
-            table = _mismatch(self.table) if metric == "mismatch" else self.table
-            rows = _select(table, metric, axes, last, "the record")
+            rows = _select(self.table, metric, axes, last, "the record")
         except Untested:
             self.survived(axes, pd.Index([]))
             raise
@@ -458,11 +457,12 @@ class Scope:
 
     def survived(self, axes: dict[str, list], have: pd.Index) -> None:
         """Raises where a run at these axes diverged and its seed is not among those at hand."""
-        for run, status in self.sidecar.get("status", {}).items():
+        diverged = [run for run, status in self.sidecar.get("status", {}).items() if status["state"] == "diverged"]
+        for run in diverged:
             config = self.sidecar["configs"].get(run, {})
             shared = {a: v for a, v in axes.items() if a in config and a != "epoch" and v != ["all"]}
             asked = all(_where(pd.Series([config[a]]), v)[0] for a, v in shared.items())
-            if status["state"] == "diverged" and asked and config.get("seed") not in have:
+            if asked and config.get("seed") not in have:
                 raise Diverged(f"{config.get('rule', 'run')} diverged with seed {config.get('seed', run)}")
 
     def complete(self, axes: dict[str, list]) -> None:
