@@ -131,9 +131,7 @@ def judge(
         return row | {"why": "no record"}
     if planned is not None:
         if others := sorted({*table.run} - {*planned.run}):
-            return row | {
-                "why": f"this table is not the paper's: {len(others)} of its runs are not planned, {others[0]} first"
-            }
+            return row | {"why": f"not the paper's table: {len(others)} of its runs not planned, {others[0]} first"}
         there = planned.run.isin(list(record.sidecar["configs"]))
         due = None if there.all() else planned.assign(there=there)
         scope = replace(scope, record=replace(record, planned=due))

@@ -42,6 +42,7 @@ from fa.results.selection import STATISTICS, Diverged, Malformed, Record, Untest
 
 VERDICTS = ("holds", "partly", "fails", "not tested")
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+FUNCTIONS = (*STATISTICS, "paired", "ref", "sqrt", "hypot")
 EDGE = 1e-9  # a value on the bound counts as inside, whatever the last bits of the bound's own sum
 
 
@@ -143,15 +144,13 @@ class Scope:
                 return self.steps(node)
             case ast.Call(func=ast.Name(id="same")):
                 return self.same(node)
-            case ast.Compare(left=left, ops=[ast.In()], comparators=[ast.List(elts=[low, high])]):
+            case ast.Compare(left, [ast.In()], [ast.List(elts=[low, high])]):
                 return self.held(left, low, high)
-            case ast.Compare(
-                left=left, ops=[ast.In()], comparators=[ast.Call(func=ast.Name(id="around"), args=[m, d])]
-            ):
-                return self.held(left, ast.BinOp(m, ast.Sub(), d), ast.BinOp(m, ast.Add(), d))
-            case ast.Compare(left=left, ops=[ast.Lt() | ast.LtE() as op], comparators=[high]):
+            case ast.Compare(left, [ast.In()], [ast.Call(func=ast.Name(id="around"), args=[middle, by], keywords=[])]):
+                return self.held(left, ast.BinOp(middle, ast.Sub(), by), ast.BinOp(middle, ast.Add(), by))
+            case ast.Compare(left, [ast.Lt() | ast.LtE() as op], [high]):
                 return self.held(left, None, high, type(op) is ast.Lt)
-            case ast.Compare(left=left, ops=[ast.Gt() | ast.GtE() as op], comparators=[low]):
+            case ast.Compare(left, [ast.Gt() | ast.GtE() as op], [low]):
                 return self.held(left, low, None, type(op) is ast.Gt)
         raise Malformed(f"{ast.unparse(node)!r} is no comparison, each(), at(), falls(), rises(), order() or same()")
 
@@ -175,11 +174,9 @@ class Scope:
             case ast.Call(func=ast.Name(id="hypot"), args=[x, y], keywords=[]):
                 x, y = self.number(x), self.number(y)
                 return (x * x + y * y).sqrt()
-            case ast.Call(func=ast.Name(id=name), args=[ast.Name(id=metric)]) if name in (*STATISTICS, "paired", "ref"):
+            case ast.Call(func=ast.Name(id=name), args=[ast.Name(id=metric)]) if name in FUNCTIONS:
                 return self.statistic(name, metric, _axes(node.keywords))
-        raise Malformed(
-            f"{ast.unparse(node)!r} is not a number here, nor {', '.join(STATISTICS)}, paired, ref, sqrt or hypot"
-        )
+        raise Malformed(f"{ast.unparse(node)!r} is not a number here; functions: {', '.join(FUNCTIONS)}")
 
     def held(self, left: ast.expr, low: ast.expr | None, high: ast.expr | None, strict: bool = False) -> Verdict:
         """A comparison: whether a number lies in an interval."""
@@ -223,20 +220,19 @@ class Scope:
     def steps(self, node: ast.Call) -> Verdict:
         """``falls``, ``rises``, ``order``: short for a comparison of each value with the next."""
         metric, axes, told = self.short(node, "over", "by", "margin")
-        axis = told.get("over", "rule")
-        if (node.func.id == "order") != (len(node.args) == 2 and "over" not in told) or told.get(
-            "by", "seed"
-        ) != "seed":
+        ordered, axis, margin = node.func.id == "order", told.get("over", "rule"), told.get("margin", 0)
+        if ordered == ("over" in told) or len(node.args) != 1 + ordered or told.get("by", "seed") != "seed":
             raise Malformed(f"{ast.unparse(node)!r}: falls() and rises() need over=AXIS, order() a list; by is seed")
-        values = _values(node.args[1]) if node.func.id == "order" else axes.pop(axis, ["every"])
+        values = _values(node.args[1]) if ordered else axes.pop(axis, ["every"])
         tests = []
         for before, after in pairwise(self.record.spread(axis, values)):
-            a, b = ([before], [after]) if node.func.id == "order" else ([after], [before])
+            a, b = ([before], [after]) if ordered else ([after], [before])
             difference = f"{_call('mean', metric, axes | {axis: a})} - {_call('mean', metric, axes | {axis: b})}"
             if "by" in told:
                 difference = _call("paired", metric, axes | {axis: a, _minus(axis): b})
-            bound = f"> {told.get('margin', 0)}" if node.func.id == "rises" else f"< 0 - ({told.get('margin', 0)})"
-            tests.append(f"{difference} {bound}")
+            tests.append(difference + (f"> {margin}" if node.func.id == "rises" else f"< 0 - ({margin})"))
+        if not tests:
+            raise Malformed(f"{ast.unparse(node)!r} has no two values")
         return self.truth(parse(" and ".join(tests)))
 
     def same(self, node: ast.Call) -> Verdict:
@@ -256,9 +252,7 @@ class Scope:
 
     def statistic(self, name: str, metric: str, axes: dict[str, list]) -> Value:
         """A statistic; the axes that ``each`` and ``at`` set hold where it names no others."""
-        minus = [a for a in axes if name == "paired" and _minus(_axis(a)) == a != "minus_seed"]
-        other = {_axis(a): axes[a] for a in minus}
-        own = {a: v for a, v in axes.items() if a not in minus}
-        return self.record.statistic(
-            name, metric, self.bound | {"epoch": ["all"]} | own if name == "best" else self.bound | own, other
-        )
+        other = {_axis(a): v for a, v in axes.items() if name == "paired" and _minus(_axis(a)) == a != "minus_seed"}
+        own = {a: v for a, v in axes.items() if _axis(a) == a or _axis(a) not in other}
+        default = {"epoch": ["all"]} if name == "best" else {}
+        return self.record.statistic(name, metric, self.bound | default | own, other)

@@ -48,10 +48,8 @@ class Value:
         return self + -other
 
     def __mul__(self, other: Value) -> Value:
-        a, b = (
-            self.sd and self.sd * other.mean,
-            other.sd and other.sd * self.mean,
-        )  # a constant has none, even times inf
+        # a constant has no sd, even times inf
+        a, b = self.sd and self.sd * other.mean, other.sd and other.sd * self.mean
         return Value(self.mean * other.mean, math.hypot(a, b), min(self.n, other.n))
 
     def __truediv__(self, other: Value) -> Value:
@@ -217,7 +215,9 @@ class Record:
         if self.planned is None:
             return
         asked = {a: v for a, v in axes.items() if a in self.planned and v != ["all"]}
-        due = self.planned[np.logical_and.reduce([_where(self.planned[a], v) for a, v in asked.items()] or [[True]])]
+        due = self.planned
+        for axis, wanted in asked.items():
+            due = due[_where(due[axis], wanted)]
         if not due.there.all():
             whole = f"partial record: {self.planned.there.sum()} of {len(self.planned)} runs"
             where = ", ".join(f"{a}={v[0] if len(v) == 1 else v}" for a, v in asked.items())
