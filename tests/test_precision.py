@@ -185,7 +185,7 @@ def doubled(shift: float = 0.0) -> tuple[pd.DataFrame, dict]:
 
 
 def judged(table: pd.DataFrame, beside: dict) -> dict[str, dict]:
-    planned = [asdict(c) for c in PAPER]
+    planned = pd.DataFrame([{"run": c.run, "rule": c.rule, "seed": c.seed, "precision": c.precision} for c in PAPER])
     rows = (claims.judge(c, table, records.reference("x_precision"), beside, planned) for c in CLAIMS)
     return {row["id"].removeprefix("x_precision_"): row for row in rows}
 
@@ -199,7 +199,7 @@ def test_two_equal_precisions_satisfy_every_claim() -> None:
 def test_a_shift_beyond_seed_noise_is_seen() -> None:
     rows = judged(*doubled(-0.3))
     for name in ("accuracy", "accuracy_noise", "curve_noise"):
-        assert rows[name]["verdict"] == "partly" and "bp -0.3 is" in rows[name]["why"]  # of seven rules one
+        assert rows[name]["verdict"] == "partly" and "bp -0.3 ± " in rows[name]["why"]  # of seven rules one
     assert rows["angle"]["verdict"] == rows["loss"]["verdict"] == "holds"
 
 
@@ -215,14 +215,9 @@ def test_seeds_are_paired_along_any_axis() -> None:
             for p, vs in values.items() for s, v in enumerate(vs) for e in (0, 1)]  # fmt: skip
 
     def value(criterion: str) -> dict:
-        row = dict.fromkeys(claims.COLUMNS, "x") | {
-            "id": "c",
-            "criterion": criterion,
-            "target": "none",
-            "tolerance": "none",
-            "n_min": "3",
-        }
-        return claims.judge(claims._compile(row), pd.DataFrame(rows), records.reference("x_precision"))
+        told = {"id": "c", "criterion": criterion, "target": "none", "tolerance": "none", "n_min": "3"}
+        claim = claims.compiled("x_precision", dict.fromkeys(claims.COLUMNS, "x") | told)
+        return claims.judge(claim, pd.DataFrame(rows), records.reference("x_precision"))
 
     found = value(f"{PAIRED} < 1")
     assert (found["measured"], found["sd"], found["n"]) == ("0.06667", "0.15", 3)
@@ -248,9 +243,8 @@ def deep(run: str = "", metric: str = "", shift: float = 0.0) -> dict[str, dict]
     configs = {c.run: asdict(c) for c in DEEP}
     beside = {"configs": configs, "status": {name: {"state": "finished"} for name in configs}}
     about = (c for c in claims.load() if c.experiment == "x_precision_cifar")
-    judged = (
-        claims.judge(c, table, records.reference("x_precision_cifar"), beside, list(configs.values())) for c in about
-    )
+    planned = pd.DataFrame([{"run": c.run, "rule": c.rule, "seed": 0, "precision": c.precision} for c in DEEP])
+    judged = (claims.judge(c, table, records.reference("x_precision_cifar"), beside, planned) for c in about)
     return {row["id"].removeprefix("x_precision_cifar_"): row for row in judged}
 
 

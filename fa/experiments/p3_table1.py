@@ -66,7 +66,7 @@ PROPERTIES = {
 behind it."""
 
 LIMITS = {"change": 0.05, "correlation": 0.05, "excess": 0.05, "angle": 30.0, "gap": -0.1}
-"""What counts as a tick, fixed before the runs, and the same in data/claims.csv: a relative change below ``change``;
+"""What counts as a tick, fixed before the runs, and the same in data/claims/p3_table1.csv: a relative change below ``change``;
 no reciprocal synapses correlated with W by ``correlation`` and no matrix that matches forward neurons by ``excess``
 more than mixtures of them do; every layer's angle below ``angle`` degrees; an accuracy of at least BP's plus ``gap``
 points."""

@@ -28,7 +28,8 @@ from fa import experiments
 from fa.errors import UserError
 from fa.paths import ROOT
 from fa.results import records
-from fa.results.criteria import VERDICTS, Malformed, Scope, Untested, each_of, mismatch, parse, show
+from fa.results.criteria import Scope, each_of, parse
+from fa.results.selection import Malformed, Record, Untested, show
 
 COLUMNS = ("id", "figure", "claim", "target", "tolerance", "source of target", "criterion", "n_min")
 NUMBER = re.compile(
@@ -125,20 +126,18 @@ def judge(
     Raises:
         UserError: a selection that is ambiguous in this table, naming the claim.
     """
-    if table is not None and len(table) and "mismatch" in claim.criterion:
-        table = pd.concat([table, mismatch(table)], ignore_index=True)
-    scope = Scope(table, reference, sidecar or {}, None, claim.n_min, claim.names)
+    record = Record(table, reference, sidecar or {})
+    scope = Scope(record, claim.n_min, claim.names)
     row = {c: getattr(claim, c) for c in ("id", "claim", "target", "tolerance", "criterion")}
     row |= {"target": _target(claim, scope), "measured": "", "sd": "", "n": "", "verdict": "not tested", "why": ""}
     if table is None:
         return row | {"why": "no record"}
     if planned is not None:
         if others := sorted({*table.run} - {*planned.run}):
-            return row | {
-                "why": f"this table is not the paper's: {len(others)} of its runs are not planned, {others[0]} first"
-            }
-        there = planned.run.isin(list(scope.sidecar["configs"]))
-        scope = replace(scope, planned=None if there.all() else planned.assign(there=there))
+            return row | {"why": f"not the paper's table: {len(others)} of its runs not planned, {others[0]} first"}
+        there = planned.run.isin(list(record.sidecar["configs"]))
+        due = None if there.all() else planned.assign(there=there)
+        scope = replace(scope, record=replace(record, planned=due))
     try:
         with _naming(claim.id, "criterion"):
             verdict, parts = scope.truth(claim.test)

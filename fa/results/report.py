@@ -38,7 +38,7 @@ RULES = (
 REPORT = """\
 # [Re] Learning without weight symmetry
 
-<!-- made by `python -m fa report`; edit fa/report.py or data/claims.csv instead -->
+<!-- made by `python -m fa report`; edit fa/report.py or data/claims/ instead -->
 
 ## Reproducibility summary
 
@@ -74,7 +74,7 @@ is `usf`, PFA-o `pfa_o`.
 A claim *holds* when what is measured lies in the interval of its criterion. It holds *partly* when it misses it by
 less than one standard deviation over seeds, or for some of the layers or rules only; else it *fails*. It is *not
 tested* without a complete record of the paper's data set and recipe with as many seeds as the claim asks for.
-`data/claims.csv` has the criteria, `fa/criteria.py` their grammar.
+`data/claims/` has the criteria, `fa/results/criteria.py` their grammar.
 
 {claims}
 
