@@ -91,10 +91,11 @@ def sent(layer: nn.Module, x: Tensor, dy: Tensor) -> Tensor:
     with torch.enable_grad(), same_noise(layer):
         if not isinstance(getattr(layer, "feedback", None), DirectFeedback):
             return torch.autograd.grad(layer(x), x, dy)[0]
-        tape = layer.feedback.tape
-        tape.open()
+        tape, layer.feedback.tape.taps = layer.feedback.tape, []
         layer(x)
-        return torch.autograd.grad(tape.close(dy.detach().requires_grad_()), x, dy)[0]
+        out = tape.close(dy.detach().requires_grad_())
+        tape.taps = None
+        return torch.autograd.grad(out, x, dy)[0]
 
 
 class _Recorded:

@@ -6,8 +6,7 @@ parameters, their names, hooks, device, dtype and mode stay; an optimizer made b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -68,10 +67,9 @@ def _linear_map(layer: nn.Module, sizes: tuple[torch.Size, torch.Size] | None = 
     )
 
 
-_CONVERTED = {
+_CONVERTED: dict[type, type] = {
     nn.Linear: FeedbackLinear,
     nn.Conv2d: FeedbackConv2d,
-    attention.RowsLinear: attention.RowsLinear,
 }
 
 _REFUSED = (  # layers with a matrix that errors pass through, for which there is no feedback here
@@ -182,11 +180,31 @@ def convert(
         )
     layers = _targets(net, skip)
     sizes = {} if sample is None else _sizes(net, sample)
-    attach = r.attach if hasattr(r, "attach") else partial(_attach, r)
-    put = attach(net, layers, sizes, seed)  # draws all feedback and changes nothing
+    # all feedback is drawn before anything is changed
+    feedback = r.draw_feedback(net, layers, sizes, seed) if hasattr(r, "draw_feedback") else _draw(r, layers, sizes, seed)
     revert(net)
-    put()
+    for name, layer in layers.items():
+        put_on(layer, feedback[name])
+    for tape in _tapes(feedback.values()):
+        tape.put_on()
     return net
+
+
+def _draw(
+    rule: Rule, layers: dict[str, nn.Module], sizes: dict[str, tuple[torch.Size, torch.Size]], seed: int
+) -> dict[str, Feedback]:
+    """Layer name -> its feedback, under a layer-wise rule."""
+    feedback = {}
+    for i, (name, layer) in enumerate(layers.items()):
+        own = rule.at(i)
+        kind = NoisyFeedback if getattr(own, "input", "data") != "data" else Feedback
+        feedback[name] = kind(own, _linear_map(layer, sizes.get(name)), layer, name, seed)
+    return feedback
+
+
+def _tapes(feedback: Iterable[nn.Module]) -> set[Any]:
+    """What stands between a network under direct feedback and its ``forward`` (see :mod:`fa.layers.dfa`)."""
+    return {fb.tape for fb in feedback if hasattr(fb, "tape")}
 
 
 @torch.no_grad()
@@ -210,29 +228,13 @@ def _sizes(net: nn.Module, sample: Tensor) -> dict[str, tuple[torch.Size, torch.
     return sizes
 
 
-def _attach(
-    rule: Rule, net: nn.Module, layers: dict[str, nn.Module], sizes: dict[str, tuple[torch.Size, torch.Size]], seed: int
-) -> Callable[[], None]:
-    """Draw the feedback of every layer; the function returned puts it in place."""
-    feedback = {}
-    for i, (name, layer) in enumerate(layers.items()):
-        own = rule.at(i)
-        kind = NoisyFeedback if getattr(own, "input", "data") != "data" else Feedback
-        feedback[name] = kind(own, _linear_map(layer, sizes.get(name)), layer, name, seed)
-
-    def attach() -> None:
-        for name, layer in layers.items():
-            put_on(layer, feedback[name], next(new for old, new in _CONVERTED.items() if isinstance(layer, old)))
-
-    return attach
-
-
-def put_on(layer: nn.Module, feedback: nn.Module, cls: type) -> None:
-    """Change the layer's class in place and give it its feedback."""
+def put_on(layer: nn.Module, feedback: nn.Module) -> None:
+    """Give the layer its feedback and change its class in place."""
     feedback.train(layer.training)
     feedback.original = type(layer)
     layer.feedback = feedback
-    layer.__class__ = cls
+    classes = getattr(feedback, "classes", _CONVERTED)
+    layer.__class__ = next((new for stock, new in classes.items() if isinstance(layer, stock)), type(layer))
     if hasattr(layer, "install"):
         layer.install()
     watch(layer)
@@ -246,7 +248,7 @@ def revert(net: nn.Module) -> nn.Module:
             f"parametrized after their rule was put on: {', '.join(late)}; remove the parametrizations first "
             f"(torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    tapes = {layer.feedback.tape for layer in layers if hasattr(layer.feedback, "tape")}
+    tapes = _tapes([layer.feedback for layer in layers])
     for layer in layers:
         unwatch(layer)
         if hasattr(layer, "remove"):

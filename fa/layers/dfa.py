@@ -1,14 +1,14 @@
 """Direct feedback alignment: the error at the network's output is sent to every layer at once, through fixed random matrices.
 
-This is the one rule here that is not layer-wise. At each tap the graph is cut; when the output error e arrives, every tap is sent
-B_l e. No error travels down layer by layer, so the backward pass computes no dx at all and is cheaper
-than backprop's. Nothing is replaced by hooks: a scaled loss scales every gradient, and a skip path adds its own error by itself.
+This is the one rule here that is not layer-wise. The graph is cut at every tapped input. Each cut leaves a :class:`Tap`, an expanded
+zero of the output error's shape, and the network's output passes through :class:`Close`, which hands the output error e to every
+tap; a tap sends B_l e to its layer's input. No error travels down layer by layer: the backward pass computes no dx at all and is
+cheaper than backprop's. Autograd delivers e, so that a scaled loss scales every gradient and a skip path adds its own error.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fa.errors import UserError
-from fa.layers.convert import put_on
 from fa.layers.feedback import generator
 from fa.layers.hooks import Converted
 from fa.rules import RULES, Rule, random_mask, rms, uniform
@@ -34,21 +33,27 @@ class DFA(Rule):
     activation and pooling below a tap are exact.
 
     Args:
-        tap: ``"input"`` (default; p3's figures and BioTorch's): the layer's input alone, so that a skip beside it adds its own
-            error. ``"block"``: the activation that enters a block is cut as well, skip and all, so that what arrives is B_l e and
-            no more (ours).
+        tap: ``"input"`` (default; p3's figures and BioTorch's): the layer's input is cut, so that a skip path beside the layer adds
+            its own error. ``"block"``: the input of every block is cut as well, its skip path included, so that B_l e alone
+            arrives there (ours).
         form: ``"kernel"`` (default; p3's figures): a convolution's B_l is (classes, in, kh, kw); e is spread over the output map and
             sent through the transposed convolution with the layer's own geometry. ``"dense"`` (Nokland's): B_l is (classes, in,
-            h, w), one column for each unit; needs ``convert(..., sample=x)``. A linear layer's is (classes, in) in both.
-            ``"shared"`` (Launay et al.'s): as dense, but all are cut from one random matrix (classes, largest input): a layer takes
-            the first columns that it needs, times its own scale.
-        blocks: class names of the modules that ``tap="block"`` cuts (default: those of the ResNets here and in torchvision).
-        classes: length of the output error (default 0: that of the network's last linear or convolutional layer).
-        init: scale of B_l. ``"match"``: the RMS of the layer's own W at conversion; ``"xavier"``: Xavier on B_l's shape (p3's).
-        density: fraction of entries of B_l (of the shared matrix) that exist, without rescaling.
+            h, w), one column for each unit; needs ``convert(..., sample=x)``. A linear layer's B_l is (classes, in) in both.
+            ``"shared"`` (Launay et al.'s): as dense, but all B_l are cut from one random matrix (classes, largest input): a layer
+            takes the first columns that it needs, times its own scale.
+        blocks: class names of the modules that ``tap="block"`` cuts (default: the blocks of the ResNets here and in torchvision).
+        classes: length of the output error (default 0: the outputs of the network's last linear or convolutional layer).
+        init: scale of B_l. ``"match"`` (default, ours): the RMS of the layer's own W at conversion; ``"xavier"``: Xavier on B_l's
+            shape (p3's figures); ``"kaiming"``: torch's default for layers; or a positive number, the standard deviation.
+        density: fraction of entries of B_l (of the shared matrix) that exist, without rescaling (default 1).
 
-    Samples are the first axis of every layer's input, and of the output. Several errors a sample (one a token) go to inputs that have as many.
+    Samples are the first axis of every layer's input, and of the output. A network's output may hold one error a sample, which all
+    tokens of the sample share, or one error a token, for inputs that have as many tokens.
     ``feedback_weight`` raises and ``alignment`` leaves its layers out: no kernel of W's shape exists.
+
+    Raises:
+        UserError: an option that is not known or does not apply.
+
     Source: Nokland 2016 (arXiv 1609.01596); the default form: authors' code of p3 (a fork of BioTorch); shared: after
     Launay et al. 2019 (arXiv 1906.04554) and their TinyDFA; which columns a layer takes and how they are scaled is our reading.
     """
@@ -71,83 +76,154 @@ class DFA(Rule):
         if self.norm != "fixed" or self.clamp_forward:
             raise UserError("dfa has no kernel of W's shape, so norm and clamp_forward do not apply")
 
-    def attach(
+    def draw_feedback(
         self, net: nn.Module, layers: dict[str, nn.Module], sizes: dict[str, Any], seed: int
-    ) -> Callable[[], None]:
-        """Draw B_l for every layer; the function returned puts them in place."""
+    ) -> dict[str, DirectFeedback]:
+        """Layer name -> its feedback; the network is not changed.
+
+        Args:
+            net: the network, whose output error is sent.
+            layers: qualified name -> layer, in order from the input.
+            sizes: qualified name -> sizes of one sample's input and output; may be empty for ``form="kernel"``.
+            seed: of the draws.
+
+        Raises:
+            UserError: sizes are needed and not known; ``tap="block"`` finds no block; a weight is all zeros under ``init="match"``.
+        """
         classes = self.classes or next(reversed(layers.values())).weight.shape[0]
-        tape = Tape(net)
         if self.form != "kernel" and set(layers) - set(sizes):
             raise UserError(
                 f"dfa: form={self.form!r} needs the sizes of the maps; pass a batch of inputs, convert(..., sample=x)"
             )
-        size = {name: None if self.form == "kernel" else sizes[name][0] for name in layers}
+        named = {block.strip() for block in self.blocks.split(",")} if self.tap == "block" else set()
+        blocks = [m for m in net.modules() if type(m).__name__ in named]
+        if named and not blocks:
+            raise UserError(
+                f"dfa: tap='block' found no block of class {self.blocks}; name the network's with blocks='...'"
+            )
+        shapes = {}
+        for name, layer in layers.items():
+            W = layer.weight
+            inputs = W.shape[1] * getattr(layer, "groups", 1)
+            dense = self.form != "kernel" and W.dim() > 2
+            shapes[name] = (classes, *sizes[name][0]) if dense else (classes, inputs, *W.shape[2:])
         shared = None
         if self.form == "shared":
-            gen, exact = generator(seed, "dfa", "shared"), torch.empty(0, dtype=torch.float64)
-            columns = max(size[name].numel() if m.weight.dim() > 2 else m.weight.shape[1] for name, m in layers.items())
-            shared = uniform((classes, columns), 1.0, exact, gen)
-            shared = shared if self.density == 1 else shared * random_mask(shared.shape, self.density, exact, gen)
-        feedback = {
-            name: DirectFeedback(self, m, name, seed, classes, tape, size[name], shared) for name, m in layers.items()
-        }
-        blocks = []
-        if self.tap == "block":
-            named = {b.strip() for b in self.blocks.split(",")}
-            blocks = [m for m in net.modules() if type(m).__name__ in named]
-            if not blocks:
-                raise UserError(
-                    f"dfa: tap='block' found no block of class {self.blocks}; name the network's with blocks='...'"
-                )
+            columns = max(math.prod(shape[1:]) for shape in shapes.values())
+            shared = self._draw((classes, columns), 1.0, torch.empty(0, dtype=torch.float64), seed, "dfa", "shared")
+        tape, feedback = Tape(net, blocks), {}
+        for name, layer in layers.items():
+            W, shape = layer.weight.detach(), shapes[name]
+            std = self._std(layer, classes, name)
+            if shared is None:
+                B = self._draw(shape, std, W, seed, name)
+            else:
+                B = (std * shared[:, : math.prod(shape[1:])]).view(shape).to(W)
+            feedback[name] = DirectFeedback(self, name, B, tape)
+        return feedback
 
-        def attach() -> None:
-            for name, layer in layers.items():
-                put_on(
-                    layer,
-                    feedback[name],
-                    next((new for old, new in _DIRECT.items() if isinstance(layer, old)), type(layer)),
-                )
-            tape.put_on()
-            for block in blocks:
-                first = next(m for m in block.modules() if isinstance(m, Converted))
-                tape.handles.append(block.register_forward_pre_hook(BlockTap(first)))
+    def _draw(self, shape: tuple[int, ...], std: float, like: Tensor, seed: int, *labels: str) -> Tensor:
+        gen = generator(seed, *labels)
+        B = uniform(shape, std, like, gen)
+        return B if self.density == 1 else B * random_mask(shape, self.density, like, gen)
 
-        return attach
+    def _std(self, layer: nn.Module, classes: int, name: str) -> float:
+        """Standard deviation of B_l that option ``init`` asks for."""
+        W = layer.weight.detach()  # (out, in / groups, *kernel)
+        inputs, receptive = W.shape[1] * getattr(layer, "groups", 1), W[0, 0].numel()
+        match self.init:
+            case "match":
+                return self.nonzero(rms(W), "init", name)
+            case "xavier":
+                return math.sqrt(2 / ((classes + inputs) * receptive))
+            case "kaiming":
+                return math.sqrt(1 / (3 * inputs * receptive))
+        return float(self.init)
 
 
-class BlockTap:
-    """Cut the graph at a block's input, its skip path included, with the B of the block's first layer."""
+# ------------------------------------------------------------------------------------------ the cut graph
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
+Spread = tuple[Tensor, Tensor | None, Tensor | None]
+"""What sends an error to a tap: S (classes, in, ...) and, for a map, two index vectors. Positions inside a map are alike, so that
+S holds each distinct row and column of the map once; the vectors say which of S's rows (h,) and columns (w,) each of the map's is."""
 
-    def __call__(self, block: nn.Module, args: tuple) -> tuple:
-        """A forward pre-hook."""
-        fb = getattr(self.layer, "feedback", None)
-        return (
-            (fb.tap(args[0], self.layer), *args[1:]) if isinstance(fb, DirectFeedback) else args
-        )  # else it has another rule by now
+
+def send(e: Tensor, spread: Spread, shape: torch.Size) -> Tensor:
+    """e S: the error that a tap gets, in the memory format of S.
+
+    Args:
+        e: output error (..., classes): one a row of the input, or one a sample, (n, classes), which the sample's tokens share.
+        spread: see :data:`Spread`.
+        shape: shape of the tapped input, and of the result.
+    """
+    S, rows, columns = spread
+    if rows is None:
+        d = e @ S.flatten(1).to(e.dtype)  # (..., classes) (classes, in) -> (..., in)
+        if S.dim() == 2 and d.dim() < len(shape):  # (n, in) -> (n, tokens, in)
+            d = d.view(shape[0], *[1] * (len(shape) - 2), shape[-1]).expand(shape)
+        return d.reshape(shape)
+    last = not S.is_contiguous()
+    S = S.permute(0, 2, 3, 1) if last else S  # (classes, rows, columns, in) in channels_last
+    d = (e @ S.flatten(1).to(e.dtype)).view(*e.shape[:-1], *S.shape[1:])  # (n, in, rows, columns)
+    if last:
+        return d.index_select(-2, columns).index_select(-3, rows).movedim(-1, -3)  # (n, h, w, in) -> (n, in, h, w)
+    return d.index_select(-1, columns).index_select(-2, rows)  # (n, in, h, w)
+
+
+class Tap(torch.autograd.Function):
+    """Zeros of the output error's shape, which take no memory. Their gradient is the error e, and the gradient of ``x`` is e S.
+
+    Nothing is saved for the backward pass, so that the second pass of a gradient checkpoint, which taps nothing, saves the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leading: int, spread: Spread) -> Tensor:
+        ctx.shape, ctx.spread = x.shape, spread
+        return x.new_zeros(()).expand(*x.shape[:leading], spread[0].shape[0])  # (n, classes) or (n, tokens, classes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
+        return send(e, ctx.spread, ctx.shape), None, None  # e (..., classes) -> shape of x
+
+
+class Close(torch.autograd.Function):
+    """Identity on the network's output (..., classes); every tap, of the output's shape, gets the output's error too."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *taps: Tensor) -> Tensor:
+        ctx.taps = len(taps)
+        return out.detach()  # no view, so that the output may be changed in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor, ...]:
+        return e, *[e] * ctx.taps
 
 
 class Tape:
-    """What one forward pass of a network tapped, and the pass itself: it takes the place of the network's ``forward``.
+    """The taps of one forward pass. Its :meth:`forward` takes the place of the network's ``forward``.
 
-    (Hooks at its two ends would be compiled one by one, each a graph that hands all errors to the next.)
+    Hooks at the network's two ends would be compiled one by one, each a graph of its own. A tap is made where its input is, so
+    that the backward pass comes to it there and one B_l e lives at a time.
 
-    Every tap hands the output a scalar of no value. Its gradient, which the output error brings, says that the error is known; each
-    tap then makes its own B_l e when the backward pass comes to it, so that one at a time is held. In a compiled pass, which
-    can read nothing but tensors, the output holds the taps themselves and hands out all errors at once; the compiler orders them.
+    Args:
+        net: the network, whose output error is sent.
+        blocks: modules whose input is cut as well, with B_l of the block's first layer (``tap="block"``).
     """
 
-    def __init__(self, net: nn.Module) -> None:
-        self.net, self.own = net, None
+    def __init__(self, net: nn.Module, blocks: list[nn.Module]) -> None:
+        self.net, self.blocks, self.own = net, blocks, None
         self.handles: list[Any] = []
-        self.open(recording=False)
+        self.taps: list[list[Tensor]] | None = None  # None: no pass is under way
 
     def put_on(self) -> None:
-        """Stand between the network and its ``forward``."""
+        """Stand between the network, whose layers are converted by now, and its ``forward``."""
         self.own = vars(self.net).get("forward")  # one that somebody set on this network alone
         self.net.forward = self.forward
+        for block in self.blocks:
+            first = next(m for m in block.modules() if isinstance(m, Converted))
+            self.handles.append(block.register_forward_pre_hook(BlockTap(first)))
 
     def remove(self) -> None:
         """Step aside, unless somebody has set another ``forward`` since, which calls this one."""
@@ -159,199 +235,122 @@ class Tape:
             handle.remove()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's forward pass."""
-        self.recording = True
+        """The network's forward pass.
+
+        Raises:
+            UserError: the output is not one tensor, or its last axis has not ``classes`` entries.
+            RuntimeError: the output has neither one error a sample nor one error a row of a tapped input.
+        """
+        self.taps = []
         try:
             return self.close(
                 self.own(*args, **kwargs) if self.own else type(self.net).forward(self.net, *args, **kwargs)
             )
-        finally:  # also of a pass that failed, or that a checkpoint ran again only as far as it had to
-            self.open(recording=False)
-
-    def open(self, recording: bool = True) -> None:
-        """Start a pass, or forget what the last one left."""
-        self.recording = recording
-        self.error = Error()
-        self.classes = 0
-        self.calls: list[Tensor] = []  # of taps in eager code
-        self.taps: list[Tensor] = []  # in compiled code, beside what spreads the error over each
-        self.spreads: list[Spread] = []
+        finally:  # a pass that failed, or that a checkpoint ran only in part, leaves nothing behind
+            self.taps = None
 
     def add(self, x: Tensor, spread: Spread) -> None:
-        """Tap ``x``: its gradient will be the output error, spread."""
-        self.classes = spread[0].shape[0]
-        if torch.compiler.is_compiling():
-            self.taps.append(_Mark.apply(x))
-            self.spreads.append(spread)
-        else:
-            self.calls.append(_Tap.apply(x, spread, self.error))
+        """Tap ``x``: its gradient will be the output error, spread.
+
+        Whether the output holds an error a row or an error a sample shows at the end of the pass; both are tapped where they differ.
+        """
+        rows = x.dim() - spread[0].dim() + 1  # leading axes: x (*rows, in) or (*rows, in, h, w)
+        self.taps.append([Tap.apply(x, leading, spread) for leading in ((rows,) if rows < 2 else (rows, 1))])
 
     def close(self, out: Any) -> Any:
-        """End a pass: the output error will go to every tap."""
-        calls, taps, spreads = self.calls, self.taps, self.spreads
-        if not (calls or taps):
+        """The network's output (..., classes), whose error will go to every tap."""
+        if not self.taps:
             return out
         if not isinstance(out, Tensor):
             raise UserError(f"dfa needs a network whose output is one tensor, not {type(out).__name__}")
-        if out.shape[-1] != self.classes:
-            raise UserError(f"dfa: the output's last axis has {out.shape[-1]} entries, its feedback {self.classes}; "
-                            f"convert(..., classes={out.shape[-1]})")  # fmt: skip
-        if taps:
-            out = _Broadcast.apply(out, len(taps), *taps, *(part for spread in spreads for part in spread))
-        return _Announce.apply(out, self.error, *calls) if calls else out
-
-
-class Error:
-    """The output error e of one backward pass, for the taps of the forward pass before."""
-
-    e: Tensor | None = None
-
-
-Spread = tuple[Tensor, Tensor | None, Tensor | None]
-"""What sends an error to a tap: S (classes, ...), and, where S holds each pattern of a map's rows and columns once, which pattern
-the rows and the columns have. Inside a map all positions are alike, so that S is hardly larger than B."""
-
-
-def send(e: Tensor, spread: Spread, shape: torch.Size) -> Tensor:
-    """e S for a tap of that shape, in the memory format of S; tokens share the error of their sample."""
-    S, rows, columns = spread
-    if rows is None:
-        d = e @ S.flatten(1).to(e.dtype)
-        if S.dim() == 2 and d.dim() == len(shape) and d.shape != shape:
-            raise RuntimeError(
-                f"dfa: an output of shape {tuple(e.shape)} has no error for each row of an input of shape {tuple(shape)}"
+        classes, found = self.taps[0][0].shape[-1], out.shape[-1]
+        if found != classes:
+            raise UserError(
+                f"dfa: the output's last axis has {found} entries, its feedback {classes}; convert(..., classes={found})"
             )
-        if S.dim() == 2 and d.dim() < len(shape):
-            d = d.reshape(shape[0], *[1] * (len(shape) - 2), shape[-1]).expand(shape)
-        return d.reshape(shape)
-    last = not S.is_contiguous()
-    S = S.permute(0, 2, 3, 1) if last else S
-    d = (e @ S.flatten(1).to(e.dtype)).view(*e.shape[:-1], *S.shape[1:])
-    if last:
-        return d.index_select(-2, columns).index_select(-3, rows).movedim(-1, -3)
-    return d.index_select(-1, columns).index_select(-2, rows)
+        chosen = []
+        for tap in self.taps:
+            fitting = [zeros for zeros in tap if zeros.shape == out.shape]
+            if not fitting:
+                raise RuntimeError(
+                    f"dfa: an output of shape {tuple(out.shape)} has no error for each row of a layer's input, whose leading "
+                    f"axes are {tuple(tap[0].shape[:-1])}"
+                )
+            chosen.append(fitting[0])
+        return Close.apply(out, *chosen)
 
 
-class _Tap(torch.autograd.Function):
-    """A scalar made of a tap; backward sends the tap its error."""
+class BlockTap:
+    """Cut the graph at a block's input, its skip path included, with the B of the block's first layer."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, spread: Spread, error: Error) -> Tensor:
-        ctx.shape, ctx.spread, ctx.error = (
-            x.shape,
-            spread,
-            error,
-        )  # nothing saved: a checkpoint that runs this again finds nothing amiss
-        return x.new_zeros(())
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return send(ctx.error.e, ctx.spread, ctx.shape), None, None
+    def __call__(self, block: nn.Module, args: tuple) -> tuple:
+        """A forward pre-hook."""
+        fb = getattr(self.layer, "feedback", None)
+        if not isinstance(fb, DirectFeedback):  # the layer has another rule by now
+            return args
+        return fb.tap(args[0], self.layer), *args[1:]
 
 
-class _Mark(torch.autograd.Function):
-    """Identity: what a compiled pass taps, a gradient for each layer that reads a tensor, whatever becomes of the tensor in place."""
+def run_again() -> bool:
+    """Whether a gradient checkpoint of the non-reentrant kind runs this part of a pass again.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> Tensor:
-        return d
-
-
-class _Announce(torch.autograd.Function):
-    """Identity on the output; backward keeps the error where the taps find it, and calls them."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, error: Error, *taps: Tensor) -> Tensor:
-        ctx.error = error
-        ctx.calls = [t.new_zeros(()) for t in taps]
-        return out.detach()  # no view, so that it may be changed in place
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.error.e = e
-        return e, None, *ctx.calls
+    It does so under hooks for saved tensors, which a pass outside the converted network otherwise has not. The reentrant kind has
+    no hooks, and is refused.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("dfa: hooks for saved tensors are in use"):
+            return False
+    except RuntimeError:
+        return True
 
 
-class _Broadcast(torch.autograd.Function):
-    """Identity on the output; backward also sends every tap its error."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, n: int, *taps: Tensor | None) -> Tensor:
-        ctx.shapes = [x.shape for x in taps[:n]]
-        ctx.save_for_backward(*taps[n:])
-        return out.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
-        parts = iter(ctx.saved_tensors)
-        sent = [send(e, spread, shape) for shape, spread in zip(ctx.shapes, zip(parts, parts, parts))]
-        return e, None, *sent, *(None for _ in ctx.saved_tensors)
-
-
-def rerun() -> bool:
-    """Whether a gradient checkpoint runs this part of a pass again. One of the reentrant kind cannot be told, and is refused."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and "_recomputation_hook" in hooks[0].__qualname__
+# ------------------------------------------------------------------------------------------ layers
 
 
 class DirectFeedback(nn.Module):
-    """What a layer under DFA keeps beside its own parameters: its B and the network's tape."""
+    """What a layer under DFA keeps: ``layer.feedback``.
 
-    def __init__(
-        self, rule: DFA, layer: nn.Module, name: str, seed: int, classes: int, tape: Tape,
-        size: torch.Size | None = None, shared: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    Args:
+        rule: the rule.
+        name: qualified name of the layer.
+        B: fixed random matrix (classes, in), kernel (classes, in, kh, kw), or one column for each unit (classes, in, h, w).
+        tape: the network's.
+    """
+
+    def __init__(self, rule: DFA, name: str, B: Tensor, tape: Tape) -> None:
         super().__init__()
         self.rule, self.layer_name, self.tape = rule, name, tape
-        W = layer.weight.detach()
-        inputs = W.shape[1] * getattr(layer, "groups", 1)
-        receptive = W[0, 0].numel()
-        shape = (
-            (classes, inputs, *W.shape[2:]) if size is None else (classes, *size) if W.dim() > 2 else (classes, inputs)
-        )
-        match rule.init:
-            case "match":
-                std = rule.nonzero(rms(W), "init", name)
-            case "xavier":
-                std = math.sqrt(2 / ((classes + inputs) * receptive))
-            case "kaiming":
-                std = math.sqrt(1 / (3 * inputs * receptive))
-            case number:
-                std = float(number)
-        if shared is not None:
-            B = (std * shared[:, : math.prod(shape[1:])]).view(shape).to(W)
-        else:
-            gen = generator(seed, name)
-            B = uniform(shape, std, W, gen)
-            B = B if rule.density == 1 else B * random_mask(shape, rule.density, W, gen)
         self.register_buffer("B", B)
         self.use_backprop = False
         self.backward_ran = self.traced = False
         self._spread: dict[tuple[int, int, bool], Spread] = {}
 
     def tap(self, x: Tensor, layer: nn.Module | None = None) -> Tensor:
-        """Cut the graph at the layer's input, to be handed B e when the output error is known."""
-        self.traced = True  # seen by its own forward
+        """``x`` cut from the graph below it, which will get B_l e when the output error is known.
+
+        Args:
+            x: the layer's input (..., in) or (n, in, h, w).
+            layer: the layer, for the geometry of a convolution.
+
+        Raises:
+            RuntimeError: the layer was called by itself, or by a reentrant gradient checkpoint.
+        """
+        self.traced = True  # the layer's own forward ran: the check of its weight (hooks.watch) has nothing to find
         if self.bypassed():
             return x
-        if not self.tape.recording:
-            if rerun():
-                return x.detach()  # for what a checkpoint did not keep; its taps are in the graph already
+        if self.tape.taps is None:
+            if run_again():
+                return x.detach()  # the first pass has tapped x
             raise RuntimeError(
                 f"layer {self.layer_name!r} is under dfa: call the whole network that was converted, not a part of it; gradient "
                 "checkpointing works with use_reentrant=False"
             )
         if x.requires_grad:
-            spread = isinstance(layer, nn.Conv2d) and self.rule.form == "kernel"
-            self.tape.add(x, self.spread(layer, x) if spread else (self.B, None, None))
+            kernel = isinstance(layer, nn.Conv2d) and self.rule.form == "kernel"
+            self.tape.add(x, self.spread(layer, x) if kernel else (self.B, None, None))
         return x.detach()
 
     def bypassed(self) -> bool:
@@ -359,23 +358,23 @@ class DirectFeedback(nn.Module):
         return self.use_backprop or not torch.is_grad_enabled()
 
     def forward(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """A tapped linear layer whose weight another module owns (see fa.attention)."""
+        """A linear layer whose weight another module owns (:mod:`fa.layers.attention`); x (..., in) -> (..., out)."""
         return F.linear(self.tap(x), W, b)
 
     def spread(self, layer: nn.Conv2d, x: Tensor) -> Spread:
-        """Where a unit error of each class goes, S (classes, in, rows, columns), made once for each input size and memory format.
+        """Where an error of each class goes, made once for each input size and memory format.
 
-        An error that is the same everywhere on the output map arrives at a position through all entries of B that see it.
+        An error that is the same everywhere on the output map reaches a position of the input through all entries of B that cover it.
         """
         key = (*x.shape[-2:], torch.compiler.is_compiling() or not x.is_contiguous())
         if key not in self._spread:
             left, right, top, bottom = layer._reversed_padding_repeated_twice
             axes = zip(x.shape[-2:], ((top, bottom), (left, right)), self.B.shape[2:], layer.stride, layer.dilation)
-            seen, which = zip(*(patterns(*axis) for axis in axes))
-            through = (torch.tensor(entries, dtype=self.B.dtype, device=x.device) for entries in seen)
-            S = torch.einsum("cihw,rh,qw->cirq", self.B, *through)
+            covered, indices = zip(*(patterns(*axis) for axis in axes))
+            by_row, by_column = (torch.tensor(c, dtype=self.B.dtype, device=x.device) for c in covered)  # (rows, kh), (columns, kw)
+            S = torch.einsum("cihw,rh,qw->cirq", self.B, by_row, by_column)  # (classes, in, rows, columns)
             S = S.contiguous(memory_format=torch.channels_last if key[-1] else torch.contiguous_format)
-            self._spread[key] = S, *(torch.tensor(indices, device=x.device) for indices in which)
+            self._spread[key] = S, *(torch.tensor(index, device=x.device) for index in indices)  # (h,), (w,)
         return self._spread[key]
 
     def _apply(self, fn: Any, recurse: bool = True) -> DirectFeedback:
@@ -415,5 +414,5 @@ class DirectConv2d(Converted, nn.Conv2d):
         return super().forward(self.feedback.tap(x, self))
 
 
-_DIRECT = {nn.Linear: DirectLinear, nn.Conv2d: DirectConv2d}
+DirectFeedback.classes = {nn.Linear: DirectLinear, nn.Conv2d: DirectConv2d}
 RULES["dfa"] = DFA
