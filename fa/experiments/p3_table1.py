@@ -24,11 +24,11 @@ from fa.experiments import p3_fig2
 from fa.experiments.experiment import Experiment
 from fa.layers.feedback import generator
 from fa.layers.hooks import converted
-from fa.metrics import symmetry
-from fa.probes import noise_passes, reads, reciprocal
+from fa.metrics import linear_layers
+from fa.probes import noise_passes, reads, reciprocal, symmetry
 from fa.train import data
 from fa.train.config import Config, identity
-from fa.train.loop import seed_network, train, weighted
+from fa.train.loop import seed_network, train
 
 RULES = ("bp", "fa", "dfa", "usf", "kp", "wm", "pfa", "pfa_o")
 
@@ -101,7 +101,7 @@ def run(
 
 
 def mirrored(config: Config, net: nn.Module, epoch: int) -> list[list[Any]]:
-    """Rows of :func:`fa.metrics.symmetry` before and after training: ``B_match``, ``R_mixed``, ..., and ``B_excess``
+    """Rows of :func:`fa.probes.symmetry` before and after training: ``B_match``, ``R_mixed``, ..., and ``B_excess``
     = match - mixed."""
     if epoch not in (0, config.epochs) or not converted(net):
         return []
@@ -121,12 +121,12 @@ def explicit(config: Config, net: nn.Module) -> nn.Module:
     """
     if not config.rule_options.get("implicit"):
         return net
-    layers = weighted(net)
+    layers = linear_layers(net)
     shape, classes = (next(iter(layers.values())).in_features,), list(layers.values())[-1].out_features
     plain = " ".join(word for word in config.options.split() if not word.startswith("implicit="))
     twin = seed_network(replace(config, options=plain), shape, classes).double()
     with torch.no_grad():
-        for name, layer in weighted(twin).items():
+        for name, layer in linear_layers(twin).items():
             fb, W = layer.feedback, layers[name].weight.double().cpu()
             fb.R.copy_(fb.B.T @ W + layers[name].feedback.c.double().cpu() * (fb.R - fb.B.T @ layer.weight))
             layer.weight.copy_(W)
@@ -160,7 +160,7 @@ def probed(net: nn.Module, x: Tensor, y: Tensor, seed: int) -> list[tuple[str, i
     :func:`fa.probes.reciprocal` (``W_`` where the feedback is made of W), ``noise_passes`` that of
     :func:`fa.probes.noise_passes`.
     """
-    layers, kept, handles = weighted(net), {}, []
+    layers, kept, handles = linear_layers(net), {}, []
     for name, layer in layers.items():
 
         def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
