@@ -59,7 +59,11 @@ def feedback_weight(layer: nn.Module) -> Tensor:
     """
     feedback = getattr(layer, "feedback", None)
     if not isinstance(feedback, Feedback):
-        why = "is under dfa, which has no kernel of its weight's shape" if feedback else "has no feedback; convert it first"
+        why = (
+            "is under dfa, which has no kernel of its weight's shape"
+            if feedback
+            else "has no feedback; convert it first"
+        )
         raise UserError(f"{type(layer).__name__} {why}")
     with torch.no_grad():
         return feedback.kernel(layer.weight).detach()
@@ -78,7 +82,9 @@ def alignment(net: nn.Module) -> pd.DataFrame:
     """
     layers, rows = converted(net), []
     if not layers:
-        raise UserError("no layer of this network has a rule, so there is no feedback to measure: call fa.convert first")
+        raise UserError(
+            "no layer of this network has a rule, so there is no feedback to measure: call fa.convert first"
+        )
     for depth, (name, layer) in enumerate(layers.items(), 1):
         if not isinstance(layer.feedback, Feedback):
             continue

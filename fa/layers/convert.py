@@ -1,4 +1,4 @@
-"""Put a learning rule on a network: ``convert``, and what becomes of its layers.
+"""Put a learning rule on a network: ``convert``, and the classes of converted layers.
 
 Conversion changes a layer's class in place and adds one submodule, ``layer.feedback``, that holds the rule and its tensors. The
 parameters, their names, hooks, device, dtype and mode stay; an optimizer made before still holds the live weights.
@@ -21,6 +21,10 @@ from fa.layers.hooks import Converted, converted, unwatch, watch
 from fa.rules import Rule
 
 
+Sizes = tuple[torch.Size, torch.Size]
+"""Sizes of one sample's input and output of a layer."""
+
+
 class FeedbackLinear(Converted, nn.Linear):
     """``nn.Linear`` whose error goes down through ``self.feedback``; made by :func:`convert`, never constructed."""
 
@@ -35,11 +39,11 @@ class FeedbackConv2d(Converted, nn.Conv2d):
     """``nn.Conv2d`` whose error goes down through ``self.feedback``; made by :func:`convert`, never constructed."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Shapes: x (n, in, h, w) or (in, h, w), as ``nn.Conv2d``."""
+        """Shapes: x (n, in, h, w) or (in, h, w) -> (n, out, h', w') or (out, h', w'), as ``nn.Conv2d``."""
         if self.feedback.bypassed():
             return super()._conv_forward(x, weight, bias)
         pad = _explicit_padding(self)
-        if pad:  # an ordinary operation before the layer's linear map; autograd sends the error through it exactly
+        if pad:  # an ordinary operation before the layer's linear map; autograd carries the error through it exactly
             x = F.pad(x, pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         if x.dim() == 3:
             return self.feedback.forward(x.unsqueeze(0), weight, bias).squeeze(0)
@@ -47,13 +51,14 @@ class FeedbackConv2d(Converted, nn.Conv2d):
 
 
 def _explicit_padding(layer: nn.Conv2d) -> list[int]:
-    """Padding to apply before the convolution: that of a padding mode, or "same" where its two sides differ; else []."""
+    """Padding to apply before the convolution, (left, right, top, bottom): of a padding mode other than zeros, or of "same"
+    if its two sides differ; else []."""
     sides = layer._reversed_padding_repeated_twice
     uneven = isinstance(layer.padding, str) and sides[0::2] != sides[1::2]
     return sides if layer.padding_mode != "zeros" or uneven else []
 
 
-def _linear_map(layer: nn.Module, sizes: tuple[torch.Size, torch.Size] | None = None) -> LinearMap | ConvMap:
+def _linear_map(layer: nn.Module, sizes: Sizes | None = None) -> LinearMap | ConvMap:
     if not isinstance(layer, nn.Conv2d):
         return LinearMap(sizes=sizes)
     if _explicit_padding(layer):
@@ -72,24 +77,29 @@ _CONVERTED: dict[type, type] = {
     nn.Conv2d: FeedbackConv2d,
 }
 
-_REFUSED = (  # layers with a matrix that errors pass through, for which there is no feedback here
+_REFUSED = (  # layers whose matrix carries errors, and for which there is no feedback here
     nn.modules.conv._ConvNd,
     nn.Bilinear,
     nn.RNNBase,
     nn.RNNCellBase,
     nn.modules.lazy.LazyModuleMixin,
 )
-_REFUSED_NAMES = (  # torchvision's: Swin reads its layers' weights itself, a deformable convolution is none of torch's
-    "ShiftedWindowAttention", "ShiftedWindowAttentionV2", "DeformConv2d"
-)  # fmt: skip
+# torchvision's: Swin's attention reads its layers' weights itself; a deformable convolution is not torch's nn.Conv2d
+_REFUSED_NAMES = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2", "DeformConv2d")
 
 
-def _targets(net: nn.Module, skip: str | Iterable[str]) -> dict[str, nn.Module]:
-    """The layers to convert; raises for what cannot be, all at once."""
+def _targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[type]) -> dict[str, nn.Module]:
+    """Qualified name -> layer to convert, in order from the input.
+
+    Raises:
+        UserError: names every layer that cannot be converted, and why.
+    """
     skip = {skip} if isinstance(skip, str) else set(skip)
-    names = {name for name, _ in net.named_modules()}
-    if unknown := skip - names:
+    as_base = {as_base} if isinstance(as_base, type) else set(as_base)
+    if unknown := skip - {name for name, _ in net.named_modules()}:
         raise UserError(f"skip names no module: {', '.join(sorted(unknown))}")
+    if wrong := [c for c in as_base if not (isinstance(c, type) and issubclass(c, tuple(_CONVERTED)))]:
+        raise UserError(f"treat_as_base takes subclasses of nn.Linear and nn.Conv2d, not {wrong[0]!r}")
     holders: dict[int, list[str]] = {}
     for name, module in net.named_modules():
         for p in module.parameters(recurse=False):
@@ -116,10 +126,13 @@ def _targets(net: nn.Module, skip: str | Iterable[str]) -> dict[str, nn.Module]:
             continue
         if name in found:  # the output projection of an attention
             continue
+        base = nn.Conv2d if isinstance(m, nn.Conv2d) else nn.Linear
         if isinstance(m, nn.modules.lazy.LazyModuleMixin):
             problems.append(f"{name} (lazy: run the network once first)")
-        elif type(m) not in _CONVERTED and not isinstance(m, Converted):
-            problems.append(f"{name} ({type(m).__name__}: a subclass with behaviour of its own)")
+        elif type(m) not in {base} | as_base and not isinstance(m, Converted):
+            cls = type(m).__name__
+            problems.append(f"{name} ({cls}: a subclass of nn.{base.__name__}; if it computes what its base class computes, "
+                            f"convert with treat_as_base={cls})")  # fmt: skip
         elif not isinstance(m._parameters.get("weight"), nn.Parameter):
             problems.append(f"{name} (its weight is computed from other parameters)")
         elif m.weight.is_complex():
@@ -141,6 +154,7 @@ def convert(
     *,
     seed: int = 0,
     skip: str | Iterable[str] = (),
+    treat_as_base: type | Iterable[type] = (),
     sample: Tensor | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -154,21 +168,26 @@ def convert(
         rule: a name of :data:`fa.RULES`, or a rule object.
         seed: of the feedback's random draws (default 0). Every layer draws from a generator of its own, made of this seed and
             the layer's name; the global generator is not touched.
-        skip: qualified names of modules (or one name) that stay plain backprop, with all that is inside them.
+        skip: qualified names of modules (or one name) that stay plain backprop, with all modules inside them (default none).
+        treat_as_base: subclasses of ``nn.Linear`` and ``nn.Conv2d`` (or one) that compute what their base class computes, and so
+            may be converted as their base, e.g. ``timm.layers.Linear`` (default none; a subclass is refused).
         sample: a batch of inputs (n, ...), for rules that need the sizes of the maps (``form="dense"``): the network is run on it
-            once, in eval mode. Default None.
+            once, in eval mode (default None).
         options: the rule's own, e.g. ``expansion=10`` for ``pfa``.
 
     Raises:
-        UserError: unknown rule or option; a layer that cannot be converted, by name (tied or computed weights, subclasses,
-            transposed, recurrent, complex and lazy layers); learned feedback within ``DistributedDataParallel``; a parametrization
-            (``torch.nn.utils.parametrize``) that came after an earlier rule. Nothing is changed then.
+        UserError: ``net`` is no module; unknown rule or option; a layer that cannot be converted, by name (tied or computed
+            weights, subclasses, transposed, recurrent, complex and lazy layers); learned feedback within
+            ``DistributedDataParallel``; a parametrization (``torch.nn.utils.parametrize``) that came after an earlier rule.
+            Nothing is changed then.
 
     Example:
         >>> net = fa.convert(torch.nn.Linear(4, 2), "fa", seed=1)
         >>> fa.feedback_weight(net).shape
         torch.Size([2, 4])
     """
+    if not isinstance(net, nn.Module):
+        raise UserError(f"convert takes a torch.nn.Module, not a {type(net).__name__}")
     r = rules.rule(rule, **options) if isinstance(rule, str) else rule
     if not isinstance(r, Rule):
         raise UserError(f"rule must be a name of fa.RULES or a fa.Rule, not {type(rule).__name__}")
@@ -178,10 +197,12 @@ def convert(
         raise UserError(
             "DistributedDataParallel averages the parameters it was given: convert the network first, then wrap it"
         )
-    layers = _targets(net, skip)
+    layers = _targets(net, skip, treat_as_base)
     sizes = {} if sample is None else _sizes(net, sample)
     # all feedback is drawn before anything is changed
-    feedback = r.draw_feedback(net, layers, sizes, seed) if hasattr(r, "draw_feedback") else _draw(r, layers, sizes, seed)
+    feedback = (
+        r.draw_feedback(net, layers, sizes, seed) if hasattr(r, "draw_feedback") else _draw(r, layers, sizes, seed)
+    )
     revert(net)
     for name, layer in layers.items():
         put_on(layer, feedback[name])
@@ -190,9 +211,7 @@ def convert(
     return net
 
 
-def _draw(
-    rule: Rule, layers: dict[str, nn.Module], sizes: dict[str, tuple[torch.Size, torch.Size]], seed: int
-) -> dict[str, Feedback]:
+def _draw(rule: Rule, layers: dict[str, nn.Module], sizes: dict[str, Sizes], seed: int) -> dict[str, Feedback]:
     """Layer name -> its feedback, under a layer-wise rule."""
     feedback = {}
     for i, (name, layer) in enumerate(layers.items()):
@@ -208,14 +227,14 @@ def _tapes(feedback: Iterable[nn.Module]) -> set[Any]:
 
 
 @torch.no_grad()
-def _sizes(net: nn.Module, sample: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """Layer -> sizes of one sample's input and output, from one pass in eval mode."""
+def _sizes(net: nn.Module, sample: Tensor) -> dict[str, Sizes]:
+    """Qualified name of a layer -> sizes of one sample's input and output, from one pass in eval mode."""
     sizes, handles, modes = {}, [], {m: m.training for m in net.modules()}
     for name, m in net.named_modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
 
             def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
-                sizes[name] = args[0].shape[1:], out.shape[1:]  # fmt: skip
+                sizes[name] = args[0].shape[1:], out.shape[1:]
 
             handles.append(m.register_forward_hook(keep))
     try:
@@ -241,11 +260,15 @@ def put_on(layer: nn.Module, feedback: nn.Module) -> None:
 
 
 def revert(net: nn.Module) -> nn.Module:
-    """Take every rule off the network, in place; returns it. The same as ``convert(net, "bp")``."""
+    """Take every rule off the network, in place; returns the network. The same as ``convert(net, "bp")``.
+
+    Raises:
+        UserError: a layer was parametrized after its rule was put on.
+    """
     layers = converted(net).values()
     if late := [layer.feedback.layer_name for layer in layers if hasattr(layer, "parametrizations")]:
         raise UserError(
-            f"parametrized after their rule was put on: {', '.join(late)}; remove the parametrizations first "
+            f"layers {', '.join(late)} were parametrized after fa.convert; remove the parametrizations first "
             f"(torch.nn.utils.parametrize.remove_parametrizations)"
         )
     tapes = _tapes([layer.feedback for layer in layers])
@@ -257,7 +280,7 @@ def revert(net: nn.Module) -> nn.Module:
         del layer.feedback
     for tape in tapes:
         if not any(getattr(layer.feedback, "tape", None) is tape for layer in converted(tape.net).values()):
-            tape.remove()  # else the rest of a network of which ``net`` is a part stays under its rule
+            tape.remove()  # the tape stays while another part of its network is under direct feedback
     return net
 
 
@@ -269,20 +292,20 @@ def feedback_parameters(net: nn.Module) -> list[nn.Parameter]:
 def param_groups(
     net: nn.Module, lr: float, weight_decay: float = 0.0, feedback_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups with each rule's right defaults.
+    """Parameter groups with the weight decay that each rule needs.
 
-    Feedback that follows W's own update (kp, pfa, pfa_o) shares its learning rate and decay: the mismatch vanishes only if both
-    decay alike. Rules whose gradient holds a decay of its own (wm, ia, sa, aa) get none from the optimizer, which would shift
-    their fixed point.
+    Feedback that follows W's own update (kp, pfa, pfa_o) shares W's learning rate and decay: the mismatch vanishes only if both
+    decay alike. Feedback whose gradient holds a decay of its own (wm, ia, sa, aa) gets none from the optimizer, because a second
+    decay would shift the rule's fixed point.
 
     Args:
         net: a network, converted or not.
-        lr: learning rate of everything, or of all but own-decay feedback if ``feedback_lr`` is given.
-        weight_decay: of everything but own-decay feedback (default 0, as ``torch.optim.SGD``).
+        lr: learning rate of all parameters, or of all but own-decay feedback if ``feedback_lr`` is given.
+        weight_decay: weight decay of all parameters but own-decay feedback (default 0, ``torch.optim.SGD``'s).
         feedback_lr: learning rate of own-decay feedback (default: ``lr``).
 
     Returns:
-        One group, or two where there is own-decay feedback; ``own_decay`` in a group says which it is, for schedules of the decay.
+        One group, or two if there is own-decay feedback; the key ``own_decay`` of a group tells them apart, for schedules.
     """
     own = {id(p) for m in converted(net).values() if m.feedback.rule.own_decay for p in m.feedback.parameters()}
     shared = [p for p in net.parameters() if id(p) not in own]

@@ -17,7 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from fa.layers.feedback import Feedback
 
-_watches: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # layer -> handle of its weight's hook
+_watches: weakref.WeakKeyDictionary[nn.Module, Any] = (
+    weakref.WeakKeyDictionary()
+)  # layer -> handle of its weight's hook
 _unheld: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose learned feedback no optimizer has stepped yet
 _stepping: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose rule acts after every step
 _hooks: list[Any] = []
