@@ -1,8 +1,8 @@
 """Measures of alignment: of weights, of the error one layer sends down, and of the whole network's gradients.
 
-Three angles share a name in the literature and are kept apart here: between W and its feedback (*weight* or *path* angle);
-between the errors that the two send down from the *same* error above (*local*); and between what a layer gets under the rule
-and under exact backprop of the whole network (*global*).
+Three angles share a name in the literature and are kept apart here: between W and its feedback (*weight* or *path*
+angle); between the errors that the two send down from the *same* error above (*local*); and between what a layer gets
+under the rule and under exact backprop of the whole network (*global*).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _table(rows: list[dict[str, object]], columns: list[str]) -> pd.DataFrame:
 
 
 def feedback_weight(layer: nn.Module) -> Tensor:
-    """The effective kernel that carries the error through a converted layer, of the shape of ``layer.weight``; detached.
+    """The effective kernel that carries the error through a converted layer: the shape of ``layer.weight``, detached.
 
     Raises:
         UserError: a layer that is not converted, or is under dfa, which has no kernel of W's shape.
@@ -73,9 +73,10 @@ def alignment(net: nn.Module) -> pd.DataFrame:
     """How the feedback of every layer resembles its weight.
 
     Returns:
-        One row a converted layer, in order from the input: ``layer`` (qualified name), ``depth`` (1, 2, ...), ``angle_deg`` =
-        angle(W, B_eff) in degrees, ``norm_ratio`` = ||B_eff|| / ||W||, ``sign_concordance`` = fraction of entries of equal sign,
-        ``weight_norm`` = ||W|| (Frobenius); computed in float64. Layers without a kernel of W's shape (dfa, dense fa) are left out.
+        One row a converted layer, in order from the input: ``layer`` (qualified name), ``depth`` (1, 2, ...),
+        ``angle_deg`` = angle(W, B_eff) in degrees, ``norm_ratio`` = ||B_eff|| / ||W||, ``sign_concordance`` = fraction
+        of entries of equal sign, ``weight_norm`` = ||W|| (Frobenius); computed in float64. Layers without a kernel of
+        W's shape (dfa, dense fa) are left out.
 
     Raises:
         UserError: no layer of the network has a rule.
@@ -105,7 +106,7 @@ def alignment(net: nn.Module) -> pd.DataFrame:
 
 @contextmanager
 def exact_backprop(net: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the network's backward pass is plain backprop, whatever its rule; the feedback stays unchanged."""
+    """Within the block the network's backward pass is plain backprop, whatever its rule; the feedback is unchanged."""
     before = {layer.feedback: layer.feedback.use_backprop for layer in converted(net).values()}
     for feedback in before:
         feedback.use_backprop = True
@@ -120,17 +121,18 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
     """Angles between what every layer gets under the rule and under exact backprop, on one batch; changes nothing.
 
     Args:
-        net: a converted network; its mode (train or eval) is kept and its buffers, e.g. running statistics, are restored.
+        net: a converted network; its mode (train or eval) is kept and its buffers, e.g. running statistics, are
+            restored.
         x: inputs (n, ...), on the network's device.
         y: targets, as ``loss`` takes them.
         loss: (output, target) -> scalar.
 
     Returns:
-        One row for every converted layer that the loss depends on: ``layer``, ``depth``, and in degrees ``delta_angle_local_deg``
-        (the error at the layer's input through B_eff against the error through W, from one error at the layer's output; nan under
-        dfa), ``delta_angle_global_deg`` (the error at the layer's output under the rule against exact backprop through the whole
-        network), both means over samples, and ``grad_angle_global_deg`` (the batch's dW under the rule against exact backprop; nan
-        for a frozen weight).
+        One row for every converted layer that the loss depends on: ``layer``, ``depth``, and in degrees
+        ``delta_angle_local_deg`` (the error at the layer's input through B_eff against the error through W, from one
+        error at the layer's output; nan under dfa), ``delta_angle_global_deg`` (the error at the layer's output under
+        the rule against exact backprop through the whole network), both means over samples, and
+        ``grad_angle_global_deg`` (the batch's dW under the rule against exact backprop; nan for a frozen weight).
     """
     layers = converted(net)
     buffers = {k: v.clone() for k, v in net.named_buffers()}

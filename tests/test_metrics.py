@@ -1,4 +1,4 @@
-"""Angles, ratios and concordance against numpy; what the two kinds of error angles mean; that measuring changes nothing."""
+"""Angles, ratios and concordance against numpy; the two kinds of error angles; that measuring changes nothing."""
 
 import copy
 
@@ -150,7 +150,10 @@ def test_angles_by_hand(rule):
             return [(d2 @ M[1]) * (z1 > 0), d2, e]
 
         under, exact = deltas(K), deltas(W)
-        mean = lambda a, b: np.nanmean([degrees(p, q) if p.any() and q.any() else np.nan for p, q in zip(a, b)])  # noqa: E731
+
+        def mean(a, b):
+            return np.nanmean([degrees(p, q) if p.any() and q.any() else np.nan for p, q in zip(a, b)])
+
         below = [x, z1.relu(), z2.relu()]
         for i, name in enumerate("024"):
             row = table.loc[name]

@@ -1,8 +1,9 @@
 """``nn.MultiheadAttention`` under a learning rule: an equal attention of four linear layers on the same parameters.
 
-No figure of this repository uses this module; it serves networks of your own. PyTorch's attention reads ``in_proj_weight`` and
-``out_proj.weight`` directly and calls no layer, so that errors would pass through W unnoticed. Here the projections of queries,
-keys, values and output each have feedback of their own; the parameters, their names and the returned values are PyTorch's.
+No figure of this repository uses this module; it serves networks of your own. PyTorch's attention reads
+``in_proj_weight`` and ``out_proj.weight`` directly and calls no layer, so that errors would pass through W unnoticed.
+Here the projections of queries, keys, values and output each have feedback of their own; the parameters, their names
+and the returned values are PyTorch's.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def refusal(attention: nn.Module) -> str:
 
 
 class FeedbackAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` of four linear layers, ``q, k, v, out_proj``; made by ``convert``, never constructed."""
+    """``nn.MultiheadAttention`` of four linear layers, ``q, k, v, out_proj``; made by ``convert`` alone."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

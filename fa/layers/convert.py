@@ -1,7 +1,8 @@
 """Put a learning rule on a network: ``convert``, and the classes of converted layers.
 
-Conversion changes a layer's class in place and adds one submodule, ``layer.feedback``, that holds the rule and its tensors. The
-parameters, their names, hooks, device, dtype and mode stay; an optimizer made before still holds the live weights.
+Conversion changes a layer's class in place and adds one submodule, ``layer.feedback``, that holds the rule and its
+tensors. The parameters, their names, hooks, device, dtype and mode stay; an optimizer made before still holds the live
+weights.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from torch import Tensor, nn
 
 from fa import rules
 from fa.errors import UserError
-from fa.layers import attention
 from fa.layers.feedback import ConvMap, Feedback, LinearMap, NoisyFeedback
 from fa.layers.hooks import Converted, converted, unwatch, watch
+from fa.layers.targets import targets
 from fa.rules import Rule
-
 
 Sizes = tuple[torch.Size, torch.Size]
 """Sizes of one sample's input and output of a layer."""
@@ -51,8 +51,8 @@ class FeedbackConv2d(Converted, nn.Conv2d):
 
 
 def _explicit_padding(layer: nn.Conv2d) -> list[int]:
-    """Padding to apply before the convolution, (left, right, top, bottom): of a padding mode other than zeros, or of "same"
-    if its two sides differ; else []."""
+    """Padding before the convolution, (left, right, top, bottom): of a padding mode other than zeros, or of "same" with
+    unequal sides; else []."""
     sides = layer._reversed_padding_repeated_twice
     uneven = isinstance(layer.padding, str) and sides[0::2] != sides[1::2]
     return sides if layer.padding_mode != "zeros" or uneven else []
@@ -77,76 +77,6 @@ _CONVERTED: dict[type, type] = {
     nn.Conv2d: FeedbackConv2d,
 }
 
-_REFUSED = (  # layers whose matrix carries errors, and for which there is no feedback here
-    nn.modules.conv._ConvNd,
-    nn.Bilinear,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.modules.lazy.LazyModuleMixin,
-)
-# torchvision's: Swin's attention reads its layers' weights itself; a deformable convolution is not torch's nn.Conv2d
-_REFUSED_NAMES = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2", "DeformConv2d")
-
-
-def _targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[type]) -> dict[str, nn.Module]:
-    """Qualified name -> layer to convert, in order from the input.
-
-    Raises:
-        UserError: names every layer that cannot be converted, and why.
-    """
-    skip = {skip} if isinstance(skip, str) else set(skip)
-    as_base = {as_base} if isinstance(as_base, type) else set(as_base)
-    if unknown := skip - {name for name, _ in net.named_modules()}:
-        raise UserError(f"skip names no module: {', '.join(sorted(unknown))}")
-    if wrong := [c for c in as_base if not (isinstance(c, type) and issubclass(c, tuple(_CONVERTED)))]:
-        raise UserError(f"treat_as_base takes subclasses of nn.Linear and nn.Conv2d, not {wrong[0]!r}")
-    holders: dict[int, list[str]] = {}
-    for name, module in net.named_modules():
-        for p in module.parameters(recurse=False):
-            holders.setdefault(id(p), []).append(name)
-
-    def skipped(name: str) -> bool:
-        return any(name == s or name.startswith(s + ".") for s in skip)
-
-    found, problems = {}, []
-    for name, m in net.named_modules():
-        if skipped(name):
-            continue
-        if isinstance(m, nn.MultiheadAttention):
-            if why := attention.refusal(m):
-                problems.append(f"{name or 'the root'} ({type(m).__name__}: {why})")
-            prefix = f"{name}." if name else ""
-            found |= {prefix + key: row for key, row in attention.rows(m).items()}
-            if not skipped(prefix + "out_proj"):
-                found[prefix + "out_proj"] = m.out_proj
-            continue
-        if not isinstance(m, (nn.Linear, nn.Conv2d)):
-            if isinstance(m, _REFUSED) or type(m).__name__ in _REFUSED_NAMES:
-                problems.append(f"{name or 'the root'} ({type(m).__name__}: no feedback for this kind of layer)")
-            continue
-        if name in found:  # the output projection of an attention
-            continue
-        base = nn.Conv2d if isinstance(m, nn.Conv2d) else nn.Linear
-        if isinstance(m, nn.modules.lazy.LazyModuleMixin):
-            problems.append(f"{name} (lazy: run the network once first)")
-        elif type(m) not in {base} | as_base and not isinstance(m, Converted):
-            cls = type(m).__name__
-            problems.append(f"{name} ({cls}: a subclass of nn.{base.__name__}; if it computes what its base class computes, "
-                            f"convert with treat_as_base={cls})")  # fmt: skip
-        elif not isinstance(m._parameters.get("weight"), nn.Parameter):
-            problems.append(f"{name} (its weight is computed from other parameters)")
-        elif m.weight.is_complex():
-            problems.append(f"{name} (its weight is complex)")
-        elif len(holders[id(m.weight)]) > 1:
-            problems.append(f"{name} (its weight is tied: {', '.join(holders[id(m.weight)])})")
-        else:
-            found[name] = m
-    if problems:
-        raise UserError(f"cannot convert {'; '.join(problems)}; leave them to backprop with skip=[...]")
-    if not found:
-        raise UserError("nothing to convert: the network has no nn.Linear and no nn.Conv2d")
-    return found
-
 
 def convert(
     net: nn.Module,
@@ -160,26 +90,28 @@ def convert(
 ) -> nn.Module:
     """Put a learning rule on every ``nn.Linear`` and ``nn.Conv2d`` of a network, in place; returns the network.
 
-    An ordinary training loop then trains under the rule. The forward pass, the parameters and their names stay as they are.
-    A network that already has a rule loses it first. ``convert(net, "bp")`` leaves plain backprop.
+    An ordinary training loop then trains under the rule. The forward pass, the parameters and their names stay as they
+    are. A network that already has a rule loses it first. ``convert(net, "bp")`` leaves plain backprop.
 
     Args:
         net: any module, also a single layer.
         rule: a name of :data:`fa.RULES`, or a rule object.
-        seed: of the feedback's random draws (default 0). Every layer draws from a generator of its own, made of this seed and
-            the layer's name; the global generator is not touched.
-        skip: qualified names of modules (or one name) that stay plain backprop, with all modules inside them (default none).
-        treat_as_base: subclasses of ``nn.Linear`` and ``nn.Conv2d`` (or one) that compute what their base class computes, and so
-            may be converted as their base, e.g. ``timm.layers.Linear`` (default none; a subclass is refused).
-        sample: a batch of inputs (n, ...), for rules that need the sizes of the maps (``form="dense"``): the network is run on it
-            once, in eval mode (default None).
+        seed: of the feedback's random draws (default 0). Every layer draws from a generator of its own, made of this
+            seed and the layer's name; the global generator is not touched.
+        skip: qualified names of modules (or one name) that stay plain backprop, with all modules inside them (default
+            none).
+        treat_as_base: subclasses of ``nn.Linear`` and ``nn.Conv2d`` (or one) that compute what their base class
+            computes, and so may be converted as their base, e.g. ``timm.layers.Linear`` (default none; a subclass is
+            refused).
+        sample: a batch of inputs (n, ...), for rules that need the sizes of the maps (``form="dense"``): the network is
+            run on it once, in eval mode (default None).
         options: the rule's own, e.g. ``expansion=10`` for ``pfa``.
 
     Raises:
-        UserError: ``net`` is no module; unknown rule or option; a layer that cannot be converted, by name (tied or computed
-            weights, subclasses, transposed, recurrent, complex and lazy layers); learned feedback within
-            ``DistributedDataParallel``; a parametrization (``torch.nn.utils.parametrize``) that came after an earlier rule.
-            Nothing is changed then.
+        UserError: ``net`` is no module; unknown rule or option; a layer that cannot be converted, by name (tied or
+            computed weights, subclasses, transposed, recurrent, complex and lazy layers); learned feedback within
+            ``DistributedDataParallel``; a parametrization (``torch.nn.utils.parametrize``) that came after an earlier
+            rule. Nothing is changed then.
 
     Example:
         >>> net = fa.convert(torch.nn.Linear(4, 2), "fa", seed=1)
@@ -197,7 +129,7 @@ def convert(
         raise UserError(
             "DistributedDataParallel averages the parameters it was given: convert the network first, then wrap it"
         )
-    layers = _targets(net, skip, treat_as_base)
+    layers = targets(net, skip, treat_as_base)
     sizes = {} if sample is None else _sizes(net, sample)
     # all feedback is drawn before anything is changed
     feedback = (
@@ -294,9 +226,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups with the weight decay that each rule needs.
 
-    Feedback that follows W's own update (kp, pfa, pfa_o) shares W's learning rate and decay: the mismatch vanishes only if both
-    decay alike. Feedback whose gradient holds a decay of its own (wm, ia, sa, aa) gets none from the optimizer, because a second
-    decay would shift the rule's fixed point.
+    Feedback that follows W's own update (kp, pfa, pfa_o) shares W's learning rate and decay: the mismatch vanishes only
+    if both decay alike. Feedback whose gradient holds a decay of its own (wm, ia, sa, aa) gets none from the optimizer,
+    because a second decay would shift the rule's fixed point.
 
     Args:
         net: a network, converted or not.
@@ -305,7 +237,7 @@ def param_groups(
         feedback_lr: learning rate of own-decay feedback (default: ``lr``).
 
     Returns:
-        One group, or two if there is own-decay feedback; the key ``own_decay`` of a group tells them apart, for schedules.
+        One group, or two if there is own-decay feedback; a group's key ``own_decay`` tells them apart, for schedules.
     """
     own = {id(p) for m in converted(net).values() if m.feedback.rule.own_decay for p in m.feedback.parameters()}
     shared = [p for p in net.parameters() if id(p) not in own]

@@ -1,8 +1,9 @@
-"""Direct feedback alignment: the error at the network's output is sent to every layer at once, through fixed random matrices.
+"""Direct feedback alignment: the error at the network's output goes to every layer at once, through random matrices.
 
-This is the one rule here that is not layer-wise. The graph is cut at the input of every layer, and every cut gets its error
-from the network's output (:mod:`fa.layers.tape`). No error travels down layer by layer: the backward pass computes no dx at
-all and is cheaper than backprop's. A scaled loss scales every gradient, and a skip path adds its own error.
+This is the one rule here that is not layer-wise. The graph is cut at the input of every layer, and every cut gets its
+error from the network's output (:mod:`fa.layers.tape`). No error travels down layer by layer: the backward pass
+computes no dx at all and is cheaper than backprop's. A scaled loss scales every gradient, and a skip path adds its own
+error.
 """
 
 from __future__ import annotations
@@ -28,26 +29,27 @@ class DFA(Rule):
 
     .. math:: dx_l = B_l^T e
 
-    The error at the *input* of every convolution and linear layer, the output layer included, is replaced; normalisation,
-    activation and pooling below a cut are exact.
+    The error at the *input* of every convolution and linear layer, the output layer included, is replaced;
+    normalisation, activation and pooling below a cut are exact.
 
     Args:
-        tap: ``"input"`` (default; p3's figures and BioTorch's): the layer's input is cut, so that a skip path beside the
-            layer adds its own error. ``"block"``: the input of every block is cut as well, its skip path included, so that
-            B_l e alone arrives there (ours).
+        tap: ``"input"`` (default; p3's figures and BioTorch's): the layer's input is cut, so that a skip path beside
+            the layer adds its own error. ``"block"``: the input of every block is cut as well, its skip path included,
+            so that B_l e alone arrives there (ours).
         form: ``"kernel"`` (default; p3's figures): a convolution's B_l is (classes, in, kh, kw); e is spread over the
-            output map and sent through the transposed convolution with the layer's own geometry. ``"dense"`` (Nokland's):
-            B_l is (classes, in, h, w), one column for each unit; needs ``convert(..., sample=x)``. A linear layer's B_l is
-            (classes, in) in both. ``"shared"`` (Launay et al.'s): as dense, but all B_l are cut from one random matrix
-            (classes, largest input): a layer takes the first columns that it needs, times its own scale.
+            output map and sent through the transposed convolution with the layer's own geometry. ``"dense"``
+            (Nokland's): B_l is (classes, in, h, w), one column for each unit; needs ``convert(..., sample=x)``. A
+            linear layer's B_l is (classes, in) in both. ``"shared"`` (Launay et al.'s): as dense, but all B_l are cut
+            from one random matrix (classes, largest input): a layer takes the first columns that it needs, times its
+            own scale.
         blocks: class names of the modules that ``tap="block"`` cuts (default: the ResNets' here and in torchvision).
-        classes: length of the output error (default 0: the outputs of the network's last linear or convolutional layer).
-        init: scale of B_l. ``"match"`` (default): the RMS of the layer's own W at conversion; ``"xavier"``: Xavier on B_l's
-            shape (p3's); ``"kaiming"``; or a number: the standard deviation.
+        classes: length of the output error (default 0: the outputs of the last linear or convolutional layer).
+        init: scale of B_l. ``"match"`` (default): the RMS of the layer's own W at conversion; ``"xavier"``: Xavier on
+            B_l's shape (p3's); ``"kaiming"``; or a number: the standard deviation.
         density: fraction of entries of B_l (of the shared matrix) that exist, without rescaling (default 1).
 
-    Samples are the first axis of every layer's input, and of the output. The output may have one error a sample, which all
-    tokens of the sample share, or one error a token; then every layer's input has as many tokens.
+    Samples are the first axis of every layer's input, and of the output. The output may have one error a sample, which
+    all tokens of the sample share, or one error a token; then every layer's input has as many tokens.
     ``feedback_weight`` raises and ``alignment`` leaves its layers out: no kernel of W's shape exists.
     Source: Nokland 2016 (arXiv 1609.01596); the default form: authors' code of p3 (a fork of BioTorch); shared: after
     Launay et al. 2019 (arXiv 1906.04554) and their TinyDFA; which columns a layer takes and their scale is our reading.
@@ -129,7 +131,7 @@ class DirectFeedback(nn.Module):
     Args:
         rule: the rule.
         name: qualified name of the layer.
-        B: fixed random matrix (classes, in), kernel (classes, in, kh, kw), or a column for each unit (classes, in, h, w).
+        B: fixed random matrix (classes, in), kernel (classes, in, kh, kw), or column a unit (classes, in, h, w).
         tape: the network's.
     """
 

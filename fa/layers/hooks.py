@@ -1,8 +1,8 @@
-"""Checks of converted layers that need no call in the user's loop: a hook on each weight, and a pair of optimizer hooks.
+"""Checks of converted layers that need no call in the user's loop: a hook on each weight, two on optimizer steps.
 
-The weight's hook raises when another module reads the weight directly, because the layer would then train by backprop. The pair of
-global optimizer hooks, registered by the first layer that needs it, raises when no optimizer holds learned feedback, and runs a
-rule's ``after_step`` once per step.
+The weight's hook raises when another module reads the weight directly, because the layer would then train by backprop.
+The pair of global optimizer hooks, registered by the first layer that needs it, raises when no optimizer holds learned
+feedback, and runs a rule's ``after_step`` once per step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Converted:
         """The stock layer's line, then the rule with the options that are not at their defaults."""
         rule = self.feedback.rule
         options = [f"{f.name}={getattr(rule, f.name)!r}" for f in fields(rule) if getattr(rule, f.name) != f.default]
-        return ", ".join(filter(None, [super().extra_repr(), f"rule={rule.name}({', '.join(options)})"]))
+        given = f"({', '.join(options)})" if options else ""
+        return ", ".join(filter(None, [super().extra_repr(), f"rule={rule.name}{given}"]))
 
 
 def converted(net: nn.Module) -> dict[str, nn.Module]:
@@ -55,10 +56,11 @@ def converted(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def watch(layer: nn.Module) -> None:
-    """Make the layer raise, in the backward pass, when its weight gets a gradient that the layer's own backward did not make.
+    """Make the layer raise when its weight gets a gradient that the layer's own backward did not make.
 
-    Another module, such as the layer's parent, then reads ``layer.weight`` and bypasses the layer's forward, so that the weight would
-    train by backprop, unnoticed. The layer also joins the checks and calls at optimizer steps that its rule needs.
+    Another module, such as the layer's parent, then reads ``layer.weight`` and bypasses the layer's forward, so that
+    the weight would train by backprop, unnoticed. The layer also joins the checks and calls at optimizer steps that its
+    rule needs.
 
     Raises:
         RuntimeError: in the backward pass, as said.
@@ -81,8 +83,9 @@ def watch(layer: nn.Module) -> None:
             return
         if not (fb.backward_ran or fb.traced):
             raise RuntimeError(
-                f"the weight of layer {fb.layer_name!r} got a gradient, but the layer's own backward did not run: another module "
-                f"reads it directly, so that it would train by backprop; leave it out with convert(..., skip=[{fb.layer_name!r}])"
+                f"the weight of layer {fb.layer_name!r} got a gradient, but the layer's own backward did not run: "
+                f"another module reads it directly, so that it would train by backprop; leave it out with convert(..., "
+                f"skip=[{fb.layer_name!r}])"
             )
         vars(fb)["backward_ran"] = False
 
@@ -105,7 +108,7 @@ def _register_hooks() -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Raise if no optimizer holds learned feedback, or if an optimizer would move implicit feedback in another way than W."""
+    """Raise if no optimizer holds learned feedback, or if one would move implicit feedback in another way than W."""
     if not _unheld:
         return
     group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -118,8 +121,9 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
                 type(optimizer) is torch.optim.SGD and {group_of[p] for p in learned} == {group_of.get(W)}
             ):
                 raise RuntimeError(
-                    f"implicit feedback of layer {fb.layer_name!r} is exact only for torch.optim.SGD with the weight and its "
-                    f"feedback in one parameter group, not {type(optimizer).__name__}; convert with implicit=False"
+                    f"implicit feedback of layer {fb.layer_name!r} is exact only for torch.optim.SGD with the weight "
+                    f"and its feedback in one parameter group, not {type(optimizer).__name__}; "
+                    "convert with implicit=False"
                 )
             _unheld.discard(layer)
         elif W in group_of:
@@ -155,7 +159,7 @@ def acts_between_steps(net: nn.Module) -> bool:
 
 
 def after_step(net: nn.Module) -> None:
-    """Run once what the rules do after an optimizer step, for loops without a ``torch.optim`` optimizer or with a captured graph.
+    """Run once what the rules do after an optimizer step, for loops without ``torch.optim`` or with a captured graph.
 
     An ordinary ``torch.optim`` optimizer needs no such call: its steps run the same function through a hook.
     """

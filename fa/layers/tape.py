@@ -19,15 +19,15 @@ from fa.errors import UserError
 from fa.layers.hooks import Converted
 
 Spread = tuple[Tensor, Tensor | None, Tensor | None]
-"""What sends an error to a tap: S (classes, in, ...) and, for a map, two index vectors. Positions inside a map are alike:
-S holds each distinct row and column of the map once; the vectors, (h,) and (w,), say which of them a position has."""
+"""What sends an error to a tap: S (classes, in, ...) and, for a map, two index vectors. Positions inside a map are
+alike: S holds each distinct row and column once; the vectors, (h,) and (w,), say which of them a position has."""
 
 
 def send(e: Tensor, spread: Spread, shape: torch.Size) -> Tensor:
     """e S: the error that a tap gets, in the memory format of S.
 
     Args:
-        e: output error: (..., classes), one for each row of the input, or (n, classes), shared by the tokens of a sample.
+        e: output error: (..., classes), one for each row of the input, or (n, classes), shared by a sample's tokens.
         spread: see :data:`Spread`.
         shape: shape of the tapped input, and of the result.
     """
@@ -64,7 +64,7 @@ def patterns(
 class Tap(torch.autograd.Function):
     """Zeros of the output error's shape, which take no memory. Their gradient is e, and the gradient of ``x`` is e S.
 
-    Nothing is saved for the backward pass: the second pass of a gradient checkpoint, which taps nothing, saves the same.
+    Nothing is saved for the backward pass: a gradient checkpoint's second pass, which taps nothing, saves the same.
     """
 
     @staticmethod
@@ -136,7 +136,7 @@ class Tape:
     def add(self, x: Tensor, spread: Spread) -> None:
         """Tap ``x``, (*rows, in) or (*rows, in, h, w): its gradient will be the output error, spread.
 
-        The end of the pass shows whether the output has an error for each row or for each sample; until then both stand.
+        The end of the pass shows whether the output has an error for each row or for each sample; both are prepared.
         """
         rows = x.dim() - spread[0].dim() + 1  # number of leading axes
         self.taps.append([Tap.apply(x, leading, spread) for leading in ((rows,) if rows < 2 else (rows, 1))])
