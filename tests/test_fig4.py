@@ -12,6 +12,7 @@ import torch
 
 from fa import experiments, models, plot
 from fa.experiments import p3_fig4
+from fa.metrics import linear_layers
 from fa.results import records
 from fa.train import data
 from fa.train import loop as train
@@ -126,5 +127,5 @@ def test_published_values() -> None:
     wide = t[t.seed == 0].pivot_table(index="rule", columns="metric", values="value", aggfunc="mean")
     for of in ("angle_deg", "norm_ratio"):
         assert (wide[f"min_{of}"].dropna() < wide[f"mean_{of}"].dropna()[wide[f"min_{of}"].notna()]).all()
-    names = list(train.weighted(models.build("resnet20", (3, 32, 32), 10)))
+    names = list(linear_layers(models.build("resnet20", (3, 32, 32), 10)))
     assert set(t.layer) - {""} == {names[0], names[-1]}

@@ -11,6 +11,7 @@ import torch
 
 from fa import experiments, models
 from fa.experiments import p3_fig5
+from fa.metrics import linear_layers
 from fa.results import records
 from fa.train import data
 from fa.train import loop as train
@@ -93,7 +94,7 @@ def test_published_values() -> None:
     assert len(accuracy) == 14 and accuracy.loc[75, ["bp", "usf", "pfa"]].tolist() == [69.69, 64.6, 68.46]
     assert accuracy.pfa_o.drop(75).notna().all() and np.isnan(accuracy.pfa_o[75])  # its curve stops
     pytest.importorskip("torchvision")
-    assert set(t.layer) - {""} <= set(train.weighted(models.build("resnet18", (3, 224, 224), 1000)))
+    assert set(t.layer) - {""} <= set(linear_layers(models.build("resnet18", (3, 224, 224), 1000)))
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ from fa.experiments import Experiment
 from fa.layers.convert import convert
 from fa.layers.dfa import DirectFeedback
 from fa.layers.feedback import generator
-from fa.metrics import matrices
-from fa.probes import WHAT, noise_passes, reads, taught
+from fa.probes import WHAT, matrices, noise_passes, reads, taught
 from fa.rules import RULES, rule
 
 if TYPE_CHECKING:

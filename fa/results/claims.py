@@ -28,7 +28,7 @@ from fa import experiments
 from fa.errors import UserError
 from fa.paths import ROOT
 from fa.results import records
-from fa.results.criteria import Scope, each_of, parse
+from fa.results.criteria import VERDICTS, Scope, each_of, parse
 from fa.results.selection import Malformed, Record, Untested, show
 
 COLUMNS = ("id", "figure", "claim", "target", "tolerance", "source of target", "criterion", "n_min")

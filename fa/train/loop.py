@@ -23,7 +23,7 @@ from fa import models
 from fa.layers.convert import convert, param_groups
 from fa.layers.feedback import generator
 from fa.layers.hooks import converted
-from fa.metrics import alignment, gradient_angles
+from fa.metrics import alignment, gradient_angles, linear_layers
 from fa.provenance import environment
 from fa.rules import rule as make_rule
 from fa.train import data, stack
@@ -47,11 +47,6 @@ def accuracy(net: nn.Module, split: data.Split, batch: int = 1000) -> float:
     right = sum((net(x).argmax(1) == y).sum() for x, y in split.batches(batch))
     net.train(training)
     return 100 * right.item() / len(split)
-
-
-def weighted(net: nn.Module) -> dict[str, nn.Module]:
-    """Qualified name -> every linear and convolutional layer, in order from the input."""
-    return {name: m for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
 
 
 def layer_epochs(epochs: int) -> set[int]:
@@ -86,7 +81,7 @@ def measure(
         found = {metric: accuracy(net, split) for metric, split in watched(sets, config, epoch).items()}
     rows: list[list[Any]] = [[epoch, "", None, metric, value] for metric, value in found.items()]
     if epoch in layer_epochs(config.epochs):
-        layers = weighted(net)
+        layers = linear_layers(net)
         norms = torch.stack([torch.linalg.vector_norm(m.weight.double()) for m in layers.values()]).tolist()
         tables = [pd.DataFrame({"layer": list(layers), "depth": range(1, len(norms) + 1), "weight_norm": norms})]
         if converted(net):
