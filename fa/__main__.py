@@ -41,12 +41,14 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", _run, "train the missing runs of experiments; stopped or killed, it goes on when called again")
     run.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
     _grid(run)
-    run.add_argument("--budget", default="", help="stop by itself after this time, e.g. 9m or 1.5h (default: no bound)")
+    run.add_argument(
+        "--budget", default="", help="stop by itself after this time, e.g. 9m or 2h10m (default: no bound)"
+    )
     run.add_argument("--workers", default="auto", help="processes (default: auto, one for each core)")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     run.add_argument("--add", action="store_true", help="train only what neither the run store nor data/records holds")
     run.add_argument(
-        "--together", type=int, default=0, help="runs that a process trains at once (default: 1 on the CPU, else 15)"
+        "--together", type=int, default=0, help="runs trained as one network on CUDA (default: 15; 1: each alone)"
     )
     run.add_argument(
         "--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile (auto: on CUDA, if it can)"
@@ -115,10 +117,11 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from fa.results import executors, progress
     from fa.results import runs as campaign
     from fa.train import data
 
-    budget = campaign.seconds(args.budget) if args.budget else None
+    budget = progress.seconds(args.budget) if args.budget else None
     planned = _planned(args)
     runs = list({c.run: c for configs in planned.values() for c in configs}.values())
     held = campaign.recorded(args.mode) if args.add else set()
@@ -130,10 +133,11 @@ def _run(args: argparse.Namespace) -> int:
                 f"  {c.run}  {c.experiment}  {c.rule}"
                 + (f"  seed {c.seed}  {c.epochs} epochs" if hasattr(c, "seed") else "")
             )
-        print(campaign.forecast(left, args.mode, budget, args.workers, args.device))
+        print(progress.forecast(left, args.mode, budget, args.workers, args.device))
         return 0
     for name in sorted({c.dataset for c in runs if hasattr(c, "dataset")}):
         data.load(name)  # a data set that is missing or damaged is found before any process starts
+    executors.keep_pages()  # this process trains, or waits
     summary = campaign.run(runs, args.mode, budget, args.workers, args.device, held=held,
                            together=args.together, compiled={"auto": None}.get(args.compile, args.compile == "yes"))  # fmt: skip
     print(summary)

@@ -17,7 +17,7 @@ from fa.experiments import p3_table1
 from fa.layers.feedback import generator
 from fa.results import claims, records
 from fa.train.config import Config
-from fa.train.loop import train, weighted
+from fa.train.loop import Run, train_runs, weighted
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,8 @@ def test_the_twin_stores_the_r_that_was_left_out(rule):
         "implicit": config,
         "explicit": replace(config, options=config.options.replace(" implicit=true", "")),
     }.items():
-        train(c, extra=lambda net, epoch: nets.update({name: net}) or [])  # noqa: B023
+        train_runs([run := Run(c)])
+        nets[name] = run.net
     twin = p3_table1.explicit(config, nets["implicit"])
     for name, layer in weighted(twin).items():
         want = weighted(nets["explicit"])[name].feedback.R.double()

@@ -17,7 +17,7 @@ from fa.layers.feedback import generator
 from fa.metrics import angle
 from fa.rules import PFAo, random_mask, uniform
 from fa.train.config import identity
-from fa.train.step import on
+from fa.train.step import numerics
 
 RATIOS = tuple(10 ** (i / 5) for i in range(11))  # logspace(0, 2, 11)
 
@@ -49,7 +49,7 @@ class Expansion:
     run = property(identity)
 
 
-@on("cpu")
+@numerics("cpu")
 def expand(config: Expansion, *_: Any) -> pd.DataFrame:
     """Angle and norm ratio of B R against W, and the eigenvalues of B^T B that are not zero by shape, at every expansion.
 

@@ -8,7 +8,7 @@ from fa.experiments import p3_fig4
 from fa.experiments.experiment import Experiment
 from fa.experiments.p3_fig2 import DECAYED, OPTIONS
 from fa.train.config import Config
-from fa.train.data import SETS, Album
+from fa.train.data import SETS, ImageFolderSource
 
 RULES = ("bp", "usf", "pfa", "pfa_o")
 
@@ -21,7 +21,7 @@ def grid(
     The authors train under float16 autocast with a scaled loss; bfloat16 is its like that needs no scaling.
     """
     if mode == "quick":
-        if isinstance(SETS.get(dataset), Album):
+        if isinstance(SETS.get(dataset), ImageFolderSource):
             return [
                 replace(c, experiment="p3_fig5", dataset=dataset)
                 for c in stand_in("paper", rules, seeds, epochs or 2, "")

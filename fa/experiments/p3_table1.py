@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -28,7 +27,7 @@ from fa.metrics import symmetry
 from fa.probes import noise_passes, reads, reciprocal
 from fa.train import data
 from fa.train.config import Config, identity
-from fa.train.loop import seed_network, train, weighted
+from fa.train.loop import Run, build_network, train_runs, weighted
 
 RULES = ("bp", "fa", "dfa", "usf", "kp", "wm", "pfa", "pfa_o")
 
@@ -87,19 +86,6 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
-def run(
-    config: Config | Probe,
-    device: str = "cpu",
-    folder: Any = None,
-    until: float = math.inf,
-    on_epoch: Callable[..., None] | None = None,
-) -> pd.DataFrame | None:
-    """Train one run and measure the symmetry of its feedback, or make one probe; see :func:`fa.train.loop.train`."""
-    if isinstance(config, Probe):
-        return probe(config)
-    return train(config, device, folder, until, on_epoch, extra=partial(mirrored, config))
-
-
 def mirrored(config: Config, net: nn.Module, epoch: int) -> list[list[Any]]:
     """Rows of :func:`fa.metrics.symmetry` before and after training: ``B_match``, ``R_mixed``, ..., and ``B_excess``
     = match - mixed."""
@@ -124,7 +110,7 @@ def explicit(config: Config, net: nn.Module) -> nn.Module:
     layers = weighted(net)
     shape, classes = (next(iter(layers.values())).in_features,), list(layers.values())[-1].out_features
     plain = " ".join(word for word in config.options.split() if not word.startswith("implicit="))
-    twin = seed_network(replace(config, options=plain), shape, classes).double()
+    twin = build_network(replace(config, options=plain), shape, classes).double()
     with torch.no_grad():
         for name, layer in weighted(twin).items():
             fb, W = layer.feedback, layers[name].weight.double().cpu()
@@ -136,16 +122,10 @@ def explicit(config: Config, net: nn.Module) -> nn.Module:
 def probe(config: Probe) -> pd.DataFrame:
     """Train briefly, then ask the rule's code what it reads (:mod:`fa.probes`); rows at the last epoch only."""
     begin = time.monotonic()
-    trained: dict[str, nn.Module] = {}
-
-    def keep(net: nn.Module, epoch: int) -> list[list[Any]]:
-        trained["net"] = net
-        return []
-
     shared = ("experiment", "rule", "seed", "options", "dataset", "hidden", "epochs", "lr", "revision")
-    recipe = Config(**{name: getattr(config, name) for name in shared}, lr_drops="")
-    train(recipe, extra=keep)
-    net, split = trained["net"], data.load(config.dataset, "cpu").train
+    run = Run(Config(**{name: getattr(config, name) for name in shared}, lr_drops=""))
+    train_runs([run])
+    net, split = run.net, data.load(config.dataset, "cpu").train
     rows = [[config.epochs, *row] for row in probed(net, *split.first(64), config.seed)]
     table = pd.DataFrame(rows, columns=["epoch", "layer", "depth", "metric", "value"]).astype({"depth": "Int64"})
     table.attrs["status"] = {"state": "finished", "seconds": round(time.monotonic() - begin, 1)}
@@ -406,4 +386,4 @@ def draw(cells: pd.DataFrame) -> Any:
     return fig
 
 
-EXPERIMENT = Experiment("p3_table1", "What each rule needs and reaches", "p3", "30_pfa_table1", RULES, grid, run=run)
+EXPERIMENT = Experiment("p3_table1", "What each rule needs and reaches", "p3", "30_pfa_table1", RULES, grid, run=probe, extra=mirrored)  # fmt: skip
