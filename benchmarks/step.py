@@ -39,7 +39,7 @@ from torch import nn
 import fa
 from fa import models
 from fa.provenance import environment
-from fa.results.runs import keep_pages
+from fa.results.executors import keep_pages
 from fa.train.config import parse_options
 
 RULES = "bp_again,fa,usf,frsf,brsf,kp,sa,pfa,pfa_o,dfa,dfa:tap=block,ia,aa,wm,wm:input=uniform"

@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", _run, "train the missing runs of experiments; stopped or killed, it goes on when called again")
     run.add_argument("experiments", nargs="+", metavar="EXPERIMENT", help="names of figures, as fa list prints them")
     _grid(run)
-    run.add_argument("--budget", default="", help="stop by itself after this time, e.g. 9m or 1.5h (default: no bound)")
+    run.add_argument(
+        "--budget", default="", help="stop by itself after this time, e.g. 9m or 2h10m (default: no bound)"
+    )
     run.add_argument("--workers", default="auto", help="processes (default: auto, one for each core)")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     run.add_argument("--add", action="store_true", help="train only what neither the run store nor data/records holds")
@@ -130,10 +132,10 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fa.results import records, runs
+    from fa.results import executors, progress, records, runs
     from fa.train import data
 
-    budget = runs.seconds(args.budget) if args.budget else None
+    budget = progress.seconds(args.budget) if args.budget else None
     planned = _planned(args)
     configs = list({c.run: c for whole in planned.values() for c in whole}.values())
     if args.add:
@@ -144,11 +146,12 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{len(configs)} runs planned, {len(configs) - len(left)} finished, {len(left)} to train")
         for c in left:
             print(f"  {c.run}  {c.rule}" + (f"  seed {c.seed}  {c.epochs} epochs" if hasattr(c, "seed") else ""))
-        print(runs.forecast(left, budget, args.workers, args.device))
+        print(progress.forecast(left, budget, args.workers, args.device))
         return 0
     for name in sorted({c.dataset for c in runs.missing(configs) if hasattr(c, "dataset")}):
         data.load(name)  # a data set that is missing or damaged is found before any process starts
-    summary = runs.run(configs, budget, args.workers, args.device, label=f"{' '.join(args.experiments)} {args.mode}",
+    executors.keep_pages()  # this process trains, or waits
+    summary = runs.run(configs, budget, args.workers, args.device,
                        together=args.together, compiled={"auto": None}.get(args.compile, args.compile == "yes"))  # fmt: skip
     print(summary)
     for failure in summary.failed:

@@ -41,79 +41,68 @@ def mlp(inputs: int, hidden: Sequence[int] = (512, 512), classes: int = 10) -> M
     return MLP(inputs, hidden, classes)
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters (option A): every second pixel, zeros for the new channels."""
+class Shortcut(nn.Module):
+    """Option A, without parameters: every ``stride``-th pixel, and ``new`` channels of zeros, half of them in front."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, runs: int = 1) -> None:
+    def __init__(self, stride: int, new: int) -> None:
         super().__init__()
-        self.lacking = lacking(inputs, outputs, runs)
-        self.conv1 = nn.Conv2d(
-            (inputs + self.lacking) * runs, outputs * runs, 3, stride, padding=1, groups=runs, bias=False
-        )
-        self.bn1 = nn.BatchNorm2d(outputs * runs)
-        self.conv2 = nn.Conv2d(outputs * runs, outputs * runs, 3, padding=1, groups=runs, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs * runs)
-        self.stride, self.new, self.runs = stride, outputs - inputs, runs
+        self.stride, self.new = stride, new
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (n, inputs, h, w) -> (n, outputs, h / stride, w / stride), each times ``runs`` channels."""
-        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(widen(x, 0, self.lacking, self.runs))))))
-        if self.new:
-            x = widen(x[:, :, :: self.stride, :: self.stride], self.new // 2, self.new - self.new // 2, self.runs)
-        return torch.relu(x + y)
+        """Shapes: x (n, inputs, h, w) -> (n, inputs + new, h / stride, w / stride)."""
+        front = self.new // 2
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, front, self.new - front))
 
 
-def widen(x: Tensor, before: int, after: int, runs: int) -> Tensor:
-    """Each run's part of the channels with so many channels of zeros before and after it."""
-    if not before and not after:
-        return x
-    parts = [F.pad(part, (0, 0, 0, 0, before, after)) for part in x.chunk(runs, 1)]
-    return parts[0] if runs == 1 else torch.cat(parts, 1)
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters, the identity where the number of channels stays."""
 
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = Shortcut(stride, outputs - inputs) if outputs > inputs else nn.Identity()
 
-def lacking(inputs: int, outputs: int, runs: int) -> int:
-    """Inputs that each of several runs' convolutions gets, so that it has as many as outputs, for cuDNN is slow at other groups. They are
-    zeros, so that their weights, which start as zeros, stay zeros."""
-    return 0 if runs == 1 else max(outputs - inputs, 0)
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (n, inputs, h, w) -> (n, outputs, h / stride, w / stride)."""
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(self.shortcut(x) + y)
 
 
 class ResNet(nn.Module):
     """The CIFAR ResNet of 6 n + 2 layers with option-A shortcuts; p3's network for CIFAR-10 is ``resnet(20)``.
 
-    Args:
-        runs: so many networks side by side, in groups of channels that do not meet (default 1); see :mod:`fa.train.stack`.
-
     Source: He et al. 2016, section 4.2; p3 (authors' code).
     """
 
-    def __init__(self, depth: int, classes: int, inputs: int = 3, runs: int = 1) -> None:
+    def __init__(self, depth: int, classes: int, inputs: int = 3) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise UserError(f"resnet{depth}: a CIFAR ResNet has 6 n + 2 layers: 20, 32, 44, 56, 110, ...")
-        self.lacking, self.runs = lacking(inputs, 16, runs), runs
-        self.conv1 = nn.Conv2d((inputs + self.lacking) * runs, 16 * runs, 3, padding=1, groups=runs, bias=False)
-        self.bn1 = nn.BatchNorm2d(16 * runs)
+        self.conv1 = nn.Conv2d(inputs, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
         widths, blocks = (16, 16, 32, 64), (depth - 2) // 6
         for stage in (1, 2, 3):
             self.add_module(f"layer{stage}", nn.Sequential(*(
-                BasicBlock(widths[stage - (i == 0)], widths[stage], 1 if i or stage == 1 else 2, runs) for i in range(blocks)
+                BasicBlock(widths[stage - (i == 0)], widths[stage], 1 if i or stage == 1 else 2) for i in range(blocks)
             )))  # fmt: skip
-        self.fc = nn.Linear(64, classes) if runs == 1 else nn.Conv2d(64 * runs, classes * runs, 1, groups=runs)
+        self.fc = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (n, inputs, h, w) -> logits (n, classes), each times ``runs`` channels."""
-        x = torch.relu(self.bn1(self.conv1(widen(x, 0, self.lacking, self.runs))))
-        x = self.layer3(self.layer2(self.layer1(x))).mean((2, 3), keepdim=isinstance(self.fc, nn.Conv2d))
-        return self.fc(x).flatten(1)
+        """Shapes: x (n, inputs, h, w) -> logits (n, classes)."""
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
-def resnet(depth: int = 20, classes: int = 10, inputs: int = 3, runs: int = 1) -> ResNet:
+def resnet(depth: int = 20, classes: int = 10, inputs: int = 3) -> ResNet:
     """The CIFAR ResNet of that depth: 20, 32, 44, 56, 110."""
-    return ResNet(depth, classes, inputs, runs)
+    return ResNet(depth, classes, inputs)
 
 
 def is_cifar_resnet(name: str) -> bool:
-    """Whether a name of :func:`build` is that of a CIFAR ResNet."""
+    """Whether :func:`build` makes a CIFAR ResNet of that name."""
     return name.startswith("resnet") and name[6:].isdigit() and name != "resnet18"
 
 
@@ -130,10 +119,8 @@ def resnet18(classes: int = 1000) -> nn.Module:
     return theirs(num_classes=classes)
 
 
-def build(
-    name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] = (512, 512), runs: int = 1
-) -> nn.Module:
-    """The network of that name for images of ``shape`` (channels, height, width); ``runs`` of them side by side, if a CIFAR ResNet.
+def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] = (512, 512)) -> nn.Module:
+    """The network of that name for images of ``shape`` (channels, height, width).
 
     Raises:
         UserError: unknown name, or resnet18 for images that are not RGB.
@@ -145,7 +132,7 @@ def build(
     if name == "mlp":
         return mlp(torch.Size(shape).numel(), hidden, classes)
     if is_cifar_resnet(name):
-        return resnet(int(name[6:]), classes, shape[0], runs)
+        return resnet(int(name[6:]), classes, shape[0])
     raise UserError(f"unknown model {name!r}; known models: mlp, resnet20, resnet32, resnet56, resnet110, resnet18")
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fa.errors import UserError
 from fa.layers.dfa import DirectFeedback
-from fa.layers.feedback import Feedback
+from fa.layers.feedback import Feedback, generator
 from fa.layers.hooks import converted
 from fa.metrics import angle, feedback_weight
 

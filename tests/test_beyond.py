@@ -11,7 +11,7 @@ import torch
 from fa import experiments
 from fa.experiments import p3_beyond, p3_beyond_cifar
 from fa.results import claims
-from fa.train.loop import seed_network, train
+from fa.train.loop import build_network, train
 
 
 def recurrence(config, steps: int) -> list[float]:
@@ -126,6 +126,6 @@ SHALLOW = [("p3_beyond_resnet8", 8, size) for size in p3_beyond_cifar.SMALL_EXPA
 def test_every_expansion_has_a_population_in_every_layer(name: str, layers: int, size: float) -> None:
     runs = experiments.plan(name, "paper", seeds=1, rules="pfa")
     config = next(c for c in runs if c.rule_options["expansion"] == size)
-    net = seed_network(config, (3, 32, 32), 10)
+    net = build_network(config, (3, 32, 32), 10)
     weights = [m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
     assert len(weights) == layers and all(m.feedback.BBt.shape == (m.weight.shape[0],) * 2 for m in weights)

@@ -3,8 +3,11 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pandas as pd
@@ -13,7 +16,7 @@ import pytest
 import fa
 from fa import __main__ as command
 from fa import experiments
-from fa.results import records
+from fa.results import executors, progress, records
 from fa.results import runs as campaign
 from fa.results.records import Folder
 from fa.train import loop as train
@@ -74,7 +77,7 @@ def test_a_finished_run_is_never_trained_twice():
     assert (first.before, first.done, first.left) == (0, 1, 0)
     folder = Folder("quick", configs[0])
     content = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.path.iterdir()}
-    assert content.keys() == {"config.json", "metrics.csv", "status.json", "lock"}
+    assert content.keys() == {"config.json", "metrics.csv", "status.json", "progress.csv", "lock"}
     assert campaign.missing(configs, "quick") == configs[1:]
     with nothing_trains():
         again = run(configs[:1])
@@ -139,6 +142,109 @@ def test_a_run_that_fails_is_named_and_does_not_stop_the_others(monkeypatch, cap
     assert "by design" in capsys.readouterr().err  # with its traceback
 
 
+DYING = """
+import os, sys
+from fa.train import step
+from fa.results import runs as campaign
+sys.path.insert(0, {tests!r})
+from test_campaign import plan
+configs = plan("bp,fa", epochs=2)
+{script}
+"""
+
+
+def script(text, tmp_path, **popen):
+    """A campaign in a process of its own, which reads this module."""
+    path = tmp_path / "dying.py"
+    path.write_text(DYING.format(tests=os.path.dirname(__file__), script=text))
+    env = os.environ | {"PYTHONPATH": f"{fa.ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    return subprocess.Popen(
+        [sys.executable, path], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
+
+
+def test_a_worker_that_dies_is_replaced_and_its_run_goes_on(tmp_path):
+    """One run kills its first worker, another one every worker that it gets."""
+    done = script(
+        """
+real = step.Stepper.begin
+def begin(self, epoch):
+    first = not os.path.exists(os.environ["FA_RUNS"] + "/died")
+    if self.config.rule == "bp" or first:
+        open(os.environ["FA_RUNS"] + "/died", "w").close()
+        os._exit(9)
+    return real(self, epoch)
+step.Stepper.begin = begin
+if __name__ == "__main__":
+    summary = campaign.run(configs, "quick", workers=2, device="cpu")
+    print(summary.done, summary.failed)
+""",
+        tmp_path,
+    )
+    out, err = done.communicate(timeout=300)
+    assert done.returncode == 0, err
+    assert out.startswith("1 ['bp seed 0 (") and "its worker died 3 times" in out
+    assert "Traceback" not in err and "2 of 2 runs to train, starting 2 processes ..." in err
+    assert err.count("bp seed 0 is taken up again") == 2 and err.count("fa seed 0 is taken up again") <= 1
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_the_campaign(kill, tmp_path):
+    """Interrupted, it says one sentence at most; killed, it can say nothing."""
+    done = script(
+        """
+import time
+def begin(self, epoch):
+    open(os.environ["FA_RUNS"] + f"/pid{os.getpid()}", "w").close()
+    time.sleep(600)
+step.Stepper.begin = begin
+if __name__ == "__main__":
+    try:
+        campaign.run(configs, "quick", workers=2, device="cpu", progress=False)
+    except KeyboardInterrupt:
+        print("interrupted")
+""",
+        tmp_path,
+        start_new_session=True,
+    )
+    store = tmp_path / "runs"
+
+    def pids():
+        return [int(p.name[3:]) for p in store.glob("pid*")] if store.exists() else []
+
+    def alive():
+        return [
+            p for p in pids() if os.path.exists(f"/proc/{p}") and "Z" not in open(f"/proc/{p}/stat").read().split()[2]
+        ]
+
+    wait_for(lambda: len(pids()) == 2)
+    os.killpg(done.pid, kill) if kill == signal.SIGINT else os.kill(done.pid, kill)  # Ctrl-C reaches the whole group
+    out, err = done.communicate(timeout=60)
+    assert (out, err) == ("interrupted\n" if kill == signal.SIGINT else "", "")
+    wait_for(lambda: not alive())
+
+
+def wait_for(condition):
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_any_executor_serves(tmp_path):
+    configs = plan("bp,fa", epochs=1)
+    with ThreadPoolExecutor(1) as pool:
+        summary = campaign.run(configs, "quick", device="cpu", executor=pool, progress=False)
+    assert (summary.done, summary.left) == (2, 0)
+
+
+def test_a_log_says_at_once_what_there_is_to_do(capsys):
+    run(plan("bp,fa", epochs=1)[:1], progress=False)
+    run(plan("bp,fa", epochs=1), progress=True)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "1 of 2 runs to train" and last.startswith("1/1 runs, 1/1 epochs, ") and "fa seed 0 epoch 1" in last
+
+
 def test_bad_input_stops_a_campaign_with_its_sentence():
     with pytest.raises(fa.UserError, match="known options"):
         run([replace(plan("bp")[0], rule="fa", options="inti=xavier")])
@@ -150,28 +256,31 @@ def test_nothing_to_do_is_no_error():
     assert "0 of 0 runs" in str(summary)
 
 
-@pytest.mark.parametrize("text, value", [("90", 90), ("90s", 90), ("9m", 540), ("1.5h", 5400), ("0.5", 0.5)])
+@pytest.mark.parametrize(
+    "text, value",
+    [("90", 90), ("90s", 90), ("9m", 540), ("1.5h", 5400), ("0.5", 0.5), ("2h10m", 7800), ("1h02m", 3720)],
+)
 def test_times(text, value):
-    assert campaign.seconds(text) == value
+    assert progress.seconds(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "0", "-3m", "9x", "m", "1h30m", "nan"])
+@pytest.mark.parametrize("text", ["", "0", "-3m", "9x", "m", "inf", "nan"])
 def test_bad_times(text):
     with pytest.raises(fa.UserError, match="9m or 1.5h"):
-        campaign.seconds(text)
+        progress.seconds(text)
 
 
 def test_workers(monkeypatch):
-    assert campaign.pick_workers("auto") >= 1 and campaign.pick_workers("3") == 3 and campaign.pick_workers(2) == 2
+    assert executors.pick_workers("auto") >= 1 and executors.pick_workers("3") == 3 and executors.pick_workers(2) == 2
     monkeypatch.setenv("FA_WORKERS", "7")
-    assert campaign.pick_workers("auto") == 7
+    assert executors.pick_workers("auto") == 7
     for bad in ("0", "-1", "many", 0, "1.5"):
         with pytest.raises(fa.UserError, match="workers"):
-            campaign.pick_workers(bad)
+            executors.pick_workers(bad)
 
 
 def test_clock():
-    assert [campaign.clock(s) for s in (7, 59.6, 185, 3725, 0)] == ["7s", "1m00s", "3m05s", "1h02m", "0s"]
+    assert [progress.clock(s) for s in (7, 59.6, 185, 3725, 0)] == ["7s", "1m00s", "3m05s", "1h02m", "0s"]
 
 
 # ------------------------------------------------------------------------------------------ planning
@@ -353,18 +462,18 @@ def test_run_then_collect_from_the_command_line(capsys, monkeypatch):
 
 def test_a_forecast_goes_by_the_finished_runs_of_the_same_kind():
     configs = plan("bp,fa", seeds=2)
-    assert "nothing like them" in campaign.forecast(configs, "quick", device="cpu")
+    assert "nothing like them" in progress.forecast(configs, "quick", device="cpu")
     run(configs[:2])
     for config, seconds in zip(configs[:2], (60.0, 30.0)):
         path = Folder("quick", config).path / "status.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": seconds}))
     left = campaign.missing(configs, "quick")
     assert [c.rule for c in left] == ["bp", "fa"]
-    assert campaign.forecast(left, "quick", budget=40.0, workers=1, device="cpu") == (
+    assert progress.forecast(left, "quick", budget=40.0, workers=1, device="cpu") == (
         "about 1m30s by the finished runs of their kind; 3 calls of 40s"
     )
-    assert "about 45s" in campaign.forecast(left, "quick", workers=2, device="cpu")
+    assert "about 45s" in progress.forecast(left, "quick", workers=2, device="cpu")
     half = [replace(left[0], epochs=1), replace(left[1], hidden="9")]
-    said = campaign.forecast(half, "quick", budget=1.0, workers=1, device="cpu")
+    said = progress.forecast(half, "quick", budget=1.0, workers=1, device="cpu")
     assert f"about {60 / configs[0].epochs:.0f}s" in said and "1 runs of a kind" in said and "calls" not in said
-    assert campaign.forecast([], "quick", device="cpu") == "nothing is left to train"
+    assert progress.forecast([], "quick", device="cpu") == "nothing is left to train"

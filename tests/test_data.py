@@ -395,7 +395,7 @@ def album(tmp_path, monkeypatch):
             for i in range(n):
                 pixels = rng.integers(0, 256, (14, 20, 3) if i % 2 else (20, 14, 3), np.uint8)
                 image.fromarray(pixels).save(tmp_path / "photos" / split / c / f"{c}_{i}.JPEG")
-    made = data.Album("twelve", 3, "photos", {"train": 12, "val": 6}, size=8)
+    made = data.ImageFolderSource("twelve", 3, "photos", {"train": 12, "val": 6}, size=8)
     monkeypatch.setitem(data.SETS, "album", made)
     return tmp_path, "album"
 
@@ -455,7 +455,7 @@ def test_a_crop_depends_on_seed_epoch_and_image_alone(album):
     views()
     assert torch.equal(before, torch.random.get_rng_state())  # the global generator is given back
     source = data.SETS[name]
-    with_workers = data.Photos(source.samples(folder, "train"), 8, source.mean, source.sd, workers=2)
+    with_workers = data.DiskSplit(source.samples(folder, "train"), 8, source.mean, source.sd, workers=2)
     served = torch.cat([x for x, _ in with_workers.feed(index, 0, 0, True)])
     assert all(torch.equal(x, first[i]) for i, x in zip(index.flatten().tolist(), served))
 

@@ -1,24 +1,22 @@
-"""The engine: runs that share a device, compiled steps, reduced precision, augmentation; all against a run that is trained alone."""
+"""The training step: compiled, captured, in reduced precision, augmented; all against the eager step."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fa
-from fa import UserError, experiments
+from fa import UserError
 from fa.layers.feedback import generator
-from fa.results import runs as campaign
-from fa.results.records import Folder
+from fa.layers.hooks import acts_between_steps
 from fa.train import data
 from fa.train import loop as train
 from fa.train import step as engine
 from fa.train.config import Config
-from fa.train.step import Stepper, drain, together
+from fa.train.step import Stepper
 
 MLP = Config("e", "bp", 0, dataset="digits", hidden="32,32", epochs=3, lr=0.05, lr_drops="2", first_weight_decay=0.01)
 CONV = replace(MLP, model="resnet8", hidden="", epochs=2, batch=128, lr=0.1, augment=True)
@@ -29,83 +27,10 @@ def of(base: Config, rule: str, seed: int = 0) -> Config:
     return replace(base, rule=rule, seed=seed, options=OPTIONS.get(rule, ""))
 
 
-def same(a: pd.DataFrame, b: pd.DataFrame) -> None:
-    pd.testing.assert_frame_equal(a, b, check_exact=True)
-
-
 @pytest.fixture(autouse=True)
 def one_thread():
-    with engine.on("cpu"):
+    with engine.numerics("cpu"):
         yield
-
-
-@pytest.fixture
-def store(monkeypatch, tmp_path):
-    monkeypatch.setenv("FA_RUNS", str(tmp_path))
-
-
-@pytest.mark.parametrize("base", [MLP, CONV], ids=["mlp", "conv"])
-def test_runs_trained_together_equal_those_trained_alone(base):
-    configs = [of(base, rule, seed) for rule, seed in (("bp", 0), ("pfa", 0), ("brsf", 1), ("dfa", 0))]
-    configs[1] = replace(configs[1], epochs=1)  # one that ends before the others
-    made = dict(together((train.running([train.Member(c)]) for c in configs), "cpu"))
-    assert list(made) == [1, 0, 2, 3]
-    for i, config in enumerate(configs):
-        same(made[i][0], train.train(config))
-
-
-def test_a_run_that_fails_leaves_those_beside_it_alone():
-    def failing():
-        yield
-        raise ZeroDivisionError("by design")
-
-    made = dict(together([failing(), train.running([train.Member(MLP)])], "cpu"))
-    assert isinstance(made[0], ZeroDivisionError)
-    same(made[1][0], train.train(MLP))
-
-
-@pytest.mark.parametrize("together", [1, 2, 6])
-def test_a_campaign_in_packs_gives_the_tables_of_one_without(together, store, monkeypatch, tmp_path):
-    configs = [replace(c, hidden="16") for c in experiments.plan("p3_fig2", "quick", seeds=1, epochs=2)]
-    plain = {"workers": 1, "device": "cpu", "progress": False}
-    assert campaign.run(configs, "quick", together=together, **plain).done == 6
-    packed = [Folder("quick", c) for c in configs]
-    assert all(f.status.get("together", 1) == together for f in packed)
-    tables = [f.table({}) for f in packed]
-    monkeypatch.setenv("FA_RUNS", str(tmp_path / "alone"))
-    campaign.run(configs, "quick", **plain)
-    for config, table in zip(configs, tables):
-        same(table, Folder("quick", config).table({}))
-
-
-def test_a_pack_that_is_stopped_goes_on(store, monkeypatch, tmp_path):
-    configs = [replace(of(MLP, rule), experiment="p3_fig2", epochs=4) for rule in ("bp", "pfa")]
-    want = [train.train(c) for c in configs]
-    plain = {"workers": 1, "device": "cpu", "progress": False, "together": 2}
-    stops = 0
-    while True:
-        clock = iter(range(10**6))
-        monkeypatch.setattr(train, "time", type("Clock", (), {"monotonic": staticmethod(lambda: float(next(clock)))}))
-        monkeypatch.setattr(campaign, "time", type("Clock", (), {"monotonic": staticmethod(lambda: 0.0)}))
-        summary = campaign.run(configs, "quick", budget=9.5, **plain)
-        monkeypatch.undo()
-        monkeypatch.setenv("FA_RUNS", str(tmp_path))
-        if not summary.left:
-            break
-        stops += 1
-        assert stops < 12
-    assert stops > 1
-    for config, table in zip(configs, want):
-        got = Folder("quick", config).table({})
-        same(got[table.columns.tolist()], table.assign(layer=table.layer.astype(got.layer.dtype)))
-
-
-def test_packs_hold_what_can_be_trained_together():
-    trained = experiments.plan("p3_fig2", "quick", seeds=1)
-    drawn = experiments.plan("p3_fig3", "quick")[:1]
-    packs = campaign.pack([*trained[:3], *drawn, *trained[3:]], 2)
-    assert [len(p) for p in packs] == [2, 1, 1, 2, 1]
-    assert packs[2] == drawn and [c for p in packs for c in p] == [*trained[:3], *drawn, *trained[3:]]
 
 
 @pytest.mark.slow
@@ -114,10 +39,10 @@ def test_compiled_steps_agree_with_eager_ones(rule):
     sets, losses = data.load("digits", dtype=torch.float64), []
     for compiled in (False, True):
         torch.compiler.reset()
-        with engine.on("cpu"):
-            net = train.seed_network(of(CONV, rule), sets.shape, 10, torch.float64)
+        with engine.numerics("cpu"):
+            net = train.build_network(of(CONV, rule), sets.shape, 10, torch.float64)
             stepper = Stepper(net, train.sgd(net, of(CONV, rule)), of(CONV, rule), sets.train, compiled)
-            losses.append(torch.cat([drain(stepper.epoch(e)).clone() for e in (0, 1)]))
+            losses.append(torch.cat([stepper.epoch(e).clone() for e in (0, 1)]))
     assert len(losses[0]) == 22 and torch.allclose(*losses, rtol=1e-9)
 
 
@@ -138,7 +63,7 @@ def test_a_precision_that_is_not_known_is_refused():
         replace(MLP, precision="fp16")
 
 
-def test_the_augmentation_of_an_epoch_is_that_of_data_augment():
+def test_the_augmentation_of_an_epoch_is_the_one_that_draw_crops_drew():
     """What a step sees is the crop of the batch's images that ``fa.data.draw_crops`` drew for the whole epoch."""
     seen, split = [], data.load("digits").train
 
@@ -152,26 +77,26 @@ def test_the_augmentation_of_an_epoch_is_that_of_data_augment():
             return self.fc(x.flatten(1))
 
     net = Net()
-    drain(Stepper(net, train.sgd(net, CONV), CONV, split).epoch(1))
+    Stepper(net, train.sgd(net, CONV), CONV, split).epoch(1)
     order = torch.randperm(len(split), generator=generator(0, "order", 1))[: 11 * 128]
-    images, draws = split.x[order], data.draw_crops(11 * 128, generator(0, "augment", 1))
+    images, draws = split.x[order], data.draw_crops(11 * 128, generator(0, "augment", 1), 1)  # pixels: an eighth of 8
     black = data.SETS["digits"].black[0]
     got = torch.cat(seen)
     for i in (0, 1, 127, 128, 700, 11 * 128 - 1):
-        padded = F.pad(images[i], (4, 4, 4, 4), value=black)
+        padded = F.pad(images[i], (1, 1, 1, 1), value=black)
         down, right, mirrored = draws[:, i].tolist()
         want = padded[:, down : down + 8, right : right + 8]
         assert torch.equal(got[i], want.flip(-1) if mirrored else want)
     plain = replace(CONV, augment=False)
     seen.clear()
-    drain(Stepper(net, train.sgd(net, plain), plain, split).epoch(1))
+    Stepper(net, train.sgd(net, plain), plain, split).epoch(1)
     assert torch.equal(torch.cat(seen), images)
 
 
 @pytest.mark.parametrize("rule", ["sa", "kp"])
 def test_the_feedbacks_own_learning_rate(rule):
     config = replace(of(MLP, rule), feedback_lr=0.2, lr=0.05)
-    net = train.seed_network(config, (1, 8, 8), 10)
+    net = train.build_network(config, (1, 8, 8), 10)
     opt = train.sgd(net, config)
     stepper, learned = (
         Stepper(net, opt, config, data.load("digits").train),
@@ -203,12 +128,12 @@ class Recorder:
 
 def test_a_step_is_captured_once_it_is_warm_and_again_when_the_schedule_changes():
     split, config = data.load("digits").train, of(MLP, "pfa")
-    nets = [train.seed_network(config, (1, 8, 8), 10) for _ in range(2)]
+    nets = [train.build_network(config, (1, 8, 8), 10) for _ in range(2)]
     plain, captured = (Stepper(n, train.sgd(n, config), config, split, capture=c) for n, c in zip(nets, (False, True)))
     recorder = Recorder(captured)
     captured._capture = recorder.capture
     for epoch, captures in ((0, 1), (1, 2), (1, 2), (2, 3)):  # the first epoch's decay, then none, then the rate drops
-        want, got = drain(plain.epoch(epoch)), drain(captured.epoch(epoch))
+        want, got = plain.epoch(epoch), captured.epoch(epoch)
         assert torch.equal(got, want)
         assert recorder.captures == captures
     assert recorder.replays == 4 * 22 - engine.WARM
@@ -217,21 +142,23 @@ def test_a_step_is_captured_once_it_is_warm_and_again_when_the_schedule_changes(
 
 def test_rules_that_act_between_steps_are_never_captured():
     for rule, acts in (("brsf", True), ("frozen", True), ("fa", False), ("pfa", False), ("bp", False)):
-        net = train.seed_network(of(MLP, rule), (1, 8, 8), 10)
-        assert fa.steps.acts_between_steps(net) is acts
-    assert fa.steps.acts_between_steps(fa.convert(train.seed_network(MLP, (1, 8, 8), 10), "fa", clamp_forward=True))
+        net = train.build_network(of(MLP, rule), (1, 8, 8), 10)
+        assert acts_between_steps(net) is acts
+    assert acts_between_steps(fa.convert(train.build_network(MLP, (1, 8, 8), 10), "fa", clamp_forward=True))
 
 
-def test_a_checkpoint_in_another_memory_layout_goes_on_the_same():
+def test_a_checkpoint_in_another_memory_layout_goes_on_the_same(tmp_path):
     """On CUDA weights are channels_last; fused SGD reads momenta as they lie in memory."""
     config = replace(CONV, epochs=2)
     sets = data.load("digits")
-    nets = [train.seed_network(config, sets.shape, 10) for _ in range(2)]
+    nets = [train.build_network(config, sets.shape, 10) for _ in range(2)]
     opts = [train.sgd(net, config) for net in nets]
     for net, opt in zip(nets, opts):
-        drain(Stepper(net, opt, config, sets.train).epoch(0))
+        Stepper(net, opt, config, sets.train).epoch(0)
 
     class Elsewhere:
+        path = tmp_path
+
         def checkpoint(self):
             state = {
                 "epoch": 1,
@@ -249,12 +176,12 @@ def test_a_checkpoint_in_another_memory_layout_goes_on_the_same():
             raise AssertionError("nothing is saved in time")
 
     table = train.train(config, folder=Elsewhere())
-    want = drain(Stepper(nets[1], opts[1], config, sets.train).epoch(1)).mean().item()
+    want = Stepper(nets[1], opts[1], config, sets.train).epoch(1).mean().item()
     assert table[table.metric == "train_loss"].value.tolist() == [want]
 
 
 def test_noise_of_another_kind_of_device_starts_anew_on_this_one():
-    net = train.seed_network(replace(MLP, rule="wm", options="input=normal"), (1, 8, 8), 10)
+    net = train.build_network(replace(MLP, rule="wm", options="input=normal"), (1, 8, 8), 10)
     state = net.state_dict()
     elsewhere = {k: torch.zeros(16, dtype=torch.uint8) if k.endswith("_extra_state") else v for k, v in state.items()}
     net.load_state_dict(elsewhere)

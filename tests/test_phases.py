@@ -1,4 +1,4 @@
-"""Mirror phases and delay epochs: what moves in which step, against two optimizers and autograd; stopped, captured and together."""
+"""Mirror phases and delay epochs: what moves in which step, against two optimizers and autograd; stopped and captured."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch.nn.functional as F
 
 from fa import UserError
 from fa.layers.feedback import generator
-from fa.metrics import linear_layers
 from fa.results.records import Folder
 from fa.train import data
 from fa.train import loop as train
 from fa.train import step as engine
-from fa.train.config import Config
-from fa.train.step import Stepper, drain, together
+from fa.train.config import Config, parse_options
+from fa.train.step import Stepper
 
 RATES = {"wm": "amp=0.3 decay=0.2", "ia": "amp=0.3 null=0.05 decay=0.2"}
 BASE = Config("e", "wm", 0, RATES["wm"], dataset="digits", hidden="16,12", epochs=3, batch=400, lr=0.05, lr_drops="1", weight_decay=1e-2,
@@ -37,18 +36,18 @@ PATTERNS = {
 @pytest.fixture(autouse=True)
 def one_thread(tmp_path, monkeypatch):
     monkeypatch.setenv("FA_RUNS", str(tmp_path))
-    with engine.on("cpu"):
+    with engine.numerics("cpu"):
         yield
 
 
 def made(config: Config, dtype: torch.dtype = torch.float32, **stepping) -> Stepper:
     sets = data.load("digits", dtype=dtype)
-    net = train.seed_network(config, sets.shape, sets.classes, dtype)
+    net = train.build_network(config, sets.shape, sets.classes, dtype)
     return Stepper(net, train.sgd(net, config), config, sets.train, **stepping)
 
 
 def epochs(stepper: Stepper, which: range) -> torch.Tensor:
-    return torch.cat([drain(stepper.epoch(e)).clone() for e in which])
+    return torch.cat([stepper.epoch(e)[:, 0].clone() for e in which])
 
 
 def same(a: Stepper, b: Stepper) -> bool:
@@ -57,11 +56,11 @@ def same(a: Stepper, b: Stepper) -> bool:
 
 def by_hand(config: Config, pattern: str) -> tuple[list[torch.Tensor], list[float]]:
     """W, b and B of every layer, and the losses: stock operations, and an optimizer for each of the two parts."""
-    start = train.seed_network(config, (1, 8, 8), 10, torch.float64)
-    own = train.parse_options(config.options)
+    start = train.build_network(config, (1, 8, 8), 10, torch.float64)
+    own = parse_options(config.options)
     W, b, B = (
         [p.detach().clone().requires_grad_() for p in of]
-        for of in zip(*[(m.weight, m.bias, m.feedback.B) for m in linear_layers(start).values()])
+        for of in zip(*[(m.weight, m.bias, m.feedback.B) for m in train.weighted(start).values()])
     )
     task, mirror = (torch.optim.SGD(of, config.lr, momentum=config.momentum) for of in ([*W, *b], B))
     split, losses = data.load("digits", dtype=torch.float64).train, []
@@ -97,7 +96,7 @@ def test_phases_are_two_optimizers_that_take_turns(rule, alternate, delay):
     stepper = made(config, torch.float64)
     losses = epochs(stepper, range(3))
     want, told = by_hand(config, PATTERNS[alternate, delay])
-    layers = linear_layers(stepper.net).values()
+    layers = train.weighted(stepper.net).values()
     got = [m.weight for m in layers] + [m.bias for m in layers] + [m.feedback.B for m in layers]
     assert losses.tolist() == pytest.approx(told, rel=1e-11)
     assert all((p - q).abs().max() <= 1e-11 * q.abs().max() for p, q in zip(got, want, strict=True))
@@ -116,7 +115,9 @@ def test_what_rests_does_not_move_at_all(alternate, delay):
 
     before = now()
     for epoch in range(3):
-        for _ in stepper.epoch(epoch):
+        stepper.begin(epoch)
+        for _ in range(stepper.per_epoch):
+            stepper.step()
             letter, after = next(pattern), now()
             for name, value in after.items():
                 part = "mtj" if "running" in name else "mj" if ".feedback." in name else "tj"
@@ -125,14 +126,15 @@ def test_what_rests_does_not_move_at_all(alternate, delay):
     assert len(before) > 60 and next(pattern, None) is None
 
 
-def test_feedback_aligns_in_a_delay_during_which_the_network_does_not_change():
+def test_feedback_aligns_in_a_delay_during_which_the_network_does_not_change(monkeypatch):
     weights = []
 
-    def keep(net, epoch):
-        weights.append([m.weight.detach().clone() for m in linear_layers(net).values()])
+    def keep(config, net, epoch):
+        weights.append([m.weight.detach().clone() for m in train.weighted(net).values()])
         return []
 
-    table = train.train(replace(NOISY, alternate=0, epochs=3), extra=keep)
+    monkeypatch.setattr(train, "extra_rows", keep)
+    table = train.train(replace(NOISY, alternate=0, epochs=3))
     angles = table[table.metric == "angle_deg"].pivot(index="epoch", columns="layer", values="value")
     assert (angles.loc[0] > 75).all() and (angles.loc[1] < 30).all()
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1]))
@@ -147,19 +149,12 @@ def test_a_run_with_phases_that_is_stopped_equals_one_that_is_not(monkeypatch):
         clock = iter(range(10**6))
         with monkeypatch.context() as patch:
             patch.setattr(train, "time", type("Clock", (), {"monotonic": staticmethod(lambda: float(next(clock)))}))
-            table = train.train(NOISY, folder=folder, until=4.5)
+            table = train.train(NOISY, folder=folder, until=4.0)
         if table is not None:
             break
         reached.append(folder.checkpoint()["epoch"])
     assert reached == [1, 2, 3]  # after 22 steps of delay, 44 and 66: also within a cycle of three
     pd.testing.assert_frame_equal(table, want, check_exact=True)
-
-
-def test_runs_with_phases_are_trained_beside_others():
-    configs = [NOISY, replace(NOISY, alternate=0, delay_epochs=0), replace(NOISY, seed=1, alternate=1, delay_epochs=0)]
-    tables = dict(together((train.running([train.Member(c)]) for c in configs), "cpu"))
-    for i, config in enumerate(configs):
-        pd.testing.assert_frame_equal(tables[i][0], train.train(config), check_exact=True)
 
 
 def test_every_phase_has_a_captured_step_of_its_own():

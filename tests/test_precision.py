@@ -80,11 +80,11 @@ def test_only_the_arithmetic_of_a_step_is_in_bfloat16(rule: str) -> None:
     """Weights, feedback, their gradients and the momenta stay in float32; the first losses are those of float32, rounded."""
     full, half = experiments.plan("x_precision", "quick", rules=rule)[:2]
     sets, losses = data.load("digits"), []
-    with engine.on("cpu"):
+    with engine.numerics("cpu"):
         for config in (full, half):
-            net = train.seed_network(config, sets.shape, sets.classes)
+            net = train.build_network(config, sets.shape, sets.classes)
             opt = train.sgd(net, config)
-            losses.append(engine.drain(engine.Stepper(net, opt, config, sets.train).epoch(0, 3)).clone())
+            losses.append(engine.Stepper(net, opt, config, sets.train).epoch(0, 3).clone())
             kept = [*net.parameters(), *net.buffers(), *(s["momentum_buffer"] for s in opt.state.values())]
             assert {t.dtype for t in kept if t.is_floating_point()} == {torch.float32}
     assert not torch.equal(*losses)

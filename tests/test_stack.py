@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import fa
-from fa import UserError, models
+from fa import UserError, experiments, models
 from fa.results import runs as campaign
 from fa.results.records import Folder
 from fa.train import data, stack
 from fa.train import loop as train
 from fa.train import step as engine
 from fa.train.config import Config
-from fa.train.loop import Member
-from fa.train.step import Stepper, drain, together
+from fa.train.loop import Run
+from fa.train.step import Stepper
 
 BASE = Config("p3_fig4", "bp", 0, dataset="digits", model="resnet8", hidden="", epochs=2, batch=128, lr=0.1, lr_drops="2",
               first_weight_decay=0.01, augment=True)  # fmt: skip
@@ -35,7 +35,7 @@ def runs(rules, seeds):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    with engine.on("cpu"):
+    with engine.numerics("cpu"):
         yield
 
 
@@ -43,37 +43,42 @@ def trained_alone(configs, sets, epochs=(0, 1)):
     """(losses, network, optimizer) of every run."""
     made = []
     for config in configs:
-        net = train.seed_network(config, sets.shape, 10, torch.float64)
+        net = train.build_network(config, sets.shape, 10, torch.float64)
         opt = train.sgd(net, config)
         stepper = Stepper(net, opt, config, sets.train)
-        made.append((torch.cat([drain(stepper.epoch(e, 3)).clone() for e in epochs]), net, opt))
+        made.append((torch.cat([stepper.epoch(e, 3)[:, 0].clone() for e in epochs]), net, opt))
     return made
+
+
+def started(config, sets):
+    """A run whose network, of float64, and optimizer are made."""
+    run = Run(config)
+    run.net = train.build_network(config, sets.shape, 10, torch.float64)
+    run.opt = train.sgd(run.net, config)
+    return run
 
 
 def stacked(configs, sets, compiled=False):
     """A stack, its steps, and the runs' networks and optimizers."""
-    nets = [train.seed_network(c, sets.shape, 10, torch.float64) for c in configs]
-    opts = [train.sgd(net, c) for net, c in zip(nets, configs)]
-    whole, opt = train.combined(configs, nets, opts, sets.shape, 10)
-    return whole, Stepper(whole, opt, configs[0], sets.train, compiled, seeds=[c.seed for c in configs]), nets, opts
+    members = [started(c, sets) for c in configs]
+    whole, opt = stack.join(members, sets.shape, 10)
+    stepper = Stepper(whole, opt, configs[0], sets.train, compiled, seeds=[c.seed for c in configs])
+    return whole, stepper, [r.net for r in members], [r.opt for r in members]
 
 
 def agree(configs, sets, compiled=False):
     alone = trained_alone(configs, sets)
     whole, stepper, nets, opts = stacked(configs, sets, compiled)
-    losses = torch.cat([drain(stepper.epoch(e, 3)).clone() for e in (0, 1)])
+    losses = torch.cat([stepper.epoch(e, 3).clone() for e in (0, 1)])
     assert torch.allclose(losses, torch.stack([a[0] for a in alone], 1), rtol=1e-10, atol=0)
     for (_, net, opt), mine, own in zip(alone, nets, opts):
         for (name, want), got in zip(net.state_dict().items(), mine.state_dict().values()):
             assert torch.allclose(got, want, rtol=1e-9, atol=1e-11), name
         for want, got in zip(opt.state_dict()["state"].values(), own.state_dict()["state"].values()):
             assert torch.allclose(got["momentum_buffer"], want["momentum_buffer"], rtol=1e-9, atol=1e-11)
-    want = [train.accuracy(net, sets.test) for _, net, _ in alone]
-    assert (
-        stack.accuracies(whole, len(configs), sets.test, 100)
-        == want
-        == [train.accuracy(net, sets.test) for net in nets]
-    )
+    want = [train.accuracies(net, sets.test)[0] for _, net, _ in alone]
+    got = train.accuracies(whole, sets.test, len(configs), 100)
+    assert got == want == [train.accuracies(net, sets.test)[0] for net in nets]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[" ".join(r) for r in RULES])
@@ -93,13 +98,13 @@ def test_a_compiled_stack():
 
 
 def test_a_run_that_diverges_does_not_touch_those_beside_it_here():
-    """On the CPU groups are computed apart; elsewhere that is not promised, see ``fa.train.Apart``."""
+    """On the CPU groups are computed apart; elsewhere that is not promised, see ``fa.train.loop.StackDiverged``."""
     sets = data.load("digits", dtype=torch.float64)
     configs = runs([("bp", "")], (0, 1))
     _, stepper, nets, _ = stacked(configs, sets)
     with torch.no_grad():
         nets[0].conv1.weight.mul_(float("nan"))
-    losses = drain(stepper.epoch(0, 3))
+    losses = stepper.epoch(0, 3)
     want = trained_alone(configs[1:], sets, (0,))[0][0]
     assert losses[:, 0].isnan().all() and torch.allclose(losses[:, 1], want, rtol=1e-10)
 
@@ -137,33 +142,45 @@ def close(got, want):
     assert not angles.any() or np.nanmax(np.abs(got.value - want.value)[angles]) < 0.5
 
 
-def test_a_campaign_that_stacks_gives_the_tables_of_one_that_does_not(monkeypatch, tmp_path):
-    """With a stop and a resumption; only a GPU stacks, so this one is told to."""
+def test_runs_are_grouped_by_what_they_share():
+    bp, dfa, pfa, other = (
+        runs([(rule, options)], range(2)) for rule, options in (*RULES[:1], ("dfa", ""), RULES[8], RULES[0])
+    )
+    other = [replace(c, lr=0.2) for c in other]
+    mixed = [pfa[0], dfa[0], bp[0], other[0], pfa[1], bp[1], dfa[1], other[1]]
+    assert stack.groups(mixed, 15) == [[*bp, *pfa], other, dfa[:1], dfa[1:]]
+    assert stack.groups(mixed, 3) == [[bp[0], *pfa], other, bp[1:], dfa[:1], dfa[1:]]
+    assert stack.groups(mixed, 1) == [[c] for c in mixed]  # in their order
+    drawn = experiments.plan("p3_fig3", "quick")[:1]
+    assert stack.groups([*drawn, *bp], 15) == [bp, drawn]
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """Only a GPU stacks, so this CPU is told to; yields the sizes of what is trained as one."""
     monkeypatch.setenv("FA_RUNS", str(tmp_path))
-    configs = [
-        replace(c, epochs=1, lr=0.005) for c in runs([("bp", ""), ("dfa", ""), ("pfa", "implicit=true")], (0, 1))
-    ]
-    want = [train.train(c) for c in configs]
-    sizes, real, clock = [], train.running, iter(range(10**9))
+    sizes, real = [], campaign.train_runs
 
     def counted(members, device, *args):
         sizes.append(len(members))
         return real(members, "cpu", *args)
 
-    monkeypatch.setattr(campaign, "running", counted)
+    monkeypatch.setattr(campaign, "train_runs", counted)
     monkeypatch.setattr(campaign, "pick_device", lambda device: "meta")
-    sets = data.load("digits")
-    monkeypatch.setattr(campaign.data, "load", lambda name, device: sets)
-    monkeypatch.setattr(campaign.torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(campaign.engine, "together", lambda made, device: together(made, "cpu"))
+    return sizes
+
+
+def test_a_campaign_that_stacks_gives_the_tables_of_one_that_does_not(here):
+    """With a stop and a resumption."""
+    configs = [
+        replace(c, epochs=1, lr=0.005) for c in runs([("bp", ""), ("dfa", ""), ("pfa", "implicit=true")], (0, 1))
+    ]
+    want = [train.train(c) for c in configs]
     plain = {"workers": 1, "progress": False, "compiled": False}
-    monkeypatch.setattr(
-        train, "time", type("Clock", (), {"monotonic": staticmethod(lambda: 1e12 + next(clock))})
-    )  # far behind any budget
     stopped = campaign.run(configs, "quick", **plain, budget=1e-9)
-    assert stopped.left == len(configs) and sizes == [4, 1, 1]
+    assert stopped.left == len(configs) and here == [4, 1, 1]
     assert campaign.run(configs, "quick", **plain).left == 0
-    assert sizes[3:] == [4, 1, 1]
+    assert here[3:] == [4, 1, 1]
     for config, table in zip(configs, want):
         folder = Folder("quick", config)
         close(folder.table({}), table)
@@ -171,78 +188,74 @@ def test_a_campaign_that_stacks_gives_the_tables_of_one_that_does_not(monkeypatc
 
 
 def test_a_stack_with_a_loss_that_is_not_finite_is_taken_apart(monkeypatch):
-    members = [Member(c) for c in runs([("bp", "")], (0, 1))]
-    monkeypatch.setattr(
-        Stepper, "epoch", lambda self, epoch: (yield) or torch.full((3, 2), float("nan"), dtype=torch.float64)
-    )
-    with pytest.raises(train.Apart):
-        drain(train.running(members))
+    members = [Run(c) for c in runs([("bp", "")], (0, 1))]
+    monkeypatch.setattr(Stepper, "epoch", lambda self, epoch: torch.full((3, 2), float("nan"), dtype=torch.float64))
+    with pytest.raises(train.StackDiverged):
+        train.train_runs(members)
 
 
-def test_a_stack_whose_last_step_spoilt_a_weight_is_taken_apart_before_it_is_saved(monkeypatch):
+def test_a_stack_whose_last_step_spoilt_a_weight_is_taken_apart_before_it_is_saved(monkeypatch, tmp_path):
     saved = []
-    members = [Member(c, SimpleNamespace(save=saved.append)) for c in runs([("bp", "")], (0, 1))]
+    folder = SimpleNamespace(save=saved.append, checkpoint=lambda: None, path=tmp_path)
+    members = [Run(c, folder) for c in runs([("bp", "")], (0, 1))]
 
     def epoch(self, epoch):
-        yield
         with torch.no_grad():
             self.net.conv1.weight[0] = float("nan")
         return torch.ones(3, 2, dtype=torch.float64)
 
     monkeypatch.setattr(Stepper, "epoch", epoch)
-    monkeypatch.setattr(
-        train.time, "monotonic", itertools.count(0, 100).__next__
-    )  # a checkpoint is due after every epoch
-    with pytest.raises(train.Apart):
-        drain(train.running(members))
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=itertools.count(0, 100).__next__))
+    # a checkpoint is due after every epoch
+    with pytest.raises(train.StackDiverged):
+        train.train_runs(members)
     assert not saved
 
 
-def test_what_fails_as_a_stack_is_tried_apart_and_a_broken_checkpoint_is_its_runs_own(monkeypatch, tmp_path):
-    monkeypatch.setenv("FA_RUNS", str(tmp_path))
+@pytest.mark.parametrize("error", [RuntimeError("out of memory, say"), train.StackDiverged()])
+def test_what_fails_as_a_stack_is_tried_apart_and_a_broken_checkpoint_is_its_runs_own(error, here, monkeypatch, capsys):
     configs = [replace(c, epochs=1) for c in runs([("bp", "")], (0, 1, 2))]
     folders = [Folder("quick", c) for c in configs]
     broken = folders[2].path / "checkpoint.pt"
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"nothing")
-    sizes, sets = [], data.load("digits")
+    trained = campaign.train_runs
 
-    def failing(members, *args):
-        sizes.append(len(members))
+    def failing(members, device, *args):
         if len(members) > 1:
-            raise RuntimeError("out of memory, say")
-        yield
-        return [members[0].config.seed]
+            here.append(len(members))
+            raise error
+        return trained(members, device, *args)
 
-    monkeypatch.setattr(campaign, "running", failing)
-    monkeypatch.setattr(campaign.data, "load", lambda name, device: sets)
-    monkeypatch.setattr(campaign.torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(campaign.engine, "together", lambda made, device: together(made, "cpu"))
-    mine = list(zip(configs, folders))
-    found = dict(campaign._tables(mine, "meta", float("inf"), False, lambda *event: None))
-    assert sizes == [2, 1, 1] and found[0] == 0 and found[1] == 1
-    assert isinstance(found[2], UserError) and "delete it" in str(found[2])
+    monkeypatch.setattr(campaign, "train_runs", failing)
+    with pytest.raises(UserError, match="delete it"):
+        campaign.run_one(configs, "quick", "meta")
+    assert here == [2, 1, 1] and [f.finished for f in folders] == [True, True, False]
+    assert ("out of memory, say" in capsys.readouterr().err) is isinstance(error, RuntimeError)
 
 
 def test_a_stack_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
-    """Bit for bit as a stack; its runs alone but for float32's rounding. Their shares of the time add up."""
+    """Bit for bit as a stack; its runs alone but for float32's rounding. Their seconds add up."""
     monkeypatch.setenv("FA_RUNS", str(tmp_path))
     configs = [replace(c, lr=0.001) for c in runs([("bp", ""), ("kp", ""), ("pfa_o", "implicit=true")], (0, 1))]
     folders = [Folder("quick", c) for c in configs]
-    want = drain(train.running([Member(c) for c in configs]))
+    want = train.train_runs([Run(c) for c in configs])
     now = [0.0]
-    monkeypatch.setattr(train, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    real = Stepper.epoch
 
-    def later(epoch, values):
+    def later(self, epoch):
         now[0] = 12.0
+        return real(self, epoch)
 
-    first = train.running([Member(c, f, later) for c, f in zip(configs, folders)], until=12.0, at_once=6)
-    assert drain(first) == [None] * 6  # an epoch of 12 seconds would not fit a second time
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "epoch", later)
+        first = train.train_runs([Run(c, f) for c, f in zip(configs, folders)], until=12.0)
+    assert first == [None] * 6  # an epoch of 12 seconds would not fit a second time
     begun = [f.checkpoint() for f in folders]
-    assert {(s["epoch"], s["seconds"], s["share"]) for s in begun} == {(1, 12.0, 2.0)}
+    assert {(s["epoch"], s["seconds"]) for s in begun} == {(1, 2.0)}
     assert all(any(m["momentum_buffer"].any() for m in s["optimizer"]["state"].values()) for s in begun)
-    members = [Member(c, f, checkpoint=s) for c, f, s in zip(configs, folders, begun)]
-    for got, whole in zip(drain(train.running(members)), want):
-        assert got.equals(whole) and got.attrs["status"]["share"] == 2.0
+    for got, whole in zip(train.train_runs([Run(c, f) for c, f in zip(configs, folders)]), want):
+        assert got.equals(whole) and got.attrs["status"]["seconds"] == 2.0
     for config, folder, whole in zip(configs, folders, want):
         close(train.train(config, folder=folder), whole)

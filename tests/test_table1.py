@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 import fa
-from fa import experiments, plot, probes
+from fa import experiments, metrics, plot
 from fa.experiments import p3_table1
 from fa.layers.feedback import generator
-from fa.metrics import linear_layers
 from fa.results import claims, records
 from fa.train.config import Config
-from fa.train.loop import train
+from fa.train.loop import Run, train_runs, weighted
 
 
 @pytest.fixture(autouse=True)
@@ -60,14 +59,15 @@ def test_the_twin_stores_the_r_that_was_left_out(rule):
         "implicit": config,
         "explicit": replace(config, options=config.options.replace(" implicit=true", "")),
     }.items():
-        train(c, extra=lambda net, epoch: nets.update({name: net}) or [])  # noqa: B023
+        train_runs([run := Run(c)])
+        nets[name] = run.net
     twin = p3_table1.explicit(config, nets["implicit"])
-    for name, layer in linear_layers(twin).items():
-        want = linear_layers(nets["explicit"])[name].feedback.R.double()
+    for name, layer in weighted(twin).items():
+        want = weighted(nets["explicit"])[name].feedback.R.double()
         assert torch.linalg.vector_norm(layer.feedback.R - want) < 1e-4 * torch.linalg.vector_norm(want)
         torch.testing.assert_close(
             fa.feedback_weight(layer).float(),
-            fa.feedback_weight(linear_layers(nets["implicit"])[name]),
+            fa.feedback_weight(weighted(nets["implicit"])[name]),
             rtol=1e-4,
             atol=1e-5,
         )
@@ -120,7 +120,7 @@ def wide_matrix(seed: int = 0) -> torch.Tensor:
 
 def test_symmetry_against_numpy():
     W = wide_matrix()
-    (row,) = probes.symmetry(layer("fa", W)).itertuples()
+    (row,) = metrics.symmetry(layer("fa", W)).itertuples()
     net = layer("fa", W)
     B = net.feedback.B.numpy()
     assert row.matrix == "B" and row.correlation == pytest.approx(
@@ -142,11 +142,11 @@ def test_symmetry_tells_a_copy_a_mixture_and_a_stranger():
         copy.feedback.B.copy_(W + 0.1 * wide_matrix(1))
         shuffled.feedback.B.copy_(-2 * W[torch.randperm(40, generator=generator(0, "test"))])
         product.feedback.R.copy_(product.feedback.B.T @ W)
-    (row,) = probes.symmetry(copy).itertuples()
+    (row,) = metrics.symmetry(copy).itertuples()
     assert row.correlation > 0.98 and row.angle_deg < 10 and row.match > 0.98 > row.mixed + 0.4
-    (row,) = probes.symmetry(shuffled).itertuples()  # mirrors W under other names: no correlation, and yet a match
+    (row,) = metrics.symmetry(shuffled).itertuples()  # mirrors W under other names: no correlation, and yet a match
     assert abs(row.correlation) < 0.1 and row.match == pytest.approx(1)
-    rows = probes.symmetry(product).set_index("matrix")
+    rows = metrics.symmetry(product).set_index("matrix")
     assert rows.correlation.isna().all() and rows.angle_deg.isna().all()
     assert rows.match["R"] == pytest.approx(rows.mixed["R"], abs=0.05) and rows.match["R"] > rows.chance["R"] + 0.05
     assert rows.match["B"] == pytest.approx(rows.chance["B"], abs=0.03)
@@ -156,19 +156,19 @@ def test_symmetry_of_the_other_kinds_of_feedback():
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4)).double()
     for rule, options, matrices in [("usf", {}, {"K"}), ("pfa", {}, {"B", "R"}), ("dfa", {}, {"B"}), ("kp", {"density": 0.5}, {"B"}),
                                     ("pfa", {"density": 0.5}, {"B", "R"})]:  # fmt: skip
-        table = probes.symmetry(fa.convert(net, rule, **options))
+        table = metrics.symmetry(fa.convert(net, rule, **options))
         assert set(table.matrix) == matrices and table.depth.tolist() == sorted(table.depth)
         assert table.match.notna().all() and table.match.between(0, 1).all(), rule
-    masked = probes.matrices(net[0])["R"]
+    masked = metrics.matrices(net[0])["R"]
     assert 0.3 < (masked == 0).double().mean() < 0.7, "a synapse that does not exist counts as 0"
     fa.convert(net, "usf")
-    assert probes.symmetry(net).angle_deg.to_numpy() == pytest.approx(fa.alignment(net).angle_deg.to_numpy())
-    assert probes.symmetry(fa.convert(net, "bp")).empty
+    assert metrics.symmetry(net).angle_deg.to_numpy() == pytest.approx(fa.alignment(net).angle_deg.to_numpy())
+    assert metrics.symmetry(fa.convert(net, "bp")).empty
     grouped = fa.convert(nn.Conv2d(4, 6, 3, groups=2).double(), "pfa")
-    rows = probes.symmetry(grouped).set_index("matrix")
+    rows = metrics.symmetry(grouped).set_index("matrix")
     assert np.isnan(rows.match["B"]) and rows.match["R"] > 0, "a matrix between groups shares neither side of W"
     with pytest.raises(fa.UserError, match="implicit=False"):
-        probes.symmetry(fa.convert(net, "pfa", implicit=True))
+        metrics.symmetry(fa.convert(net, "pfa", implicit=True))
 
 
 # ------------------------------------------------------------------------------------------------- cells and claims
@@ -312,8 +312,10 @@ def test_a_partial_record_shows_what_it_has(ticks):
 
 def test_a_record_is_held_against_its_own_plan(plan):
     """Both kinds of runs are in the plan, so that a whole record is not refused for a setting."""
-    table, _, sidecar, planned = claims._sources("p3_table1", "record")
-    assert set(sidecar["configs"]) == set(planned.run) == set(table.run) and len(planned) == len(plan)
+    sidecar = {"configs": {str(i): c for i, c in enumerate(plan)}}
+    assert claims._unfit(sidecar, plan) == ""
+    probe = next(c for c in plan if "measure" in c)
+    assert claims._unfit({"configs": {"x": {**probe, "epochs": 3}}}, plan).startswith("this table has epochs 3")
 
 
 def test_texts(ticks):

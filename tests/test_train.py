@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 import fa
-from fa.metrics import linear_layers
+from fa.layers.feedback import generator
 from fa.results import records
 from fa.results.records import Folder
 from fa.train import data
 from fa.train import loop as train
 from fa.train import step as engine
-from fa.train.config import Config
+from fa.train.config import Config, parse_options
 
 TINY = Config("p3_fig2", "pfa", 0, "init=xavier implicit=true", "digits", hidden="16,16", epochs=5, batch=64, lr=0.05, lr_drops="2,4",
               weight_decay=1e-3, first_weight_decay=0.1)  # fmt: skip
@@ -60,7 +60,7 @@ OPTIONS = {"bp": "", "pfa": TINY.options, "kp": "init=xavier", "brsf": "", "dfa"
 
 def steps(net, opt, config, split, epoch, limit=None):
     """The losses of an epoch, or of its first batches."""
-    return engine.drain(engine.Stepper(net, opt, config, split).epoch(epoch, limit)).clone()
+    return engine.Stepper(net, opt, config, split).epoch(epoch, limit)[:, 0].clone()
 
 
 def same(a, b):
@@ -172,11 +172,20 @@ def test_a_run_that_diverges_is_recorded_as_such():
     assert folder.finished and folder.status["state"] == "diverged"
 
 
-def test_progress_is_told_after_every_epoch():
-    told = []
-    train.train(replace(TINY, epochs=3), on_epoch=lambda epoch, values: told.append((epoch, values)))
-    assert [e for e, _ in told] == [1, 2, 3]
-    assert all({"train_loss", "test_accuracy"} <= values.keys() for _, values in told)
+def test_progress_is_written_after_every_epoch(monkeypatch):
+    """A line an epoch, in the run's folder; epochs that a killed process trained after its last checkpoint are written once."""
+    config = replace(TINY, epochs=3)
+    folder = Folder("quick", config)
+    table = train.train(config, folder=folder)
+    lines = pd.read_csv(folder.path / "progress.csv")
+    assert lines.columns.tolist() == list(train.PROGRESS) and lines.epoch.tolist() == [1, 2, 3]
+    for metric in ("train_loss", "test_accuracy"):
+        want = table[(table.layer == "") & (table.metric == metric) & (table.epoch > 0)]
+        assert lines[metric].tolist() == want.value.tolist()
+    assert lines.train_accuracy.isna().tolist() == [True, True, False] and (lines.seconds >= 0).all()
+    monkeypatch.setattr(train, "time", Clock(1.0))
+    assert train.train(config, folder=folder, until=4.0) is None  # no checkpoint: from the beginning
+    assert pd.read_csv(folder.path / "progress.csv").epoch.tolist() == [1] and folder.checkpoint()["epoch"] == 1
 
 
 # ------------------------------------------------------------------------------------------ what the numbers are a function of
@@ -188,9 +197,9 @@ def test_the_same_seed_gives_the_same_start_and_the_same_batches_under_every_rul
 
     def losses(rule, seed):
         config = replace(TINY, rule=rule, seed=seed, options="", lr=0.0, weight_decay=0.0, first_weight_decay=0.0)
-        net = train.seed_network(config, (1, 8, 8), 10)
-        W = [m.weight.detach().clone() for m in linear_layers(net).values()]
-        with engine.on("cpu"):
+        net = train.build_network(config, (1, 8, 8), 10)
+        W = [m.weight.detach().clone() for m in train.weighted(net).values()]
+        with engine.numerics("cpu"):
             return W, torch.cat([steps(net, train.sgd(net, config), config, digits, epoch, 6) for epoch in (0, 1)])
 
     W, want = losses("bp", 0)
@@ -223,16 +232,16 @@ def test_an_epoch_sees_every_image_once():
 
 
 def test_first_steps_by_hand():
-    """SGD with momentum and decay as torch documents it, on the network that ``seed_network`` makes, without ``fa.train``'s loop."""
+    """SGD with momentum and decay as torch documents it, on the network that ``build_network`` makes, without ``fa.train``'s loop."""
     config = replace(TINY, rule="bp", options="")
     digits = data.load("digits", dtype=torch.float64).train
-    net = train.seed_network(config, (1, 8, 8), 10, torch.float64)
-    other = train.seed_network(config, (1, 8, 8), 10, torch.float64)
-    assert all(m.bias.abs().max() == 0 for m in linear_layers(net).values())
-    std = [m.weight.std().item() * (sum(m.weight.shape) / 2) ** 0.5 for m in linear_layers(net).values()]
+    net = train.build_network(config, (1, 8, 8), 10, torch.float64)
+    other = train.build_network(config, (1, 8, 8), 10, torch.float64)
+    assert all(m.bias.abs().max() == 0 for m in train.weighted(net).values())
+    std = [m.weight.std().item() * (sum(m.weight.shape) / 2) ** 0.5 for m in train.weighted(net).values()]
     assert std == pytest.approx([1, 1, 1], rel=0.12)  # Xavier
     losses = steps(net, train.sgd(net, config), config, digits, 0, 3)
-    order = torch.randperm(len(digits), generator=fa.feedback.generator(0, "order", 0))
+    order = torch.randperm(len(digits), generator=generator(0, "order", 0))
     speed = {n: torch.zeros_like(p) for n, p in other.named_parameters()}
     for i in range(3):
         index = order[64 * i : 64 * (i + 1)]
@@ -265,7 +274,7 @@ def test_what_is_measured_when():
     assert train.layer_epochs(12) == {*range(11), 12}
     assert train.layer_epochs(3) == {0, 1, 2, 3}
     mnist, sets = Config("p3_fig2", "bp", 0), data.load("digits")  # 40 epochs, no validation images
-    looked = {e: set(train.watched(sets, mnist, e)) for e in range(41)}
+    looked = {e: set(train.splits_to_measure(sets, mnist, e)) for e in range(41)}
     assert all("test_accuracy" in found for found in looked.values())
     assert [e for e, found in looked.items() if "train_accuracy" in found] == [0, 10, 20, 30, 40]
     table = train.train(replace(TINY, epochs=2))
@@ -292,7 +301,7 @@ def test_accuracy_by_hand():
 
     net = Net().train()
     split = data.Split(torch.tensor([[0.0], [1.0], [2.0], [3.0], [0.0]]), torch.tensor([0, 1, 3, 3, 1]))
-    assert train.accuracy(net, split, batch=2) == 60.0
+    assert train.accuracies(net, split, batch=2) == [60.0]
     assert net.training
 
 
@@ -376,16 +385,16 @@ def test_fingerprint_does_not_know_the_threads():
     ],
 )
 def test_options_are_parsed(text, options):
-    assert train.parse_options(text) == options
+    assert parse_options(text) == options
 
 
 def test_bad_options_raise():
     with pytest.raises(fa.UserError, match="NAME=VALUE"):
-        train.parse_options("init xavier")
+        parse_options("init xavier")
     with pytest.raises(fa.UserError, match="known options"):
-        train.seed_network(replace(TINY, options="initt=xavier"), (1, 8, 8), 10)
+        train.build_network(replace(TINY, options="initt=xavier"), (1, 8, 8), 10)
     with pytest.raises(fa.UserError, match="known models: mlp"):
-        train.seed_network(replace(TINY, model="cnn"), (1, 8, 8), 10)
+        train.build_network(replace(TINY, model="cnn"), (1, 8, 8), 10)
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -437,7 +446,7 @@ def test_equal_configs_are_one_run():
 def test_the_schedule_of_the_decay_leaves_feedback_with_its_own_alone(rule):
     config = Config("e", rule, 0, dataset="digits", hidden="8,8", weight_decay=0.01, first_weight_decay=0.5)
     digits = data.load("digits").train
-    net = train.seed_network(config, (1, 8, 8), 10)
+    net = train.build_network(config, (1, 8, 8), 10)
     opt = train.sgd(net, config)
     learned = {id(p) for p in fa.feedback_parameters(net)}
     for epoch, decay in enumerate((0.5, 0.01)):

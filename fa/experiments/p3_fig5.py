@@ -8,7 +8,7 @@ from fa import models, plot, theory
 from fa.experiments import Experiment, of_rules, p3_fig4
 from fa.experiments.p3_fig2 import DECAYED, OPTIONS, layer_grid
 from fa.train.config import Config
-from fa.train.data import SETS, Album
+from fa.train.data import SETS, ImageFolderSource
 from fa.train.loop import weighted
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
     steps an epoch in place of 5,004, the first epoch's decay is 50 times as strong and leaves about the paper's share of PFA's
     mismatch; later decay is 5e-4 under every rule. Both are our choice. Quick: Figure 4's, or the small mode's on photographs.
     """
-    photographs = isinstance(SETS.get(dataset), Album)
+    photographs = isinstance(SETS.get(dataset), ImageFolderSource)
     if mode == "quick" and not photographs:
         return p3_fig4.grid(mode, rules, seeds, epochs, dataset)
     base = PAPER if mode == "paper" else SMALL

@@ -22,7 +22,7 @@ import pandas as pd
 from fa import experiments
 from fa.errors import UserError
 from fa.paths import ROOT, read_csv, relative, write_bytes
-from fa.results.store import RunFolder
+from fa.results.store import RunFolder, run_seconds
 from fa.train.config import Config
 from fa.train.loop import fingerprint
 
@@ -148,13 +148,8 @@ def union(experiment: str, mode: str, configs: Sequence[Any]) -> tuple[pd.DataFr
         "planned": len({c.run for c in configs}),
         "finished": len(runs),
         "partial": len(runs) < len({c.run for c in configs}),
-        "wall_seconds": round(sum(map(seconds_of, status.values())), 1),
+        "wall_seconds": round(sum(map(run_seconds, status.values())), 1),
     }
-
-
-def seconds_of(status: dict[str, Any]) -> float:
-    """Seconds of a finished run; where others were trained at once, its share of them (old statuses say how many there were)."""
-    return status.get("share", status["seconds"] / status.get("together", 1))
 
 
 def reference(name: str) -> pd.DataFrame:
@@ -245,7 +240,7 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
         "environments": [json.loads(e) for e in sorted(environments)],
         "fingerprints": _fingerprints(mine, before.get("fingerprints", {})),
         "partial": len(done) < len(configs),
-        "wall_seconds": round(sum(map(seconds_of, status.values())), 1),
+        "wall_seconds": round(sum(map(run_seconds, status.values())), 1),
     }
     return write(name, mode, pd.concat(tables), about), len(new)
 

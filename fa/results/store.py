@@ -95,3 +95,8 @@ class RunFolder:
 
     def _write_config(self) -> None:
         write_bytes(self.path / "config.json", json.dumps(asdict(self.config), indent=1).encode())
+
+
+def run_seconds(status: dict[str, Any]) -> float:
+    """Seconds of a finished run; in statuses of records of before, ``share`` or ``together`` tell its part of a joint training."""
+    return status.get("share", status["seconds"] / status.get("together", 1))

@@ -143,9 +143,7 @@ class FigureTable:
         add = os.environ.get("FA_ADD") and self.mode != "quick" and not self.chosen
         held = set(records.holders()) if add else set()
         missing = [c for c in self.runs if c.run not in held]
-        summary = runs.run(
-            missing, workers=1 if own_rule else "auto", device=self.device, label=f"{self.experiment} {self.mode}"
-        )
+        summary = runs.run(missing, workers=1 if own_rule else "auto", device=self.device)
         if summary.failed:
             raise RuntimeError(f"{len(summary.failed)} of {len(self.runs)} runs failed, the first: {summary.failed[0]}")
         if self.mode == "quick" or not self.chosen:

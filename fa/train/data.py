@@ -39,12 +39,24 @@ from torch import Tensor
 
 from fa.errors import UserError
 from fa.paths import ROOT
-from fa.train.photos import Album, Photos
+from fa.train.photos import DiskSplit, ImageFolderSource
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SETS", "Album", "Data", "Photos", "Source", "Split", "augment", "describe", "download", "load", "root"]
+__all__ = [
+    "SETS",
+    "ImageFolderSource",
+    "Data",
+    "DiskSplit",
+    "Source",
+    "Split",
+    "augment",
+    "describe",
+    "download",
+    "load",
+    "root",
+]
 
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images (n, [channels,] height, width) uint8, labels (n,)
 
@@ -74,8 +86,8 @@ class Data:
 
     name: str
     classes: int
-    train: Split | Photos
-    val: Split | Photos | None
+    train: Split | DiskSplit
+    val: Split | DiskSplit | None
     test: Split | None
 
     @property
@@ -165,7 +177,7 @@ CIFAR10_FILES = {
 }
 
 
-SETS: dict[str, Source | Album] = {
+SETS: dict[str, Source | ImageFolderSource] = {
     "digits": Source(
         "8x8 grey: 1,437 train, 360 test",
         10,
@@ -207,13 +219,13 @@ SETS: dict[str, Source | Album] = {
         CIFAR10_FILES,
         _cifar10_16,
     ),
-    "imagenet": Album(
+    "imagenet": ImageFolderSource(
         "ILSVRC 2012 photographs: 1,281,167 train, 50,000 validation",
         1000,
         "imagenet",
         {"train": 1_281_167, "val": 50_000},
     ),
-    "tiny-imagenet-20": Album(
+    "tiny-imagenet-20": ImageFolderSource(
         "64x64 photographs: 2,000 train, 500 validation",
         20,
         "tiny-imagenet-20",
@@ -222,7 +234,7 @@ SETS: dict[str, Source | Album] = {
         sha256="85687d6c5c1b3d7cc2ae9beb6c663187236ffd8c0451e41057c2202762a8a7da",
     ),
 }
-"""Name -> :class:`Source` or, of photographs on disk, :class:`fa.train.photos.Album` of every data set that :func:`load` knows."""
+"""Name -> :class:`Source` or, of photographs on disk, :class:`fa.train.photos.ImageFolderSource` of every data set that :func:`load` knows."""
 
 
 def root() -> Path:
@@ -254,7 +266,7 @@ def load(
     Photographs (:mod:`fa.train.photos`) stay on disk, and are put on the device a batch at a time.
     """
     source = _source(name)
-    if isinstance(source, Album):
+    if isinstance(source, ImageFolderSource):
         return _photos(name, source, device, dtype, _folder(root))
     splits = source.parse(_verified(name, root))
     wide = torch.promote_types(dtype, torch.float32)
@@ -269,7 +281,7 @@ def load(
     return Data(name, source.classes, made["train"], made.get("val"), made.get("test"))
 
 
-def _photos(name: str, album: Album, device: str | torch.device, dtype: torch.dtype, folder: Path) -> Data:
+def _photos(name: str, album: ImageFolderSource, device: str | torch.device, dtype: torch.dtype, folder: Path) -> Data:
     if (state := album.state(folder)) != "yes":
         why = {
             "no": "is not there",
@@ -278,13 +290,13 @@ def _photos(name: str, album: Album, device: str | torch.device, dtype: torch.dt
         }[state]
         raise UserError(f"data set {name}: {folder / album.folder} {why}; {album.remedy(folder)}")
     train, val = (
-        Photos(album.samples(folder, part), album.size, album.mean, album.sd, device, dtype)
+        DiskSplit(album.samples(folder, part), album.size, album.mean, album.sd, device, dtype)
         for part in ("train", "val")
     )
     return Data(name, album.classes, train, val, None)
 
 
-def _counts(album: Album, folder: Path) -> str:
+def _counts(album: ImageFolderSource, folder: Path) -> str:
     found = {part: album.samples(folder, part) for part in album.counts}
     return ", ".join(
         f"{part}: {len(of):,} images of {len({label for _, label in of})} classes" for part, of in found.items()
@@ -364,7 +376,7 @@ def download(name: str, root: str | Path | None = None) -> Path:
         UserError: an unknown name, no torchvision, no network (it says which files go where), or a damaged file.
     """
     source, folder = _source(name), _folder(root, name)
-    if isinstance(source, Album):
+    if isinstance(source, ImageFolderSource):
         if source.state(folder) != "yes":
             raise UserError(f"{name} cannot be downloaded from here; {source.remedy(folder)}")
         return folder
@@ -393,7 +405,7 @@ def describe(root: str | Path | None = None) -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=["name", "present", "where", "images"])
 
 
-def _source(name: str) -> Source | Album:
+def _source(name: str) -> Source | ImageFolderSource:
     if name not in SETS:
         raise UserError(f"unknown data set {name!r}; known: {', '.join(SETS)}")
     return SETS[name]
@@ -437,7 +449,7 @@ def _verified(name: str, root: str | Path | None) -> list[bytes]:
 
 def _state(name: str, root: str | Path | None) -> tuple[str, str]:
     """In a word, whether a data set can be loaded, and the folder of its files."""
-    if isinstance(album := SETS[name], Album):
+    if isinstance(album := SETS[name], ImageFolderSource):
         folder = _folder(root)
         return album.state(folder), str(folder / album.folder)
     try:

@@ -1,4 +1,4 @@
-"""One flat training loop: ``train(config) -> table``, with checkpoint and resume; its steps are :mod:`fa.train.step`'s.
+"""The training loop: ``train(config) -> table``, with checkpoint and resume; its steps are :mod:`fa.train.step`'s.
 
 A run is a frozen dataclass of scalars. Everything random in it has a generator of its own, made of the seed and a word: the initial
 weights, the order of the batches in each epoch, the feedback. The same seed therefore gives the same initial weights and the same
@@ -9,277 +9,208 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fa import models
-from fa.layers.convert import convert, param_groups
-from fa.layers.feedback import generator
-from fa.layers.hooks import converted
-from fa.metrics import alignment, gradient_angles, linear_layers
 from fa.provenance import environment
-from fa.rules import rule as make_rule
 from fa.train import data, stack
 from fa.train.config import Config, integers
-from fa.train.step import Stepper, drain, on, stream
+from fa.train.measure import ALONE, MEASURES, accuracies, layer_epochs, layer_rows, splits_to_measure
+from fa.train.network import build_network
+from fa.train.step import Stepper, numerics, sgd
+
+PROGRESS = ("epoch", "seconds", "train_loss", "train_accuracy", "val_accuracy", "test_accuracy")
+"""Columns of ``progress.csv`` in a run's folder: one line an epoch; a metric that was not measured is empty."""
+
+CHECKPOINT_EVERY = 30.0  # seconds
 
 
-def seed_network(config: Config, shape: tuple[int, ...], classes: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The untrained network of a run, with its rule on, on the CPU."""
-    net = models.build(config.model, shape, classes, integers(config.hidden)).to(dtype)
-    models.xavier_(net, generator(config.seed, "weights"))
-    return convert(net, make_rule(config.rule, **config.rule_options), seed=config.seed)
+class StackDiverged(Exception):
+    """A run of a stack diverged, which may have touched the runs next to it; the caller retrains the runs one by one."""
 
 
-@torch.no_grad()
-def accuracy(net: nn.Module, split: data.Split, batch: int = 1000) -> float:
-    """Percent of the split's images classified right, in eval mode and the weights' own precision."""
-    training, device = net.training, next(net.parameters(), torch.empty(0)).device
-    batch = batch if device.type == "cpu" else 5 * batch  # fewer, larger kernels
-    net.eval()
-    right = sum((net(x).argmax(1) == y).sum() for x, y in split.batches(batch))
-    net.train(training)
-    return 100 * right.item() / len(split)
+@dataclass
+class Run:
+    """One run while it is trained.
 
-
-def layer_epochs(epochs: int) -> set[int]:
-    """When layers are measured: epochs 0 to 10, every fifth, and the last."""
-    return {e for e in range(epochs + 1) if e <= 10 or e % 5 == 0 or e == epochs}
-
-
-def watched(sets: data.Data, config: Config, epoch: int) -> dict[str, data.Split]:
-    """Metric -> the images on which accuracy is measured after so many epochs.
-
-    In a run of more than 100 epochs that has validation images, these at every epoch, test and training images at every 25th; in other
-    runs validation and test images at every epoch, training images, which take a third of an epoch, at every tenth; all at the end.
-    Photographs on disk are decoded for training alone.
+    Args:
+        config: the run.
+        folder: keeps its checkpoints and ``progress.csv``, a :class:`fa.results.store.RunFolder` (default None: nothing is written).
+        epoch: epochs behind it.
+        rows: what was measured: [epoch, layer, depth, metric, value].
+        seconds: wall time of its training; of a stack its part, as the runs share the time evenly.
+        environments: software and machines that trained it, the first one first.
     """
-    long = config.epochs > 100 and sets.val is not None
-    now = epoch % (25 if long else 10) == 0 or epoch == config.epochs
-    splits = {"val_accuracy": sets.val, "test_accuracy": sets.test if now or not long else None}
-    splits["train_accuracy"] = sets.train if now and isinstance(sets.train, data.Split) else None
-    return {metric: split for metric, split in splits.items() if split is not None}
 
+    config: Config
+    folder: Any = None
+    epoch: int = 0
+    rows: list[list[Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    environments: list[dict[str, str]] = field(default_factory=list)
+    net: nn.Module = field(init=False, repr=False)
+    opt: torch.optim.SGD = field(init=False, repr=False)
 
-def measure(
-    net: nn.Module,
-    config: Config,
-    sets: data.Data,
-    epoch: int,
-    extra: Extra | None = None,
-    found: dict[str, float] | None = None,
-) -> list[list[Any]]:
-    """Rows (epoch, layer, depth, metric, value) of the network after ``epoch`` epochs; ``found``: accuracies, if already measured."""
-    if found is None:
-        found = {metric: accuracy(net, split) for metric, split in watched(sets, config, epoch).items()}
-    rows: list[list[Any]] = [[epoch, "", None, metric, value] for metric, value in found.items()]
-    if epoch in layer_epochs(config.epochs):
-        layers = linear_layers(net)
-        norms = torch.stack([torch.linalg.vector_norm(m.weight.double()) for m in layers.values()]).tolist()
-        tables = [pd.DataFrame({"layer": list(layers), "depth": range(1, len(norms) + 1), "weight_norm": norms})]
-        if converted(net):
-            tables.append(alignment(net).drop(columns="weight_norm"))
-            tables.append(gradient_angles(net, *sets.train.first(512), F.cross_entropy))
-        for table in tables:
-            long = table.melt(["layer", "depth"], var_name="metric").dropna()
-            rows += [[epoch, r.layer, r.depth, r.metric, float(r.value)] for r in long.itertuples()]
-    return rows + (extra(net, epoch) if extra else [])
+    def start(self, sets: data.Data, device: str) -> None:
+        """Make the network and its optimizer on the device, as the checkpoint has them, if there is one."""
+        layout = torch.channels_last if torch.device(device).type == "cuda" else torch.preserve_format
+        self.net = build_network(self.config, sets.shape, sets.classes).to(device).to(memory_format=layout)
+        self.opt = sgd(self.net, self.config)
+        if checkpoint := self.folder and self.folder.checkpoint():
+            for name in ("epoch", "rows", "seconds", "environments"):
+                setattr(self, name, checkpoint.get(name, getattr(self, name)))
+            self.net.load_state_dict(checkpoint["net"])
+            self.opt.load_state_dict(checkpoint["optimizer"])
+            for p, state in self.opt.state.items():  # in this device's memory layout, which may not be the checkpoint's
+                if state.get("momentum_buffer") is not None:
+                    state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
+        if environment() not in self.environments:
+            self.environments.append(environment())
+        if (
+            self.folder and (path := self.folder.path / "progress.csv").exists()
+        ):  # epochs after the checkpoint come again
+            head, *lines = path.read_text().splitlines(keepends=True)
+            path.write_text(head + "".join(line for line in lines if int(line.partition(",")[0]) <= self.epoch))
 
+    def measure(self, sets: data.Data, epoch: int, whole: dict[str, float]) -> None:
+        """Add the rows of an epoch: those of the whole network (metric -> value), and at some epochs those of its layers."""
+        self.rows += [[epoch, "", None, metric, value] for metric, value in whole.items()]
+        if epoch in layer_epochs(self.config.epochs):
+            self.rows += layer_rows(self.net, sets, epoch)
+        if own := self.config.measure:
+            self.rows = [] if own in ALONE else self.rows
+            self.rows += MEASURES[own](self.config, self.net, epoch, sets)
+        self.epoch = epoch
 
-def sgd(net: nn.Module, config: Config) -> torch.optim.SGD:
-    """The optimizer of every run here: SGD with momentum on all parameters, learned feedback included."""
-    return torch.optim.SGD(param_groups(net, config.lr, config.weight_decay), momentum=config.momentum, fused=True)
+    def report(self) -> None:
+        """Append the latest epoch to ``progress.csv``, which bars and live plots read."""
+        if self.folder:
+            found = {metric: value for epoch, layer, _, metric, value in self.rows if epoch == self.epoch and not layer}
+            line = {"epoch": self.epoch, "seconds": round(self.seconds, 1)} | found
+            path = self.folder.path / "progress.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a") as f:
+                f.write("" if f.tell() else ",".join(PROGRESS) + "\n")
+                f.write(",".join(str(line.get(name, "")) for name in PROGRESS) + "\n")
 
+    def save(self) -> None:
+        """Write a checkpoint; of a stack the run's own slices, not the whole."""
+        if self.folder:
+            state = {name: getattr(self, name) for name in ("epoch", "rows", "seconds", "environments")}
+            parts = {"net": self.net.state_dict(), "optimizer": self.opt.state_dict()}
+            self.folder.save({**state, **tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, parts)})
 
-Extra = Callable[[nn.Module, int], list[list[Any]]]
-"""What an experiment measures beside: (network, epoch) -> rows (epoch, layer, depth, metric, value)."""
+    def table(self, **status: Any) -> pd.DataFrame:
+        """The rows as a table, with the run's status in its ``attrs``; see :func:`train`."""
+        table = pd.DataFrame(self.rows, columns=["epoch", "layer", "depth", "metric", "value"])
+        table["depth"] = table["depth"].astype("Int64")
+        status["seconds"] = round(self.seconds, 1)
+        # the folder itself notes the machine that finishes a run
+        if earlier := [e for e in self.environments if e != environment()]:
+            status["earlier"] = earlier
+        table.attrs["status"] = status
+        return table
 
 
 def train(
-    config: Config,
-    device: str = "cpu",
-    folder: Any = None,
-    until: float = math.inf,
-    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
-    extra: Extra | None = None,
-    compiled: bool = False,
+    config: Config, device: str = "cpu", folder: Any = None, until: float = math.inf, compiled: bool = False
 ) -> pd.DataFrame | None:
     """Train one run, from its checkpoint if there is one.
 
     Args:
         config: the run.
         device: a torch device; on "cpu" one thread is used, so that the numbers do not depend on the number of cores.
-        folder: a :class:`fa.results.records.Folder` to keep checkpoints in (default None: nothing is written).
+        folder: a :class:`fa.results.store.RunFolder` to keep checkpoints in (default None: nothing is written).
         until: ``time.monotonic()`` at which to have stopped; a checkpoint is written and None returned if an epoch would not fit.
-        on_epoch: called after every epoch with its number and the latest whole-network metrics.
-        extra: called whenever the network is measured, epoch 0 and after every epoch; its rows join the table.
         compiled: train through ``torch.compile`` (default False).
 
     Returns:
-        The run's table: ``epoch, layer, depth, metric, value``; epoch 0 is the untrained network. Its ``attrs["status"]``
-        says ``state`` ("finished", or "diverged" with the epoch at which the loss was no longer finite), ``seconds``, ``share`` (of them, where others trained beside), and ``earlier``,
-        the environments of machines that trained the run's first epochs, if there were any.
+        The run's table: ``epoch, layer, depth, metric, value``; epoch 0 is the untrained network. Its ``attrs["status"]`` says ``state``
+        ("finished", or "diverged" with the ``epoch`` at which the loss was no longer finite), ``seconds``, and ``earlier``, the environments
+        of other machines that trained the run's first epochs, if there were any.
     """
-    with on(device), stream(device):
-        member = Member(config, folder, on_epoch, extra, folder.checkpoint() if folder else None)
-        return drain(running([member], device, until, compiled))[0]
+    return train_runs([Run(config, folder)], device, until, compiled)[0]
 
 
-def combined(
-    configs: Sequence[Config],
-    nets: Sequence[nn.Module],
-    opts: Sequence[torch.optim.SGD],
-    shape: Sequence[int],
-    classes: int,
-) -> tuple[nn.Module, torch.optim.SGD]:
-    """What is trained, and its optimizer: a run's own network, or the stack of several, which shares their memory (:func:`fa.train.stack.join`)."""
-    if len(configs) == 1:
-        return nets[0], opts[0]
-    whole = stack.build(configs, shape, classes, next(nets[0].parameters()))
-    opt = sgd(whole, configs[0])
-    stack.join(whole, opt, nets, opts)
-    return whole, opt
-
-
-@dataclass(frozen=True)
-class Member:
-    """One of the runs that :func:`running` trains as one; arguments as of :func:`train`, and the checkpoint it goes on from, if any."""
-
-    config: Config
-    folder: Any = None
-    on_epoch: Callable[[int, dict[str, float]], None] | None = None
-    extra: Extra | None = None
-    checkpoint: dict[str, Any] | None = None
-
-
-class Apart(Exception):
-    """A stack in which a loss or a weight is no longer finite, which a group beside it might feel: its runs are to be trained apart."""
-
-
-def running(
-    members: Sequence[Member],
+def train_runs(
+    runs: Sequence[Run],
     device: str = "cpu",
     until: float = math.inf,
     compiled: bool = False,
     sets: data.Data | None = None,
-    at_once: int = 1,
-) -> Generator[None, None, list[pd.DataFrame | None]]:
-    """:func:`train` as a generator that yields after every step, for :func:`fa.train.step.together`.
+) -> list[pd.DataFrame | None]:
+    """Train one run, or several that share a recipe as one stacked network (:mod:`fa.train.stack`).
 
     Args:
-        members: one run, or several with one :func:`fa.train.stack.key` that have come equally far, which are trained as a stack.
-        device: as of :func:`train`, like ``until`` and ``compiled``.
-        sets: data that runs share (default: loaded here).
-        at_once: runs that this process trains meanwhile, these included (default 1): ``share`` in a run's status is its part of the seconds.
+        runs: one run, or several with one :func:`fa.train.stack.key` and as many epochs behind them.
+        device, until, compiled: as in :func:`train`.
+        sets: the data, on the device (default: those of the recipe are loaded).
 
     Returns:
-        What :func:`train` returns, for each.
+        What :func:`train` returns, for each run.
 
     Raises:
-        Apart: from a stack.
+        StackDiverged: from a stack.
     """
-    begin, configs = time.monotonic(), [m.config for m in members]
-    config = configs[0]  # what is asked of it below is the same for all
-    sets = sets or data.load(config.dataset, device)
-    nets = [seed_network(c, sets.shape, sets.classes).to(device) for c in configs]
-    if torch.device(device).type == "cuda":
-        nets = [net.to(memory_format=torch.channels_last) for net in nets]
-    opts = [sgd(net, c) for net, c in zip(nets, configs)]
-    here = environment()
-    states: list[dict[str, Any]] = [
-        {"epoch": 0, "rows": [], "seconds": 0.0, "share": 0.0, "environments": [here]} for _ in members
-    ]
-    for member, net, opt, state in zip(members, nets, opts, states):
-        if checkpoint := member.checkpoint:
-            state.update((k, checkpoint[k]) for k in list(state) if k in checkpoint)
-            state["environments"] += [here] if here not in state["environments"] else []
-            net.load_state_dict(checkpoint["net"])
-            opt.load_state_dict(checkpoint["optimizer"])
-            for (
-                p,
-                kept,
-            ) in opt.state.items():  # in this device's memory layout, which need not be that of the checkpoint
-                if kept.get("momentum_buffer") is not None:
-                    kept["momentum_buffer"] = torch.empty_like(p).copy_(kept["momentum_buffer"])
-    net, opt = combined(configs, nets, opts, sets.shape, sets.classes)
-    stepper = Stepper(net, opt, config, sets.train, compiled, seeds=[c.seed for c in configs])
-    before, saved, last = [(state["seconds"], state["share"]) for state in states], begin, 0.0
+    config, stacked = runs[0].config, len(runs) > 1  # what is asked of config below is the same for all
+    since = saved = time.monotonic()
+    with numerics(device):
+        sets = sets or data.load(config.dataset, device)
+        for run in runs:
+            run.start(sets, device)
+        net, opt = stack.join(runs, sets.shape, sets.classes) if stacked else (runs[0].net, runs[0].opt)
+        step = Stepper(net, opt, config, sets.train, compiled, seeds=[run.config.seed for run in runs])
+        if runs[0].epoch == 0:
+            for run in runs:
+                run.rows = []
+            measure(runs, net, sets, 0, [{} for _ in runs])
+        last = 0.0  # seconds of the latest epoch
+        for epoch in range(runs[0].epoch, config.epochs):
+            begin = time.monotonic()
+            if begin + 1.1 * last > until:
+                for run in runs:
+                    run.save()
+                return [None] * len(runs)
+            losses = step.epoch(epoch).mean(0).tolist()  # (steps, runs) -> (runs,)
+            finite = all(map(math.isfinite, losses))
+            if stacked and not (finite and all_finite(net.parameters())):  # no loss has seen the last step's weights
+                raise StackDiverged
+            if not finite:
+                runs[0].seconds += time.monotonic() - since
+                return [runs[0].table(state="diverged", epoch=epoch + 1)]
+            measure(runs, net, sets, epoch + 1, [{"train_loss": loss} for loss in losses])
+            now = time.monotonic()
+            for run in runs:
+                run.seconds += (now - since) / len(runs)
+                run.report()
+            last, since = now - begin, now
+            if now - saved > CHECKPOINT_EVERY and epoch + 1 < config.epochs:
+                for run in runs:
+                    run.save()
+                saved = now
+        return [run.table(state="finished") for run in runs]
 
-    def clock() -> None:
-        """Bring each run's seconds up to date."""
-        spent = time.monotonic() - begin
-        for state, (seconds, share) in zip(states, before):
-            state["seconds"], state["share"] = seconds + spent, share + spent / at_once
 
-    def look(epoch: int) -> list[list[list[Any]]]:
-        """Each run's measurements."""
-        found: list[dict[str, float] | None] = [None] * len(members)
-        if len(members) > 1:
-            each = {
-                metric: stack.accuracies(net, len(members), split)
-                for metric, split in watched(sets, config, epoch).items()
-            }
-            found = [{metric: values[i] for metric, values in each.items()} for i in range(len(members))]
-        return [measure(n, m.config, sets, epoch, m.extra, f) for n, m, f in zip(nets, members, found)]
+def measure(
+    runs: Sequence[Run], net: nn.Module, sets: data.Data, epoch: int, whole: Sequence[dict[str, float]]
+) -> None:
+    """Measure every run after ``epoch`` epochs; ``whole``: what is known already, metric -> value, of each run."""
+    found = {
+        m: accuracies(net, split, len(runs)) for m, split in splits_to_measure(sets, runs[0].config, epoch).items()
+    }
+    for i, run in enumerate(runs):
+        run.measure(sets, epoch, whole[i] | {metric: values[i] for metric, values in found.items()})
 
-    def save() -> None:
-        clock()
-        for member, net, opt, state in zip(members, nets, opts, states):
-            if member.folder:
-                parts = {"net": net.state_dict(), "optimizer": opt.state_dict()}
-                member.folder.save(
-                    {**state, **tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, parts)}
-                )  # not the whole stack
 
-    if states[0]["epoch"] == 0:
-        for state, rows in zip(states, look(0)):
-            state["rows"] = rows
-    status: dict[str, Any] = {"state": "finished"}
-    for epoch in range(states[0]["epoch"], config.epochs):
-        now = time.monotonic()
-        if now + 1.1 * last > until:
-            save()
-            return [None] * len(members)
-        losses = (yield from stepper.epoch(epoch)).view(-1, len(members)).mean(0).tolist()
-        finite = all(map(math.isfinite, losses))
-        if len(members) > 1 and not (
-            finite and all(torch.isfinite(torch.stack([p.sum() for p in net.parameters()])).tolist())
-        ):
-            raise Apart  # before a checkpoint is written; the last step's weights no loss has seen
-        if not finite:
-            status = {"state": "diverged", "epoch": epoch + 1}
-            break
-        for member, state, loss, rows in zip(members, states, losses, look(epoch + 1)):
-            rows = [[epoch + 1, "", None, "train_loss", loss], *rows]
-            state["rows"] += rows
-            state["epoch"] = epoch + 1
-            if member.on_epoch:
-                member.on_epoch(epoch + 1, {metric: value for _, layer, _, metric, value in rows if not layer})
-        last = time.monotonic() - now
-        if time.monotonic() - saved > 30 and epoch + 1 < config.epochs:
-            save()
-            saved = time.monotonic()
-    tables = []
-    clock()
-    for state in states:
-        table = pd.DataFrame(state["rows"], columns=["epoch", "layer", "depth", "metric", "value"])
-        table["depth"] = table["depth"].astype("Int64")
-        spent = {"seconds": round(state["seconds"], 1)}
-        if state["share"] != state["seconds"]:
-            spent["share"] = round(state["share"], 1)
-        earlier = [
-            e for e in state["environments"] if e != here
-        ]  # of the machine that finishes a run its folder takes note
-        table.attrs["status"] = {**status, **spent} | ({"earlier": earlier} if earlier else {})
-        tables.append(table)
-    return tables
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no entry is infinite or nan, asked of the device once."""
+    return bool(torch.isfinite(torch.stack([t.sum() for t in tensors])).all())
 
 
 def fingerprint(config: Config, batches: int = 20) -> list[str]:
@@ -292,10 +223,10 @@ def fingerprint(config: Config, batches: int = 20) -> list[str]:
     hidden = ",".join("32" for _ in integers(config.hidden))
     model = "mlp" if config.model == "mlp" else "resnet8"
     small = replace(config, dataset="digits", hidden=hidden, model=model, precision="float32")
-    with on("cpu"):
+    with numerics("cpu"):
         sets = data.load("digits", dtype=torch.float64)
-        net = seed_network(small, sets.shape, sets.classes, torch.float64)
+        net = build_network(small, sets.shape, sets.classes, torch.float64)
         stepper = Stepper(net, sgd(net, small), small, sets.train)
         half = batches // 2
-        losses = [drain(stepper.epoch(e, half)).clone() for e in (0, config.epochs - 1)]
+        losses = [stepper.epoch(e, half).flatten().clone() for e in (0, config.epochs - 1)]
     return [f"{value:.10g}" for value in torch.cat(losses).tolist()]

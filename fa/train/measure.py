@@ -1,4 +1,4 @@
-"""Further measurements that a run's recipe may ask for by name (``Config.measure``), for the figures about what a rule knows of W."""
+"""The measurements of a run: accuracies, layers, and further ones that its recipe asks for by name (``Config.measure``)."""
 
 from __future__ import annotations
 
@@ -6,20 +6,70 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fa.layers.feedback import generator
 from fa.layers.hooks import converted
-from fa.metrics import linear_layers
+from fa.metrics import alignment, gradient_angles, linear_layers
 from fa.probes import noise_passes, reads, reciprocal, symmetry
+from fa.train import data
 from fa.train.config import Config
 from fa.train.data import Data
 from fa.train.network import build_network
 
 Rows = list[list[Any]]
 """Rows (epoch, layer, depth, metric, value)."""
+
+
+@torch.no_grad()
+def accuracies(net: nn.Module, split: data.Split | data.DiskSplit, runs: int = 1, batch: int = 1000) -> list[float]:
+    """Percent of the split's images that each of ``runs`` runs of a network classifies right, in eval mode and the weights' own precision."""
+    training, device = net.training, next(net.parameters(), torch.empty(0)).device
+    batch = batch if device.type == "cpu" or runs > 1 else 5 * batch  # fewer, larger kernels
+    right = torch.zeros(runs, dtype=torch.int64, device=device)
+    net.eval()
+    for x, y in split.batches(batch):
+        out = net(x if runs == 1 else x.repeat(1, runs, 1, 1))  # (n, c, h, w) -> (n, runs * classes)
+        right += (out.unflatten(1, (runs, -1)).argmax(2) == y[:, None]).sum(0)
+    net.train(training)
+    return [100 * n / len(split) for n in right.tolist()]
+
+
+def layer_epochs(epochs: int) -> set[int]:
+    """When layers are measured: epochs 0 to 10, every fifth, and the last."""
+    return {e for e in range(epochs + 1) if e <= 10 or e % 5 == 0 or e == epochs}
+
+
+def splits_to_measure(sets: Data, config: Config, epoch: int) -> dict[str, data.Split]:
+    """Metric -> the images on which accuracy is measured after so many epochs.
+
+    In a run of more than 100 epochs that has validation images, these at every epoch, test and training images at every 25th; in other
+    runs validation and test images at every epoch, training images, which take a third of an epoch, at every tenth; all at the end.
+    Photographs on disk are decoded for training alone.
+    """
+    long = config.epochs > 100 and sets.val is not None
+    now = epoch % (25 if long else 10) == 0 or epoch == config.epochs
+    splits = {"val_accuracy": sets.val, "test_accuracy": sets.test if now or not long else None}
+    splits["train_accuracy"] = sets.train if now and isinstance(sets.train, data.Split) else None
+    return {metric: split for metric, split in splits.items() if split is not None}
+
+
+def layer_rows(net: nn.Module, sets: Data, epoch: int) -> list[list[Any]]:
+    """Rows (epoch, layer, depth, metric, value) of every layer: weight norm and, where a rule is on, alignment and gradient angles."""
+    layers = linear_layers(net)
+    norms = torch.stack([torch.linalg.vector_norm(m.weight.double()) for m in layers.values()]).tolist()
+    tables = [pd.DataFrame({"layer": list(layers), "depth": range(1, len(norms) + 1), "weight_norm": norms})]
+    if converted(net):
+        tables.append(alignment(net).drop(columns="weight_norm"))
+        tables.append(gradient_angles(net, *sets.train.first(512), F.cross_entropy))
+    long = pd.concat([table.melt(["layer", "depth"], var_name="metric").dropna() for table in tables])
+    return [[epoch, r.layer, r.depth, r.metric, float(r.value)] for r in long.itertuples()]
+
+
+# ------------------------------------------------------------------------------------------- what a recipe may ask for
 
 
 def mismatch(config: Config, net: nn.Module, epoch: int, sets: Data) -> Rows:

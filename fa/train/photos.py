@@ -22,11 +22,11 @@ from torch import Tensor
 from fa.errors import UserError
 from fa.layers.feedback import generator
 
-__all__ = ["Album", "Photos"]
+__all__ = ["ImageFolderSource", "DiskSplit"]
 
 
 @dataclass(frozen=True)
-class Album:
+class ImageFolderSource:
     """How one set of photographs is found, checked, read and normalised: an entry of ``fa.data.SETS``.
 
     Args:
@@ -85,8 +85,8 @@ class Album:
         return f"put {parts}, a folder for each of {self.classes:,} classes"
 
 
-class Photos:
-    """One split of an :class:`Album`, on disk.
+class DiskSplit:
+    """One split of an :class:`ImageFolderSource`, on disk.
 
     Its images have an order of their own, drawn once and the same for every run, so that the first of them are a fair sample and not a
     class or two.
@@ -150,7 +150,7 @@ class Photos:
 
         cuda, workers = self.device.type == "cuda", min(self.workers, len(batches))
         loader = DataLoader(
-            Views(self.paths, self.labels, self.size, key), batch_sampler=batches, num_workers=workers, pin_memory=cuda,
+            DecodedImages(self.paths, self.labels, self.size, key), batch_sampler=batches, num_workers=workers, pin_memory=cuda,
             prefetch_factor=4 if workers else None, generator=torch.Generator(),  # else it draws from the global generator
         )  # fmt: skip
         for x, y in loader:
@@ -158,7 +158,7 @@ class Photos:
             yield x.div_(255).sub_(self.mean).div_(self.sd).to(self.dtype), y.to(self.device, non_blocking=True)
 
 
-class Views(torch.utils.data.Dataset):
+class DecodedImages(torch.utils.data.Dataset):
     """Bytes (3, size, size) and class of each image: its middle, or under a key (seed, epoch) a random part of it."""
 
     def __init__(self, paths: np.ndarray, labels: np.ndarray, size: int, key: tuple[int, int] | None) -> None:

@@ -1,9 +1,7 @@
-"""Training steps that keep a device busy: the data lie on it, nothing waits for it within an epoch, and runs can share it.
+"""One training step: forward, loss, backward, optimizer, with nothing read back from the device within an epoch.
 
-On the CPU a step is a step. On a CUDA device the first few are taken as they come, then one is captured as a graph, from the
-gathering of the batch to the optimizer, and replayed; a change of the schedule captures anew, and every phase has a graph of its own.
-Several runs, or stacks of them (:mod:`fa.train.stack`), take their steps in turn, each on a stream of its own: the kernels of one small network
-leave gaps that those of another fill, and every run computes what it would alone.
+On the CPU a step is a step. On CUDA the first steps of a run are eager; then one step is captured as a graph, from the gathering of the
+batch to the optimizer, and replayed. A change of the schedule captures anew, and every phase has a graph of its own.
 """
 
 from __future__ import annotations
@@ -11,39 +9,36 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import count
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fa.layers.convert import param_groups
 from fa.layers.feedback import generator
 from fa.layers.hooks import acts_between_steps, converted
 from fa.train import data
-
-if TYPE_CHECKING:
-    from fa.train.config import Config
+from fa.train.config import Config
 
 WARM = 3  # eager steps before a capture: they choose convolution algorithms, make the momenta, and compile
 
 
 class Stepper:
-    """Takes the training steps of one run, an epoch at a time.
+    """Takes the training steps of one network, an epoch at a time.
 
     Args:
-        net: the network, on its device.
+        net: the network of a run, or the stack of several (:mod:`fa.train.stack`), on its device.
         opt: SGD on its parameters, in groups made by ``fa.param_groups``.
-        config: the run.
+        config: the run; of a stack any of its runs, for they share all that is read here.
         train: the training split, on the same device, or one that feeds batches from disk.
         compiled: forward and backward through ``torch.compile`` (default False).
         capture: replay steps as a CUDA graph (default: on CUDA, unless a rule acts between steps, the data come from disk, or
             ``$FA_CAPTURE`` is 0).
-        seeds: of the runs that the network holds side by side (:mod:`fa.train.stack`), each with an order of batches and a loss of its own
-            (default: ``config``'s alone).
+        seeds: one seed for each run of a stack; each run has its own order of batches and its own loss (default: ``config.seed``).
     """
 
     def __init__(
@@ -51,7 +46,7 @@ class Stepper:
         net: nn.Module,
         opt: torch.optim.Optimizer,
         config: Config,
-        train: data.Split,
+        train: data.Split | data.DiskSplit,
         compiled: bool = False,
         capture: bool | None = None,
         seeds: Sequence[int] = (),
@@ -66,14 +61,14 @@ class Stepper:
             capture = self.device.type == "cuda" and wanted and resident and not acts_between_steps(net)
         self.captures = capture
         self.per_epoch = len(train) // config.batch
-        self.at = torch.zeros(1, dtype=torch.int64, device=self.device)  # number of the step within the epoch
+        self.at = torch.zeros(1, dtype=torch.int64, device=self.device)  # (1,): number of the step within the epoch
         rows = len(self.seeds) * config.batch
-        self.index = torch.zeros(self.per_epoch, rows, dtype=torch.int64, device=self.device)
+        self.index = torch.zeros(self.per_epoch, rows, dtype=torch.int64, device=self.device)  # (steps, runs * batch)
         self.draws = self.border = None
         if config.augment and resident:
             self.draws = torch.zeros(self.per_epoch, 3, rows, dtype=torch.int64, device=self.device)
             self.pad = data.pad_of(train.x.shape)
-            self.border = torch.tensor(data.SETS[config.dataset].black, device=self.device)
+            self.border = torch.tensor(data.SETS[config.dataset].black, device=self.device)  # (channels,)
         self.losses = torch.zeros(self.per_epoch, len(self.seeds), dtype=torch.float64, device=self.device)
         self.feed: Iterator[tuple[Tensor, Tensor]] | None = None
         self.phases: Iterator[str] = iter(())
@@ -82,53 +77,44 @@ class Stepper:
         self.taken: Counter[str] = Counter()  # steps by phase: each must be warm before it is captured
         self.now: dict[str, float] = {}
 
-    def begin(self, epoch: int) -> int:
-        """Set the schedule, the order and the augmentation of an epoch (from 0); the number of its steps.
+    def begin(self, epoch: int) -> None:
+        """Set the schedule, the order of the batches and the augmentation of an epoch (from 0).
 
         All three are functions of (seed, epoch), drawn on the CPU, so that a resumed run and another device draw the same.
         """
-        config = self.config
-        now = config.schedule(epoch)
+        config, now = self.config, self.config.schedule(epoch)
         if now != self.now:
             self.now, self.replays = now, {}
-        self.phases = (
-            config.phase(epoch, step) for step in count(epoch * self.per_epoch)
-        )  # of the run: a resumed one agrees
+        # Steps count over the whole run, so that a resumed run goes on with the same phase.
+        self.phases = (config.phase(epoch, step) for step in count(epoch * self.per_epoch))
         for group in self.opt.param_groups:
-            group["lr"] = (
-                config.feedback_lr * now["lr"] / config.lr if group["own_decay"] and config.feedback_lr else now["lr"]
-            )
-            if not group[
-                "own_decay"
-            ]:  # feedback whose gradient holds its decay gets none from the optimizer, in no epoch
+            own = group["own_decay"]  # feedback whose gradient holds its own decay: the optimizer adds none
+            group["lr"] = config.feedback_lr * now["lr"] / config.lr if own and config.feedback_lr else now["lr"]
+            if not own:
                 group["weight_decay"] = now["weight_decay"]
         n = self.per_epoch * config.batch
         orders = [torch.randperm(len(self.train), generator=generator(seed, "order", epoch))[:n] for seed in self.seeds]
-        index = torch.cat([order.view(-1, config.batch) for order in orders], 1)
+        index = torch.cat([order.view(-1, config.batch) for order in orders], 1)  # runs x (n,) -> (steps, runs * batch)
         if isinstance(self.train, data.Split):
             self.index.copy_(index)
         else:
             self.feed = self.train.feed(index, config.seed, epoch, config.augment)
         if self.draws is not None:
-            draws = [
-                data.draw_crops(n, generator(seed, "augment", epoch), self.pad).view(3, -1, config.batch)
-                for seed in self.seeds
-            ]
-            self.draws.copy_(torch.cat(draws, 2).transpose(0, 1))
+            drawn = [data.draw_crops(n, generator(seed, "augment", epoch), self.pad) for seed in self.seeds]  # (3, n)
+            self.draws.copy_(torch.cat([d.view(3, -1, config.batch) for d in drawn], 2).transpose(0, 1))
         self.at.zero_()
-        return self.per_epoch
 
-    def epoch(self, epoch: int, limit: int | None = None) -> Generator[None, None, Tensor]:
-        """Train one epoch, or its first ``limit`` batches; yields after every step.
+    def epoch(self, epoch: int, limit: int | None = None) -> Tensor:
+        """Train one epoch, or its first ``limit`` batches.
 
         Returns:
-            The losses, float64, on the device: (steps,), or (steps, runs) of several.
+            The losses, float64, on the device: (steps, runs). The next epoch overwrites them.
         """
-        steps = min(self.begin(epoch), self.per_epoch if limit is None else limit)
+        self.begin(epoch)
+        steps = self.per_epoch if limit is None else min(limit, self.per_epoch)
         for _ in range(steps):
             self.step()
-            yield
-        return self.losses[:steps] if len(self.seeds) > 1 else self.losses[:steps, 0]
+        return self.losses[:steps]
 
     def step(self) -> None:
         """One batch: forward, loss, backward, optimizer. Nothing is read back from the device."""
@@ -142,35 +128,33 @@ class Stepper:
         self.taken[phase] += 1
 
     def _take(self) -> None:
-        rows = self.index.index_select(0, self.at)[0]
-        x, y = (
-            self.train.x.index_select(0, rows),
-            self.train.y.index_select(0, rows),
-        )  # on a CPU twice as fast as x[rows]
+        rows = self.index.index_select(0, self.at)[0]  # (steps, runs * batch) -> (runs * batch,)
+        # On a CPU index_select is twice as fast as x[rows].
+        x, y = self.train.x.index_select(0, rows), self.train.y.index_select(0, rows)  # (runs * batch, c, h, w)
         if self.draws is not None:
             x = data.crop(x, self.draws.index_select(0, self.at)[0], self.border, self.pad)
         self._learn(x, y)
 
     def _learn(self, x: Tensor, y: Tensor) -> None:
         runs = len(self.seeds)
-        if runs > 1:  # images of different runs as channels of one
-            x = x.unflatten(0, (runs, -1)).transpose(0, 1).flatten(1, 2)
+        if runs > 1:  # the images of all runs become channels of one batch
+            x = (
+                x.unflatten(0, (runs, -1)).transpose(0, 1).flatten(1, 2)
+            )  # (runs * batch, c, ..) -> (batch, runs * c, ..)
         if self.device.type == "cuda" and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, self.config.precision == "bfloat16", cache_enabled=False):
-            out = self.forward(x)
+            out = self.forward(x)  # (batch, runs * classes)
             if runs == 1:
-                loss = total = F.cross_entropy(out, y)
+                loss = total = F.cross_entropy(out, y)  # ()
             else:
-                out = out.unflatten(1, (runs, -1)).transpose(0, 1).flatten(0, 1)
-                loss = F.cross_entropy(out, y, reduction="none").view(runs, -1).mean(1)
+                out = out.unflatten(1, (runs, -1)).transpose(0, 1).flatten(0, 1)  # -> (runs * batch, classes)
+                loss = F.cross_entropy(out, y, reduction="none").view(runs, -1).mean(1)  # (runs,)
                 total = loss.sum()
         total.backward()
         for group in self.opt.param_groups:
             if self.phase == ("task" if group["own_decay"] else "mirror"):
-                for p in group[
-                    "params"
-                ]:  # at rest: without a gradient the optimizer leaves it alone, its momentum and decay too
+                for p in group["params"]:  # without a gradient the optimizer leaves p, its momentum and its decay alone
                     p.grad = None
         self.opt.step()
         self.opt.zero_grad()
@@ -182,21 +166,25 @@ class Stepper:
         for layer in converted(self.net).values():
             if (gen := getattr(getattr(layer.feedback, "op", None), "gen", None)) is not None:
                 graph.register_generator_state(gen)
-        # Other threads may call CUDA meanwhile; a capture that fails for their sake would spoil the process.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             self._take()
         return graph.replay
 
 
 @contextmanager
-def on(device: str | torch.device) -> Iterator[None]:
-    """Settings for training on a device: one thread on the CPU, so that sums are made in one order; on CUDA the fastest convolutions.
+def numerics(device: str | torch.device) -> Iterator[None]:
+    """Settings for training on a device.
 
-    Convolutions in float32 are there made in TF32, as PyTorch does by default; linear layers are not.
+    On the CPU one thread, so that sums are made in one order. On CUDA cuDNN's fastest convolutions, in float32 through TF32 as PyTorch does by
+    default (linear layers are not), and a stream of its own, for steps cannot be captured on the default stream.
     """
     if torch.device(device).type != "cpu":
+        caller, own = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        own.wait_stream(caller)  # data may still be on their way to the device
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
-            yield
+            with torch.cuda.stream(own):
+                yield
+        caller.wait_stream(own)
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -206,45 +194,9 @@ def on(device: str | torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def stream(device: str | torch.device) -> AbstractContextManager[Any]:
-    """A stream of its own on CUDA, entered with ``with`` as often as wanted; on the CPU nothing."""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if torch.device(device).type == "cuda" else nullcontext()
-
-
-def together(runs: Iterable[Generator[None, None, Any]], device: str | torch.device) -> Iterator[tuple[int, Any]]:
-    """Take the steps of several runs in turn.
-
-    Args:
-        runs: generators that yield after every step they have asked of the device, as :func:`fa.train.loop.running`.
-        device: theirs.
-
-    Yields:
-        (number of the run, what it returned or the exception that ended it), as each ends.
-    """
-    streams = [(i, run, stream(device)) for i, run in enumerate(runs)]
-    with ExitStack() as stack:
-        stack.enter_context(on(device))
-        while streams:
-            for member in list(streams):
-                i, run, own = member
-                try:
-                    with own:
-                        next(run)
-                except StopIteration as end:
-                    streams.remove(member)
-                    yield i, end.value
-                except Exception as error:  # one run's failure is not the others'
-                    streams.remove(member)
-                    yield i, error
-
-
-def drain(run: Generator[None, None, Any]) -> Any:
-    """Take all steps of one run; what it returns."""
-    while True:
-        try:
-            next(run)
-        except StopIteration as end:
-            return end.value
+def sgd(net: nn.Module, config: Config) -> torch.optim.SGD:
+    """The optimizer of every run: SGD with momentum on all parameters, learned feedback included."""
+    return torch.optim.SGD(param_groups(net, config.lr, config.weight_decay), momentum=config.momentum, fused=True)
 
 
 def compile_(net: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
