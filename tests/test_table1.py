@@ -17,7 +17,7 @@ from fa.experiments import p3_table1
 from fa.layers.feedback import generator
 from fa.results import claims, records
 from fa.train.config import Config
-from fa.train.loop import Run, train_runs, weighted
+from fa.train.loop import Run, train_runs
 
 
 @pytest.fixture(autouse=True)
@@ -62,12 +62,12 @@ def test_the_twin_stores_the_r_that_was_left_out(rule):
         train_runs([run := Run(c)])
         nets[name] = run.net
     twin = p3_table1.explicit(config, nets["implicit"])
-    for name, layer in weighted(twin).items():
-        want = weighted(nets["explicit"])[name].feedback.R.double()
+    for name, layer in linear_layers(twin).items():
+        want = linear_layers(nets["explicit"])[name].feedback.R.double()
         assert torch.linalg.vector_norm(layer.feedback.R - want) < 1e-4 * torch.linalg.vector_norm(want)
         torch.testing.assert_close(
             fa.feedback_weight(layer).float(),
-            fa.feedback_weight(weighted(nets["implicit"])[name]),
+            fa.feedback_weight(linear_layers(nets["implicit"])[name]),
             rtol=1e-4,
             atol=1e-5,
         )

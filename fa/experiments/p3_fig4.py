@@ -11,8 +11,8 @@ import pandas as pd
 from fa import models, plot
 from fa.experiments import Experiment, of_rules
 from fa.experiments.p3_fig2 import DECAYED, OPTIONS, layer_grid
+from fa.metrics import linear_layers
 from fa.train.config import Config
-from fa.train.loop import weighted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +91,7 @@ def draw(page: Page) -> Figure:
         n = table.seed.nunique()
         plot.note(ax[panel], f"mean ± 1 sd, n = {n} seed{'s' * (n > 1)} (dots)" if n else "mean ± 1 sd, n = 5 seeds")
     layer_grid(ax, table, rules, paper)
-    names = list(weighted(models.build("resnet20", (3, 32, 32), 10)))
+    names = list(linear_layers(models.build("resnet20", (3, 32, 32), 10)))
     by_depth(ax["e"], table, "angle_deg", names, paper)
     by_depth(ax["f"], table, "norm_ratio", names, paper)
     ax["e"].set(ylim=(-5, 100), yticks=(0, 30, 60, 90))

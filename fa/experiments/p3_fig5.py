@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from fa import models, plot, theory
 from fa.experiments import Experiment, of_rules, p3_fig4
 from fa.experiments.p3_fig2 import DECAYED, OPTIONS, layer_grid
+from fa.metrics import linear_layers
 from fa.train.config import Config
 from fa.train.data import SETS, ImageFolderSource
-from fa.train.loop import weighted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +79,7 @@ def draw(page: Page) -> Figure:
     ax["b"].set_ylabel(plot.LABELS[metric])
     plot.note(ax["b"], f"last epoch, n = {table.seed.nunique()} seed(s)" if len(table) else "last epoch, n = 1 seed")
     layer_grid(ax, table, rules, paper)
-    names = list(weighted(models.build("resnet18", (3, 224, 224), 1000)))
+    names = list(linear_layers(models.build("resnet18", (3, 224, 224), 1000)))
     for panel, of in (("d", "angle_deg"), ("e", "norm_ratio")):
         p3_fig4.by_depth(ax[panel], table, of, names, paper)
     ax["d"].axhline(round(float(theory.path_angle(10)), 2), color="0.3", lw=0.7, ls=":", zorder=0)
