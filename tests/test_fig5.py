@@ -111,7 +111,9 @@ def photos(tmp_path, monkeypatch):
                 image.fromarray(rng.integers(120 * i, 120 * i + 100, (20, 20, 3), np.uint8)).save(
                     tmp_path / "photos" / split / c / f"{j}.JPEG"
                 )
-    monkeypatch.setitem(data.SETS, "photos", data.ImageFolderSource("24", 2, "photos", {"train": 16, "val": 8}, size=16))
+    monkeypatch.setitem(
+        data.SETS, "photos", data.ImageFolderSource("24", 2, "photos", {"train": 16, "val": 8}, size=16)
+    )
     monkeypatch.setenv("FA_DATA", str(tmp_path))
     monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs"))
     return train.Config(

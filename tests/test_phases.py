@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from fa import UserError
 from fa.layers.feedback import generator
+from fa.metrics import linear_layers
 from fa.results.records import Folder
 from fa.train import data
 from fa.train import loop as train

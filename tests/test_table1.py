@@ -15,6 +15,7 @@ import fa
 from fa import experiments, metrics, plot
 from fa.experiments import p3_table1
 from fa.layers.feedback import generator
+from fa.metrics import linear_layers
 from fa.results import claims, records
 from fa.train.config import Config
 from fa.train.loop import Run, train_runs

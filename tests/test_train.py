@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import fa
 from fa.layers.feedback import generator
+from fa.metrics import linear_layers
 from fa.results import records
 from fa.results.records import Folder
 from fa.train import data

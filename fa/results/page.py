@@ -68,6 +68,8 @@ class Page(FigureTable):
 
     def banner(self) -> str:
         """A sentence or two: what this page shows, and whether anything was trained for it."""
+        if not self.runs:
+            return "Nothing is trained for this page: its figure is drawn from the code of the rules."
         rows, where, part = self.table(), relative(self.path), self.partial()
         if rows.empty:
             return (

@@ -112,6 +112,8 @@ class FigureTable:
     @cached_property
     def _made(self) -> tuple[pd.DataFrame, dict[str, Any]]:
         """The table, and what made it (see :func:`fa.results.records.union`)."""
+        if not self.runs:
+            return pd.DataFrame(columns=records.COLUMNS), {"environments": [], "records": []}
         if self.mode != "record":
             return self._train()
         held = records.holders()
