@@ -50,7 +50,7 @@ lint: $(stamp)  ## ruff and mypy, installed when they are not there
 	$(py) -m mypy
 
 refresh: $(stamp)  ## for those who commit: run the notebooks (NOTEBOOKS) in place in record mode, and strip them
-	$(py) -m nbconvert --execute --inplace --ExecutePreprocessor.coalesce_streams=True $(pages)
+	$(py) -m nbconvert --execute --inplace --coalesce-streams $(pages)
 	$(py) -m nbstripout --keep-count --keep-id --extra-keys '$(unkept)' $(pages)
 
 lab: $(stamp)  ## JupyterLab in the environment
