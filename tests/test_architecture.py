@@ -11,7 +11,7 @@ import fa
 
 PACKAGE = fa.ROOT / "fa"
 LAYERS = [  # from the ground up; a chapter may import itself and whatever stands before it
-    {"errors", "paths", "provenance"},
+    {"errors", "paths", "provenance", "citations"},
     {"rules", "plot"},
     {"layers"},
     {"metrics", "models", "theory"},

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from fa import experiments, plot, provenance
+from fa import citations, experiments, plot, provenance
 from fa.paths import ROOT, relative
 from fa.results import claims, records
 from fa.results.parameters import STANDARD, check, given
@@ -124,7 +124,7 @@ class Page(FigureTable):
         code = ROOT / "fa" / "experiments" / f"{self.experiment}.py"
         path = self.path if self.runs else code
         return {
-            "paper": provenance.PAPERS.get(about.paper, ""),
+            "paper": citations.papers().get(about.paper, ""),
             "notebook": f"notebooks/{about.notebook}.ipynb",
             "mode": self.trained if self.runs else "",
             "table" if self.runs else "code": relative(path) if there or not self.runs else "",
@@ -135,7 +135,7 @@ class Page(FigureTable):
             "dataset": ", ".join(self.datasets),
             "commit": provenance.told(made.get("environments", []), "commit"),
             "machine": provenance.told(made.get("environments", []), "torch", "cuda", "gpu", "cpu"),
-            "cite": provenance.cited(self.name, about.paper),
+            "cite": citations.figure(self.name, about.paper),
         }
 
     def draw(self) -> None:
