@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fa.errors import UserError
 from fa.layers.dfa import DirectFeedback
-from fa.layers.feedback import Feedback
+from fa.layers.feedback import Feedback, generator
 from fa.layers.hooks import converted
 from fa.metrics import matrices
 
@@ -250,3 +251,41 @@ def reciprocal(net: nn.Module, gen: torch.Generator, entries: int = 20) -> dict[
                     M[at] = value
             found[name, key] = single / entries
     return found
+
+
+def probed(net: nn.Module, x: Tensor, y: Tensor, seed: int) -> list[tuple[str, int | None, str, float]]:
+    """Every intervention on a network, at one batch and the true errors of its cross-entropy.
+
+    Args:
+        net: converted or not; x: inputs (n, ...); y: classes (n,).
+        seed: of the scrambling and of the entries that are tried.
+
+    Returns:
+        (layer, depth, metric, value): ``send_*`` and ``learn_*`` by :func:`reads`, ``B_reciprocal``, ... by
+        :func:`reciprocal` (``W_`` where the feedback is made of W), ``noise_passes`` by :func:`noise_passes`.
+    """
+    layers = {name: m for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    kept, handles = {}, []
+    for name, layer in layers.items():
+
+        def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
+            kept[name] = args[0].detach(), out
+
+        handles.append(layer.register_forward_hook(keep))
+    try:
+        with torch.enable_grad():
+            out = net(x)
+            errors = torch.autograd.grad(F.cross_entropy(out, y), [out, *(o for _, o in kept.values())])
+    finally:
+        for handle in handles:
+            handle.remove()
+    e, delta = errors[0], dict(zip(kept, errors[1:]))
+    found = []
+    for depth, (name, layer) in enumerate(layers.items(), 1):
+        error = e if hasattr(getattr(layer, "feedback", None), "tape") else delta[name]
+        values = reads(layer, kept[name][0], error, generator(seed, name, "scramble"))
+        found += [(name, depth, metric, value) for metric, value in values.items()]
+    depths = {name: depth for depth, name in enumerate(layers, 1)}
+    joined = reciprocal(net, generator(seed, "reciprocal"))
+    found += [(layer, depths[layer], f"{matrix}_reciprocal", value) for (layer, matrix), value in joined.items()]
+    return [*found, ("", None, "noise_passes", noise_passes(net, x, e))]

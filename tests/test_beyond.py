@@ -8,24 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fa import experiments
+from fa import experiments, theory
 from fa.experiments import p3_beyond, p3_beyond_cifar
 from fa.results import claims
 from fa.train.loop import seed_network, train
 
 
 def recurrence(config, steps: int) -> list[float]:
-    """Share of the mismatch left after each epoch: v <- mu v + wd D, D <- D - lr v."""
-    D, v, after = 1.0, 0.0, [1.0]
-    drops = [int(e) for e in config.lr_drops.split(",")]
-    for epoch in range(config.epochs):
-        decay = config.first_weight_decay if epoch == 0 and config.first_weight_decay else config.weight_decay
-        lr = config.lr * config.lr_factor ** sum(epoch >= e for e in drops)
-        for _ in range(steps):
-            v = config.momentum * v + decay * D
-            D -= lr * v
-        after.append(D)
-    return after
+    """Share of the mismatch before training and after each epoch of the recipe, by theory."""
+    schedule = [tuple(config.schedule(epoch)[t] for t in ("lr", "weight_decay")) for epoch in range(config.epochs)]
+    return theory.mismatch_left(schedule, config.momentum, steps).tolist()
 
 
 def test_the_grid_reuses_figure_2_and_no_point_has_two_runs() -> None:

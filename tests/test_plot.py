@@ -16,6 +16,7 @@ import pytest
 
 import fa
 from fa import plot
+from fa.experiments import p3_fig2, p3_fig3
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +154,9 @@ def test_pooled_spread_is_that_of_all_values():
     own = [{"m": draw.mean(), "s": draw.std()} for draw in values]
     rows = [("r", s, 1.0, metric, v) for s, both in enumerate(own) for metric, v in both.items()]
     ax = plot.figure("a")[1]["a"]
-    plot.spread(ax, pd.DataFrame(rows, columns="run seed expansion metric value".split()), "expansion", "m", "s", "k")
+    p3_fig3.spread(
+        ax, pd.DataFrame(rows, columns="run seed expansion metric value".split()), "expansion", "m", "s", "k"
+    )
     low, high = _band(ax)
     np.testing.assert_allclose([low[0], high[0]], [values.mean() - values.std(), values.mean() + values.std()])
 
@@ -162,7 +165,7 @@ def test_nothing_trained_draws_the_published_values_alone(table, reference):
     empty, (fig, ax) = table.iloc[:0], plot.figure([["a", "angle_deg pfa"], ["b", "norm_ratio pfa"]])
     plot.accuracy(ax["a"], empty, reference)
     plot.finals(ax["b"], empty, reference)
-    plot.layer_grid(ax, empty, ["pfa"], reference)
+    p3_fig2.layer_grid(ax, empty, ["pfa"], reference)
     fig.canvas.draw()
     marks = [line for line in ax["a"].lines if line.get_marker() not in ("_", "|")]
     assert marks and all(line.get_markerfacecolor() == "white" for line in marks)
