@@ -230,11 +230,10 @@ def _draw_decay(ax: dict[str, Axes], of: Tidy, page: Notebook) -> None:
     handles = plot.key({plot.look(r).label: plot.look(r).color for r in rules})
     ax["e"].legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 0.22))
     ax["f"].set(ylabel="Test accuracy (%)")
-    ticks = [f"{d:g}".replace("e-0", "e-") for d in of.decays]
     for panel in "ef":
         ax[panel].set(xscale="log", xlabel=plot.LABELS["decay"])
-        if ticks:
-            ax[panel].set(xticks=of.decays, xticklabels=ticks)
+        if of.decays:
+            ax[panel].set(xticks=of.decays, xticklabels=[f"{d:g}".replace("e-0", "e-") for d in of.decays])
             ax[panel].minorticks_off()
 
 
