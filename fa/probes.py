@@ -18,15 +18,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fa.errors import UserError
 from fa.layers.dfa import DirectFeedback
 from fa.layers.feedback import Feedback, generator
 from fa.layers.hooks import converted
-from fa.metrics import angle, feedback_weight
 
 WHAT = ("sign", "magnitude")
 """What of a weight can be scrambled."""
@@ -254,78 +253,39 @@ def reciprocal(net: nn.Module, gen: torch.Generator, entries: int = 20) -> dict[
     return found
 
 
-# ------------------------------------------------------------------------------------------------- symmetry
-
-
-def matrices(layer: nn.Module) -> dict[str, Tensor]:
-    """The feedback matrices of a layer by name, detached: ``B`` and ``R`` where the rule stores them (masked entries
-    0), and else, as under the sign rules, the effective kernel, named ``K``. Empty for a layer that is not converted.
-
-    Raises:
-        UserError: implicit product feedback, which stores no R.
-    """
-    fb = getattr(layer, "feedback", None)
-    if fb is None:
-        return {}
-    if fb.rule.needs_sgd:
-        raise UserError("implicit feedback stores no R; convert with implicit=False")
-    stored = {name: getattr(fb, name).detach() for name in ("B", "R") if hasattr(fb, name)}
-    if not stored:
-        return {"K": feedback_weight(layer)}
-    mask, last = getattr(fb, "mask", None), list(stored)[-1]
-    return stored if mask is None else stored | {last: stored[last] * mask}
-
-
-def symmetry(net: nn.Module, seed: int = 0) -> pd.DataFrame:
-    """How much every single feedback matrix of a network mirrors its layer's weight W.
-
-    A matrix of W's shape is compared entry by entry. In a matrix of any shape, each unit is compared with the forward
-    neuron that it resembles most. The units are the rows of a matrix that shares W's input side (R of product
-    feedback, B of direct feedback), or the columns of a matrix that shares W's output side (B of product feedback). Two
-    levels say what a match is worth. ``chance`` is the match of a Gaussian matrix, which knows nothing of W. ``mixed``
-    is the match of random Gaussian mixtures of W's own rows (or columns): each such unit resembles all forward neurons
-    a little and none in particular. If ``match`` > ``mixed``, units of the matrix resemble single forward neurons.
-    Our definition: the paper has no such measure.
+def probed(net: nn.Module, x: Tensor, y: Tensor, seed: int) -> list[tuple[str, int | None, str, float]]:
+    """Every intervention on a network, at one batch and the true errors of its cross-entropy.
 
     Args:
-        net: a converted network.
-        seed: of the two random matrices (default 0).
+        net: converted or not; x: inputs (n, ...); y: classes (n,).
+        seed: of the scrambling and of the entries that are tried.
 
     Returns:
-        One row a feedback matrix (see :func:`matrices`): ``layer``, ``depth``, ``matrix``, ``correlation``
-        (Pearson's, over entries) and ``angle_deg``, both nan where the shapes differ, and ``match``, ``mixed``,
-        ``chance``: the mean over the matrix's units of the largest absolute cosine with any forward neuron; nan where
-        neither side is shared. In float64.
+        (layer, depth, metric, value): ``send_*`` and ``learn_*`` by :func:`reads`, ``B_reciprocal``, ... by
+        :func:`reciprocal` (``W_`` where the feedback is made of W), ``noise_passes`` by :func:`noise_passes`.
     """
-    rows = []
-    for depth, (name, layer) in enumerate(converted(net).items(), 1):
-        W = layer.weight.detach().double()
-        for key, M in matrices(layer).items():
-            M, found = M.double(), {"correlation": float("nan"), "angle_deg": float("nan")}
-            if M.shape == W.shape:
-                pair = torch.stack([M.flatten(), W.flatten()])
-                found = {"correlation": torch.corrcoef(pair)[0, 1].item(), "angle_deg": angle(M, W)}
-            units = neurons = None
-            if M.shape[1:] == W.shape[1:]:
-                units, neurons = M.flatten(1), W.flatten(1)
-            elif M.dim() == 2 and len(M) == len(W):
-                units, neurons = M.T, W.flatten(1).T
-            if units is None:
-                found |= dict.fromkeys(("match", "mixed", "chance"), float("nan"))
-            else:
-                gen = generator(seed, name, key, "symmetry")
-                weights = torch.randn(len(units), len(neurons), generator=gen, dtype=torch.float64).to(W.device)
-                random = torch.randn(units.shape, generator=gen, dtype=torch.float64).to(W.device)
-                compared = {"match": units, "mixed": weights @ neurons, "chance": random}
-                found |= {what: nearest(M, neurons) for what, M in compared.items()}
-            rows.append({"layer": name, "depth": depth, "matrix": key, **found})
-    columns = ["layer", "depth", "matrix", "correlation", "angle_deg", "match", "mixed", "chance"]
-    return pd.DataFrame(rows, columns=columns)
+    layers = {name: m for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    kept, handles = {}, []
+    for name, layer in layers.items():
 
+        def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
+            kept[name] = args[0].detach(), out
 
-def nearest(a: Tensor, b: Tensor) -> float:
-    """Mean over the rows of ``a`` (m, d) of the largest absolute cosine with any row of ``b`` (n, d); zero rows are
-    left out."""
-    a, b = (t[torch.linalg.vector_norm(t, dim=1) > 0] for t in (a, b))
-    cosines = nn.functional.normalize(a, dim=1) @ nn.functional.normalize(b, dim=1).T
-    return cosines.abs().amax(1).mean().item() if cosines.numel() else float("nan")
+        handles.append(layer.register_forward_hook(keep))
+    try:
+        with torch.enable_grad():
+            out = net(x)
+            errors = torch.autograd.grad(F.cross_entropy(out, y), [out, *(o for _, o in kept.values())])
+    finally:
+        for handle in handles:
+            handle.remove()
+    e, delta = errors[0], dict(zip(kept, errors[1:]))
+    found = []
+    for depth, (name, layer) in enumerate(layers.items(), 1):
+        error = e if hasattr(getattr(layer, "feedback", None), "tape") else delta[name]
+        values = reads(layer, kept[name][0], error, generator(seed, name, "scramble"))
+        found += [(name, depth, metric, value) for metric, value in values.items()]
+    depths = {name: depth for depth, name in enumerate(layers, 1)}
+    joined = reciprocal(net, generator(seed, "reciprocal"))
+    found += [(layer, depths[layer], f"{matrix}_reciprocal", value) for (layer, matrix), value in joined.items()]
+    return [*found, ("", None, "noise_passes", noise_passes(net, x, e))]

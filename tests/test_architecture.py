@@ -15,7 +15,7 @@ LAYERS = [  # from the ground up; a chapter may import itself and whatever stand
     {"rules", "plot"},
     {"layers"},
     {"metrics", "models", "theory"},
-    {"probes"},
+    {"probes", "symmetry"},
     {"train"},
     {"experiments"},
     {"results"},

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fa import experiments, models, plot
+from fa import experiments, models
 from fa.experiments import p3_fig4
 from fa.metrics import linear_layers
 from fa.results import records
@@ -93,7 +93,7 @@ def layered() -> pd.DataFrame:
 
 def test_summary_over_layers() -> None:
     paper = records.reference("p3_fig4")
-    both = plot.over_layers(layered(), "angle_deg", paper)
+    both = p3_fig4.over_layers(layered(), "angle_deg", paper)
     assert list(both.index) == ["fa", "usf", "pfa", "pfa_o"]
     assert both.loc["pfa"].tolist() == [
         30.0,
@@ -104,13 +104,13 @@ def test_summary_over_layers() -> None:
         19.2,
     ]  # mean over seeds of the layers' mean, least, most
     assert both.loc["fa", ["mean", "min", "max"]].isna().all()
-    assert plot.over_layers(layered(), "angle_deg").paper.isna().all()
-    assert plot.over_layers(layered().iloc[:0], "norm_ratio", paper).loc["pfa_o", "paper"] == 1.0
+    assert p3_fig4.over_layers(layered(), "angle_deg").paper.isna().all()
+    assert p3_fig4.over_layers(layered().iloc[:0], "norm_ratio", paper).loc["pfa_o", "paper"] == 1.0
 
 
 def test_values_by_depth_are_drawn_where_they_belong() -> None:
     fig, ax = plt.subplots()
-    plot.by_depth(ax, layered(), "angle_deg", ["conv1", "fc"], records.reference("p3_fig4"))
+    p3_fig4.by_depth(ax, layered(), "angle_deg", ["conv1", "fc"], records.reference("p3_fig4"))
     drawn = {tuple(zip(*line.get_data())) for line in ax.lines if len(line.get_xdata()) == 2}
     assert ((1, 15.0), (2, 45.0)) in drawn  # ours, mean over seeds
     assert ((1, 95.4), (2, 34.8)) in drawn  # the paper's FA

@@ -72,6 +72,10 @@ class TestForm:
             assert not outputs or "keep_output" in cell.metadata.get("tags", []), cell.id
             assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"], cell.id
 
+    def test_no_code_cell_is_long(self, path):
+        long = {c.id: n for c in read(path).cells if c.cell_type == "code" and (n := c.source.count("\n") + 1) > 25}
+        assert not long, "what is longer belongs into the figure's file in fa/experiments/"
+
     def test_no_path_of_a_machine_or_a_working_folder(self, path):
         for cell in read(path).cells:
             text = cell.source if cell.cell_type == "code" else ""
@@ -141,6 +145,17 @@ def test_own_parameters_come_from_the_experiment():
     assert cfg.own == {"expansion": 3} and cfg.rules == ["pfa", "bp"] and cfg.chosen
     assert {(c.rule, c.dataset) for c in cfg.runs} == {("pfa", "digits"), ("bp", "digits")}
     assert any("expansion=3" in c.options for c in cfg.runs)
+
+
+def test_another_experiment_of_a_page_has_its_mode_and_device_and_parameters_of_its_own():
+    page = notebooks.notebook(PLAIN | {"mode": "quick", "device": "cpu", "rules": "kp", "seeds": 2}, "x_precision")
+    part = page.part("p3_fig2", epochs=3)
+    assert (part.experiment, part.mode, part.device) == ("p3_fig2", "quick", "cpu")
+    assert (part.rules, part.seeds, part.epochs, part.own) == ([], 0, 3, {"expansion": 10})
+    with pytest.raises(fa.UserError, match="unknown parameter 'sedes'"):
+        page.part("p3_fig2", sedes=3)
+    with pytest.raises(fa.UserError, match="unknown experiment 'p9_fig9'"):
+        page.part("p9_fig9")
 
 
 # ------------------------------------------------------------------------------------------------------------ modes

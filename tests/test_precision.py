@@ -92,6 +92,22 @@ def test_only_the_arithmetic_of_a_step_is_in_bfloat16(rule: str) -> None:
     assert torch.allclose(*losses, rtol=0.02)
 
 
+def test_the_band_of_chance_is_the_pages() -> None:
+    """3.58 sd for seven rules and five seeds: Student's t with 8 degrees of freedom at 5 % / 7."""
+    shown = pd.DataFrame({"n": [5.0], "sd of seeds": [0.2]})
+    assert x_precision.chance(shown, 7).item() == pytest.approx(3.58 * 0.2 * (2 / 5) ** 0.5, rel=2e-3)
+
+
+def test_a_summary_is_of_pairs() -> None:
+    """Seed 2 has one precision only and is left out; sds are sample sds."""
+    values = {"float32": [98.0, 98.2, 99.0], "bfloat16": [98.1, 98.1]}
+    rows = [("bp", s, "", 1, "test_accuracy", p, v) for p, vs in values.items() for s, v in enumerate(vs)]
+    pairs = x_precision.tidy(pd.DataFrame(rows, columns="rule seed layer epoch metric precision value".split()))
+    row = x_precision.summary(pairs, ["rule"]).loc["bp"]
+    assert row.n == 2 and row.float32 == pytest.approx(98.1) and row.difference == pytest.approx(0)
+    assert row["sd"] == pytest.approx(0.2 / 2**0.5) and row["sd of seeds"] == pytest.approx(0.1)
+
+
 # ------------------------------------------------------------------------------------------- runs that figures share
 
 

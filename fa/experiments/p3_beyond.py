@@ -90,26 +90,18 @@ class Tidy:
     """The page's rows by question.
 
     Args:
-        whole: Figure 2's runs, to their last epoch.
+        whole: Figure 2's runs.
+        last: their last epoch.
         decayed: four epochs by the weight decay of the first, under kp, pfa_o and pfa with Figure 2's expansion.
-        sized: ten epochs of pfa by its expansion.
-        beside: test accuracies of every rule where `sized` ends, for the same seeds.
+        ten: pfa after ten epochs, by its expansion.
+        beside: test accuracies of every rule at that epoch, for the same seeds.
     """
 
     whole: pd.DataFrame
+    last: pd.DataFrame
     decayed: pd.DataFrame
-    sized: pd.DataFrame
+    ten: pd.DataFrame
     beside: pd.DataFrame
-
-    @property
-    def last(self) -> pd.DataFrame:
-        """`whole` after its last epoch."""
-        return self.whole[self.whole.epoch == self.whole.epoch.max()]
-
-    @property
-    def ten(self) -> pd.DataFrame:
-        """`sized` after its last epoch."""
-        return self.sized[self.sized.epoch == self.sized.epoch.max()]
 
     @property
     def rules(self) -> list[str]:
@@ -135,7 +127,8 @@ def tidy(page: Page) -> Tidy:
     decayed = paired[paired.rule.isin(["kp", "pfa_o"]) | (paired.rule == "pfa") & (paired.expansion == 10)]
     sized = paired[(paired.rule == "pfa") & (paired.decay == whole.decay.max()) & (paired.epoch <= 10)]
     beside = paired[(paired.metric == "test_accuracy") & (paired.epoch == sized.epoch.max())]
-    return Tidy(whole, decayed[decayed.epoch <= 4], sized, beside)
+    last, ten = (rows[rows.epoch == rows.epoch.max()] for rows in (whole, sized))
+    return Tidy(whole, last, decayed[decayed.epoch <= 4], ten, beside)
 
 
 def expected(page: Page, decay: float, epochs: int = 4) -> np.ndarray:
@@ -234,16 +227,15 @@ def _draw_decay(ax: dict[str, Axes], of: Tidy, page: Page) -> None:
 def _draw_expansion(ax: dict[str, Axes], of: Tidy) -> None:
     """Panels g to i."""
     depth = plot.depth_colors((1, 2, 3))
-    for panel, metric in (("g", "angle_deg"), ("h", "grad_angle_global_deg")):
+    panels = {"g": ("angle_deg", "Path angle (°)"), "h": ("grad_angle_global_deg", "Gradient angle (°)")}
+    for panel, (metric, label) in panels.items():
         for i, layer in enumerate(("fc1", "fc2", "fc") if panel == "g" else ("fc1", "fc2"), 1):
             rows = of.ten[(of.ten.metric == metric) & (of.ten.layer == layer)]
             plot.means(ax[panel], rows, "expansion", color=depth[i], marker="o", ms=3, label=layer)
-        ax[panel].set(ylim=(-3, 100), yticks=(0, 30, 60, 90))
+        ax[panel].set(ylim=(-3, 100), yticks=(0, 30, 60, 90), ylabel=label)
         ax[panel].legend(loc="upper right")
     λ = np.geomspace(0.25, 10, 60)
     ax["g"].plot(λ, theory.path_angle(λ), ":", color="0.2", lw=0.9)
-    ax["g"].set(ylabel="Path angle (°)")
-    ax["h"].set(ylabel="Gradient angle (°)")
     plot.means(ax["i"], of.ten[of.ten.metric == "test_accuracy"], "expansion", "pfa")
     levels(ax["i"], of.beside, ["bp", "fa"])
     for rule, rows in of.beside[of.beside.rule.isin(["bp", "fa"])].groupby("rule"):

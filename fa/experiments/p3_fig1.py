@@ -16,8 +16,9 @@ from fa.experiments import Experiment
 from fa.layers.convert import convert
 from fa.layers.dfa import DirectFeedback
 from fa.layers.feedback import generator
-from fa.probes import WHAT, matrices, noise_passes, reads, taught
+from fa.probes import WHAT, noise_passes, reads, taught
 from fa.rules import RULES, rule
+from fa.symmetry import matrices
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,14 +8,17 @@ the data.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
+from fa import plot
 from fa.experiments import Experiment, p3_fig2
+from fa.experiments._ticks import NUMBERS, PROPERTIES, cells
 from fa.train.config import Config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fa.results.page import Page
 
 RULES = ("bp", "fa", "dfa", "usf", "kp", "wm", "pfa", "pfa_o")
 
@@ -43,210 +46,87 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
     return runs
 
 
-# --------------------------------------------------------------------------------------------------------------- table
-
-PROPERTIES = {
-    "no_sign_transport": (
-        "No need to transport weight sign",
-        "change of the error sent down · of the\nfeedback's lesson, under random signs",
-    ),
-    "no_magnitude_transport": ("No need to transport weight magnitude", "the same, under permuted magnitudes"),
-    "no_separate_phase": ("No separate feedback-learning phase", "passes that noise drives, not the data"),
-    "no_explicit_symmetry": (
-        "No explicit symmetry after training",
-        "synapses that join a forward pair of\nneurons · highest correlation with W",
-    ),
-    "accurate_path": (
-        "Accurate approximation to BP",
-        "widest angle between path and W · be-\ntween the gradient and backprop's",
-    ),
-    "bp_level": ("BP-level task performance", "test accuracy minus BP's (points) · sd\nover seeds, which are paired"),
-}
-"""Rows of the table, named as in data/reference/p3_table1.csv: the paper's property, and the number that we put
-behind it."""
-
-LIMITS = {"change": 0.05, "correlation": 0.05, "excess": 0.05, "angle": 30.0, "gap": -0.1}
-"""What counts as a tick, fixed before the runs, and the same in data/claims/p3_table1.csv: a relative change below ``change``;
-no reciprocal synapses correlated with W by ``correlation`` and no matrix that matches forward neurons by ``excess``
-more than mixtures of them do; every layer's angle below ``angle`` degrees; an accuracy of at least BP's plus ``gap``
-points."""
+EXPERIMENT = Experiment("What each rule needs and reaches", "p3", "30_pfa_table1", RULES, grid)
 
 
-def cells(table: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """Table 1, a row a cell.
+# ------------------------------------------------------------------------------------------------------------- figure
 
-    Args:
-        table: the record; may lack rules that the paper's table has, or be empty.
-        reference: the paper's ticks (1 tick, 0 cross, 0.5 a footnote's letter); may be empty.
-
-    Returns:
-        ``property``, ``rule``, ``ours`` (one or two numbers as text, "" where nothing is measured), ``met`` (1, 0,
-        nan), ``paper`` (1, 0.5, 0, nan), ``note`` (the footnote's letter), ``verdict`` ("agrees", "disagrees", "not
-        comparable") and ``evidence`` (the metrics of the record).
-    """
-    rows = []
-    for rule in dict.fromkeys([*table.rule, *reference.rule[reference.rule.isin(RULES)]]):
-        last = _last(table, rule)
-        for prop, (ours, met, evidence) in _measured(last, table, rule).items():
-            theirs = reference[(reference.metric == prop) & (reference.rule == rule)]
-            paper = theirs.value.iloc[0] if len(theirs) else math.nan
-            note = theirs.source.iloc[0].partition("note ")[2][:1] if paper == 0.5 else ""
-            comparable = paper in (0, 1) and not math.isnan(met)
-            verdict = ("agrees" if paper == met else "disagrees") if comparable else "not comparable"
-            rows.append([prop, rule, ours, met, paper, note, verdict, evidence])
-    return pd.DataFrame(rows, columns=["property", "rule", "ours", "met", "paper", "note", "verdict", "evidence"])
+CAPTION = """Li & Benna (2024), Table 1, measured. Numbers: ours; at their right the tick, cross or footnote of the
+paper (a: unclear how the feedback could be learned plausibly; b: reduces explicit symmetry but does not remove it; c:
+below BP on harder tasks). Rows 1 to 3: interventions on each rule's code, on networks trained briefly on digits,
+largest value over layers, means of 3 seeds. Rows 4 to 6: MNIST, 784-512-512-10, 40 epochs, largest value over layers,
+means over seeds (BP, FA, SF, KP: 5; others: 3); row 6: mean +/- 1 sd of the difference to BP with the same seed."""
 
 
-def _last(table: pd.DataFrame, rule: str) -> pd.DataFrame:
-    """A rule's rows at the last epoch of every metric, means over seeds: columns layer, metric, value."""
-    rows = table[table.rule == rule]
-    rows = rows[rows.epoch == rows.groupby("metric").epoch.transform("max")]
-    return rows.groupby(["layer", "metric"], as_index=False).value.mean()
+def listing(page: Page) -> str:
+    """Text table: our numbers, our tick / the paper's (y, n, a footnote's letter); "*" where the two disagree."""
+    table, mark = cells(page.table(), page.reference()), {1.0: "y", 0.0: "n"}
+    text = [f"{c.ours or '-'} {mark.get(c.met, '-')}/{c.note or mark.get(c.paper, '-')}" for c in table.itertuples()]
+    text = [t + "*" * (verdict == "disagrees") for t, verdict in zip(text, table.verdict)]
+    wide = table.assign(text=text).pivot(index="rule", columns="property", values="text")
+    wide = wide.loc[plot.in_order(wide.index), list(PROPERTIES)]
+    return wide.set_axis([plot.look(r).label for r in wide.index]).rename_axis(index=None, columns=None).to_string()
 
 
-def _measured(last: pd.DataFrame, table: pd.DataFrame, rule: str) -> dict[str, tuple[str, float, str]]:
-    """Property -> (numbers as text, met, evidence) of one rule."""
-    found: dict[str, tuple[str, float, str]] = {}
-
-    def extreme(metric: str, how: str = "max") -> float:
-        return last[last.metric == metric].value.agg(how)
-
-    def show(*values: float, form: str = "{:.2f}") -> str:
-        return " · ".join(form.format(v + 0.0) for v in values if not math.isnan(v))
-
-    for what, prop in (("sign", "no_sign_transport"), ("magnitude", "no_magnitude_transport")):
-        values = [extreme(f"{verb}_{what}") for verb in ("send", "learn")]
-        known = [v for v in values if not math.isnan(v)]
-        met = float(max(known) < LIMITS["change"]) if known else math.nan
-        found[prop] = show(*values), met, f"send_{what}, learn_{what} (probes); claims {what}_*"
-    noise = extreme("noise_passes")
-    met = math.nan if math.isnan(noise) else float(noise == 0)
-    found["no_separate_phase"] = show(noise, form="{:.0%}"), met, "noise_passes (probes); claims phase_*"
-    found["no_explicit_symmetry"] = _symmetry(last, rule, show)
-
-    path, grad, error = (extreme(m) for m in ("angle_deg", "grad_angle_global_deg", "delta_angle_global_deg"))
-    told = "angle_deg, grad_angle_global_deg"
-    if rule == "bp" and len(last):
-        path, grad, told = 0.0, 0.0, "by definition: W carries the error"
-    elif math.isnan(path):  # no path to compare: the error itself, against backprop's
-        path, told = error, "delta_angle_global_deg, grad_angle_global_deg"
-    met = math.nan if math.isnan(path) else float(path < LIMITS["angle"])
-    found["accurate_path"] = show(path, grad, form="{:.0f}°"), met, f"{told}; claims path*"
-
-    final = table[table.metric == "test_accuracy"]
-    final = final[final.epoch == final.epoch.max()].pivot_table(index="seed", columns="rule", values="value")
-    gap = (final[rule] - final["bp"]).dropna() if {rule, "bp"} <= set(final) else pd.Series(dtype=float)
-    ours, met = "", math.nan
-    if len(gap):
-        met = float(gap.mean() >= LIMITS["gap"])
-        ours = "0" if rule == "bp" else f"{gap.mean():+.2f}" + (f" · {gap.std():.2f}" if len(gap) > 1 else "")
-    found["bp_level"] = ours, met, f"test_accuracy, n = {len(gap)}; claims level, below"
-    return found
-
-
-def _symmetry(last: pd.DataFrame, rule: str, show: Callable[..., str]) -> tuple[str, float, str]:
-    """Row "no explicit weight symmetry" of one rule."""
-    wide = last.pivot(index="layer", columns="metric", values="value")
-    joined = {m.removesuffix("_reciprocal"): wide[m] for m in wide if m.endswith("_reciprocal")}
-    if not joined:
-        return "", math.nan, ""
-    same = {}
-    for matrix in joined:
-        if f"{matrix}_correlation" in wide:
-            same[matrix] = wide[f"{matrix}_correlation"]
-        elif matrix == "W":
-            same[matrix] = joined[matrix].where(joined[matrix].isna(), 1.0)
-        elif "angle_deg" in wide and len(joined) == 1:  # of W's shape: the cosine, as means are near 0
-            same[matrix] = wide.angle_deg.map(lambda a: math.cos(math.radians(a)))
-    met = math.nan
-    fraction = pd.concat(joined.values()).mean()
-    mirrored = [((joined[m] > 0) & (same[m].abs() >= LIMITS["correlation"])).any() for m in same]
-    excess = [wide[m].max() for m in wide if m.endswith("_excess")]
-    if mirrored or excess:
-        met = float(not any(mirrored) and not any(e > LIMITS["excess"] for e in excess))
-    told = "*_correlation, *_excess" if excess else "W itself" if rule == "bp" else "cos angle_deg"
-    strongest = max((s.abs().max() for s in same.values()), default=math.nan)
-    text = " · ".join(filter(None, [f"{fraction:.0%}", show(strongest)]))
-    return text, met, f"*_reciprocal (probes), {told}; claims symmetry_*"
-
-
-def listing(cells: pd.DataFrame) -> str:
-    """Text table of :func:`cells`: our numbers, our tick / the paper's (y, n, a footnote's letter); "*" where the two
-    disagree."""
-    from fa.plot import in_order, look
-
-    mark = {1.0: "y", 0.0: "n"}
-    text = [f"{c.ours or '-'} {mark.get(c.met, '-')}/{c.note or mark.get(c.paper, '-')}" for c in cells.itertuples()]
-    text = [t + "*" * (verdict == "disagrees") for t, verdict in zip(text, cells.verdict)]
-    wide = cells.assign(text=text).pivot(index="rule", columns="property", values="text")
-    wide = wide.loc[in_order(wide.index), list(PROPERTIES)]
-    return wide.set_axis([look(r).label for r in wide.index]).rename_axis(index=None, columns=None).to_string()
-
-
-def evidence(cells: pd.DataFrame) -> str:
+def evidence(page: Page) -> str:
     """Text table: the metrics of the record, and the claims, behind the cells of each property."""
-    from fa.plot import in_order, look
-
-    def named(rules: pd.Series) -> str:
-        return " ".join(look(r).label for r in in_order(rules))
-
-    if not cells.ours.any():
+    table = cells(page.table(), page.reference())
+    rows = table[table.ours != ""]
+    if rows.empty:
         return "no run yet"
-    rows = cells[cells.ours != ""].groupby(["property", "evidence"], sort=False).rule.agg(named).reset_index()
+    rows = rows.groupby(["property", "evidence"], sort=False).rule
+    rows = rows.agg(lambda rules: " ".join(plot.look(r).label for r in plot.in_order(rules))).reset_index()
     rows = rows.sort_values("property", key=lambda c: c.map(list(PROPERTIES).index), kind="stable")
     return rows.to_string(index=False)
 
 
-def mirrors(table: pd.DataFrame) -> str:
-    """Text table of the symmetry of every feedback matrix that a trained network's record holds, means over seeds
-    after training."""
-    from fa.plot import in_order, look
-
-    names = ("correlation", "match", "mixed", "chance")
+def mirrors(page: Page) -> str:
+    """Text table of the symmetry of every feedback matrix of the trained networks, means over seeds after training."""
+    names, table = ("correlation", "match", "mixed", "chance"), page.table()
     rows = table[table.metric.str.fullmatch(f"[BRK]_({'|'.join(names)})")]
     if rows.empty:
         return "no run yet"
     rows = rows[rows.epoch == rows.groupby("run").epoch.transform("max")]
     rows = rows.assign(matrix=rows.metric.str[0], metric=rows.metric.str[2:])
     wide = rows.pivot_table(index=["rule", "depth", "layer", "matrix"], columns="metric", values="value")
-    order = in_order(rows.rule)
-    wide = wide.reindex(columns=names).reset_index().sort_values(
-        ["rule", "depth", "matrix"], key=lambda c: c.map(order.index) if c.name == "rule" else c)  # fmt: skip
-    wide["rule"] = [look(r).label for r in wide.rule]
+    rank = {"rule": plot.in_order(rows.rule).index}
+    wide = wide.reindex(columns=names).reset_index()
+    wide = wide.sort_values(["rule", "depth", "matrix"], key=lambda c: c.map(rank.get(c.name, lambda v: v)))
+    wide["rule"] = [plot.look(r).label for r in wide.rule]
     return wide.drop(columns="depth").to_string(index=False, float_format="{:.2f}".format, na_rep="-")
 
 
-def draw(cells: pd.DataFrame) -> Any:
-    """The table as a figure: in each cell our numbers, and at their right the paper's tick; shaded by whether the two
-    agree."""
+@plot.style()
+def draw(page: Page) -> Figure:
+    """The table as a figure: in each cell our numbers and the paper's tick; shaded by whether the two agree."""
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch, Rectangle
 
-    from fa.plot import WIDTH, in_order, look
-
-    rules = in_order(cells.rule)
+    table = cells(page.table(), page.reference())
+    rules = plot.in_order(table.rule)
     label, row, head, foot = 2.1, 0.46, 0.4, 0.24  # inches
-    page, height = WIDTH["double"], head + row * len(PROPERTIES) + foot
-    width = (page - label) / len(rules)
-    shade = {"agrees": "#D4E6F1", "disagrees": "#F8D3BE", "not comparable": "#F0F0F0"}
-    frame = {"agrees": "none", "disagrees": "#B5460F", "not comparable": "none"}
-    fig = plt.figure(figsize=(page, height))
+    total, height = plot.WIDTH["double"], head + row * len(PROPERTIES) + foot
+    width = (total - label) / len(rules)
+    looks = {"agrees": ("#D4E6F1", "none", "our number agrees with the paper's tick"),
+             "disagrees": ("#F8D3BE", "#B5460F", "it disagrees"),
+             "not comparable": ("#F0F0F0", "none", "not comparable: no tick, a footnote (a, b, c), or no number")}  # fmt: skip
+    fig = plt.figure(figsize=(total, height))
     ax = fig.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, page), ylim=(height, 0))
+    ax.set(xlim=(0, total), ylim=(height, 0))
     ax.axis("off")
-    middle = {"ha": "center", "va": "center"}
     for i, rule in enumerate(rules):
-        name, color, _ = look(rule)
-        ax.text(label + (i + 0.5) * width, head - 0.11, name, color=color, fontweight="bold", fontsize=8, **middle)
-    for j, (prop, (title, number)) in enumerate(PROPERTIES.items()):
+        name, color, _ = plot.look(rule)
+        place = {"x": label + (i + 0.5) * width, "y": head - 0.11, "ha": "center", "va": "center"}
+        ax.text(**place, s=name, color=color, fontweight="bold", fontsize=8)
+    for j, ((prop, title), number) in enumerate(zip(PROPERTIES.items(), NUMBERS)):
         top = head + j * row
         ax.axhline(top, color="0.6", lw=0.5)
         ax.text(0.03, top + 0.05, title, fontsize=6.6, fontweight="bold", va="top")
         ax.text(0.03, top + 0.18, number, fontsize=6.5, color="0.3", va="top", linespacing=1.1)
         for i, rule in enumerate(rules):
-            (cell,) = cells[(cells.property == prop) & (cells.rule == rule)].itertuples()
-            x, y = label + i * width, top + row / 2
-            box = {"facecolor": shade[cell.verdict], "edgecolor": frame[cell.verdict], "lw": 0.8}
+            (cell,) = table[(table.property == prop) & (table.rule == rule)].itertuples()
+            x, y, (face, edge, _) = label + i * width, top + row / 2, looks[cell.verdict]
+            box = {"facecolor": face, "edgecolor": edge, "lw": 0.8}
             ax.add_patch(Rectangle((x + 0.015, top + 0.02), width - 0.03, row - 0.04, **box))
             lines = (cell.ours or "–").replace("-", "−").split(" · ")
             if prop == "bp_level" and len(lines) > 1:
@@ -256,11 +136,6 @@ def draw(cells: pd.DataFrame) -> Any:
             slope = "italic" if cell.note else "normal"
             ax.text(x + width - 0.05, y, tick, fontsize=8, color="0.25", ha="right", va="center", fontstyle=slope)
     ax.axhline(head + row * len(PROPERTIES), color="0.6", lw=0.5)
-    told = {"agrees": "our number agrees with the paper's tick", "disagrees": "it disagrees",
-            "not comparable": "not comparable: no tick, a footnote (a, b, c), or no number"}  # fmt: skip
-    handles = [Patch(facecolor=shade[v], edgecolor=frame[v], label=text) for v, text in told.items()]
+    handles = [Patch(facecolor=face, edgecolor=edge, label=text) for face, edge, text in looks.values()]
     ax.legend(handles=handles, loc="lower center", ncols=3, fontsize=6.5, borderaxespad=0.15, handlelength=1.4)
     return fig
-
-
-EXPERIMENT = Experiment("What each rule needs and reaches", "p3", "30_pfa_table1", RULES, grid)

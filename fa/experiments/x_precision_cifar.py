@@ -83,6 +83,7 @@ def draw(page: Page) -> Figure:
     panels = {"b": (shown, metric, band, "Difference (points)"),
               "c": (aligned, "angle_deg", tolerance, "Difference of angle (°)")}  # fmt: skip
     for panel, (names, of, grey, label) in panels.items():
+        columns_by_rule(ax[panel], names, len(names) - 0.4, label)
         ax[panel].axhline(0, color="0.3", lw=0.6, zorder=0.5)
         for i, rule in enumerate(names):
             look, d = plot.look(rule), end[(end.rule == rule) & (end.metric == of)].difference
@@ -91,7 +92,6 @@ def draw(page: Page) -> Figure:
             if len(d) > 1:
                 ax[panel].plot(np.full(len(d), i - 0.25), d, ".", color=look.color, ms=3, alpha=0.5, mew=0)
             ax[panel].plot(i, d.mean(), look.marker, color=look.color, ms=4.5)
-        columns_by_rule(ax[panel], names, len(names) - 0.4, label)
     plot.note(ax["b"], "last epoch")
     plot.note(ax["c"], "last epoch; dots: layers")
     plot.letters([ax[f"a {shown[0]}"], ax["b"], ax["c"]])

@@ -9,12 +9,12 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from fa.layers.feedback import generator
 from fa.layers.hooks import converted
 from fa.metrics import alignment, gradient_angles, linear_layers
-from fa.probes import noise_passes, reads, reciprocal, symmetry
+from fa.probes import probed
+from fa.symmetry import symmetry
 from fa.train import data
 from fa.train.config import Config
 from fa.train.data import Data
@@ -83,7 +83,7 @@ def mismatch(config: Config, net: nn.Module, epoch: int, sets: Data) -> Rows:
 
 
 def symmetries(config: Config, net: nn.Module, epoch: int, sets: Data) -> Rows:
-    """Rows of :func:`fa.probes.symmetry` before and after training: ``B_match``, ``R_mixed``, ..., and ``B_excess`` = match - mixed."""
+    """Rows of :func:`fa.symmetry.symmetry` before and after training: ``B_match``, ``R_mixed``, ..., and ``B_excess`` = match - mixed."""
     if epoch not in (0, config.epochs) or not converted(net):
         return []
     rows = []
@@ -114,43 +114,10 @@ def explicit(config: Config, net: nn.Module) -> nn.Module:
 
 
 def interventions(config: Config, net: nn.Module, epoch: int, sets: Data) -> Rows:
-    """Rows of :func:`intervene` after the last epoch, at the first 64 training images."""
+    """Rows of :func:`fa.probes.probed` after the last epoch, at the first 64 training images."""
     if epoch != config.epochs:
         return []
-    return [[epoch, *row] for row in intervene(net, *sets.train.first(64), config.seed)]
-
-
-def intervene(net: nn.Module, x: Tensor, y: Tensor, seed: int) -> list[tuple[str, int | None, str, float]]:
-    """(layer, depth, metric, value) of every intervention on a network, at one batch and the true errors of its cross-entropy.
-
-    ``send_*`` and ``learn_*`` are those of :func:`fa.probes.reads`, ``B_reciprocal``, ... those of
-    :func:`fa.probes.reciprocal` (``W_`` where the feedback is made of W), ``noise_passes`` that of
-    :func:`fa.probes.noise_passes`.
-    """
-    layers, kept, handles = linear_layers(net), {}, []
-    for name, layer in layers.items():
-
-        def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
-            kept[name] = args[0].detach(), out
-
-        handles.append(layer.register_forward_hook(keep))
-    try:
-        with torch.enable_grad():
-            out = net(x)
-            errors = torch.autograd.grad(F.cross_entropy(out, y), [out, *(o for _, o in kept.values())])
-    finally:
-        for handle in handles:
-            handle.remove()
-    e, delta = errors[0], dict(zip(kept, errors[1:]))
-    found = []
-    for depth, (name, layer) in enumerate(layers.items(), 1):
-        error = e if hasattr(getattr(layer, "feedback", None), "tape") else delta[name]
-        values = reads(layer, kept[name][0], error, generator(seed, name, "scramble"))
-        found += [(name, depth, metric, value) for metric, value in values.items()]
-    depths = {name: depth for depth, name in enumerate(layers, 1)}
-    joined = reciprocal(net, generator(seed, "reciprocal"))
-    found += [(layer, depths[layer], f"{matrix}_reciprocal", value) for (layer, matrix), value in joined.items()]
-    return [*found, ("", None, "noise_passes", noise_passes(net, x, e))]
+    return [[epoch, *row] for row in probed(net, *sets.train.first(64), config.seed)]
 
 
 MEASURES: dict[str, Callable[[Config, nn.Module, int, Data], Rows]] = {
