@@ -26,6 +26,7 @@ from fa.errors import UserError
 from fa.layers.dfa import DirectFeedback
 from fa.layers.feedback import Feedback, generator
 from fa.layers.hooks import converted
+from fa.symmetry import matrices
 
 WHAT = ("sign", "magnitude")
 """What of a weight can be scrambled."""

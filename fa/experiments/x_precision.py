@@ -173,7 +173,7 @@ def _draw_ends(ax: dict[str, Axes], pairs: pd.DataFrame, shown: list[str], rules
     for panel, (names, margin, label) in panels.items():
         for y in (-margin, 0, margin):
             ax[panel].axhline(y, color="0.3", lw=0.6, ls=":" if y else "-", zorder=0.5)
-        columnscolumns_by_rule(ax[panel], names, max(len(names) - 0.4, 0.6), label)
+        columns_by_rule(ax[panel], names, max(len(names) - 0.4, 0.6), label)
     ax["d"].axhline(1, color="0.3", lw=0.6, zorder=0.5)
     for y in (0.9, 1.1):
         ax["d"].axhline(y, color="0.3", lw=0.6, ls=":", zorder=0.5)
@@ -181,7 +181,7 @@ def _draw_ends(ax: dict[str, Axes], pairs: pd.DataFrame, shown: list[str], rules
     plot.note(ax["c"], f"{plot.repeats(ends)} (dots)" if len(ends) else "")
 
 
-def columnscolumns_by_rule(ax: Axes, rules: list[str], end: float, label: str) -> None:
+def columns_by_rule(ax: Axes, rules: list[str], end: float, label: str) -> None:
     """The axes of a panel with a column a rule."""
     ax.set(xticks=range(len(rules)), xlim=(-0.6, end), ylabel=label)
     ax.set_xticklabels([plot.look(r).label for r in rules])
