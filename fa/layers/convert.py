@@ -217,7 +217,7 @@ def _attach(
     feedback = {}
     for i, (name, layer) in enumerate(layers.items()):
         own = rule.at(i)
-        kind = NoisyFeedback if getattr(own, "input", "data") != "data" else Feedback
+        kind = NoisyFeedback if own.draws_noise else Feedback
         feedback[name] = kind(own, _linear_map(layer, sizes.get(name)), layer, name, seed)
 
     def attach() -> None:
