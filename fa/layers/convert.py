@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from fa import rules
 from fa.errors import UserError
 from fa.layers import attention
-from fa.layers.feedback import ConvMap, Feedback, LinearMap, NoisyFeedback
+from fa.layers.feedback import Feedback, NoisyFeedback
 from fa.layers.hooks import Converted, converted, unwatch, watch
+from fa.layers.maps import ConvMap, LinearMap
 from fa.rules import Rule
 
 

@@ -1,4 +1,4 @@
-"""One layer's feedback: its linear map, the one autograd function, and the module that holds the rule's tensors.
+"""One layer's feedback: the one autograd function, and the module that holds the rule's tensors.
 
 In the backward pass the kernel takes the weight's place in a single ``convolution_backward`` call, which returns dx through the
 kernel together with the exact dW and db, at the price of plain backprop.
@@ -8,109 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fa.errors import UserError
-from fa.rules import Rule, Terms, gradient_of, multiply, terms_of
-
-# ------------------------------------------------------------------------------------ a layer's linear map
-
-
-@dataclass
-class _Map:
-    """What both kinds of linear map have: sizes of a sample's input and output where known, and noise of their own."""
-
-    sizes: tuple[torch.Size, torch.Size] | None = field(default=None, kw_only=True)
-    pad: tuple[int, ...] = field(default=(), kw_only=True)  # what was added to x before this map
-    gen: torch.Generator | None = field(default=None, kw_only=True)
-
-    def noise(self, like: Tensor, kind: str, std: float = 1.0) -> Tensor:
-        """Noise, "normal" or "uniform", of mean 0 and standard deviation ``std``, of a tensor's shape, dtype and place."""
-        if self.gen is None or self.gen.device != like.device:
-            self.gen = torch.Generator(like.device).manual_seed(0 if self.gen is None else self.gen.initial_seed())
-        # half precision is rounded to: torch's own normal numbers in bfloat16 lack their tails
-        out = torch.empty_like(like, dtype=torch.promote_types(like.dtype, torch.float32))  # (n, in)
-        bound = 3**0.5 * std
-        out.normal_(0, std, generator=self.gen) if kind == "normal" else out.uniform_(-bound, bound, generator=self.gen)
-        return out.to(like.dtype)
-
-
-@dataclass
-class LinearMap(_Map):
-    """y = K x on the last axis. Shapes: x (..., in), y (..., out), K (out, in)."""
-
-    groups = 1
-
-    def forward(self, x: Tensor, K: Tensor, bias: Tensor | None = None) -> Tensor:
-        """K x (+ bias)."""
-        return F.linear(x, K, bias)  # (..., in) (out, in) -> (..., out)
-
-    def grad_input(self, y: Tensor, K: Tensor, like: Tensor) -> Tensor:
-        """K^T y, of the shape of ``like``."""
-        return y @ K  # (..., out) (out, in) -> (..., in)
-
-    def matmul_channels(self, y: Tensor, B: Tensor) -> Tensor:
-        """B^T y on the last axis; B (out, mid)."""
-        return y @ B  # (..., out) (out, mid) -> (..., mid)
-
-    def grad_weight(self, x: Tensor, y: Tensor, like: Tensor | None = None) -> Tensor:
-        """sum y x^T over all leading axes: the gradient of <y, K x> by K."""
-        return rows(y).t() @ rows(x)  # (out, n) (n, in) -> (out, in)
-
-    def backward(self, dy: Tensor, x: Tensor, K: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
-        """(K^T dy, dW, db) where ``mask`` asks for them."""
-        return (
-            dy @ K if mask[0] else None,  # (..., out) (out, in) -> (..., in)
-            self.grad_weight(x, dy) if mask[1] else None,  # -> (out, in)
-            rows(dy).sum(0) if mask[2] else None,  # (n, out) -> (out,)
-        )
-
-
-def rows(x: Tensor) -> Tensor:
-    """All leading axes as one: (..., n) -> (samples, n)."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-@dataclass
-class ConvMap(_Map):
-    """y = K * x, a 2-D cross-correlation. Shapes: x (n, in, h, w), y (n, out, h', w'), K (out, in / groups, kh, kw)."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def forward(self, x: Tensor, K: Tensor, bias: Tensor | None = None) -> Tensor:
-        """K * x (+ bias)."""
-        return F.conv2d(x, K, bias, self.stride, self.padding, self.dilation, self.groups)  # -> (n, out, h', w')
-
-    def grad_input(self, y: Tensor, K: Tensor, like: Tensor) -> Tensor:
-        """Transposed convolution of y, of the shape of ``like``."""
-        return self.backward(y, like, K, [True, False, False])[0]  # (n, out, h', w') -> (n, in, h, w)
-
-    def matmul_channels(self, y: Tensor, B: Tensor) -> Tensor:
-        """B^T y at every position; B (out, mid)."""
-        return (B.mT @ y.flatten(2)).unflatten(2, y.shape[2:])  # (mid, out) (n, out, h' w') -> (n, mid, h', w')
-
-    def grad_weight(self, x: Tensor, y: Tensor, like: Tensor) -> Tensor:
-        """The gradient of <y, K * x> by K, of the shape of ``like``."""
-        return self.backward(y, x, like, [False, True, False])[1]  # -> (out, in / groups, kh, kw)
-
-    def backward(self, dy: Tensor, x: Tensor, K: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
-        """(transposed convolution of dy by K, dW, db) where ``mask`` asks for them, in one call."""
-        return torch.ops.aten.convolution_backward(
-            dy, x, K, [K.shape[0]], self.stride, self.padding, self.dilation, False, (0, 0), self.groups, mask
-        )
-
-
-# ------------------------------------------------------------------------------------ the autograd function
+from fa.layers.maps import ConvMap, LinearMap
+from fa.rules.base import Rule, Terms, gradient_of, multiply, terms_of
 
 
 def cast(x: Tensor, like: Tensor) -> Tensor:
@@ -261,7 +168,7 @@ class Feedback(nn.Module):
             if dx is not None:
                 return dx, W
         terms = self.terms(known)
-        if all(A is None for A, *_ in terms) or self.rule.norm != "fixed" or not self.few(dy, W):
+        if terms[0][0] is None or self.rule.norm != "fixed" or not self.few(dy, W):
             return None, self.product(terms, W)
         dx = None
         for A, M, *c in terms:
@@ -275,27 +182,22 @@ class Feedback(nn.Module):
 
     def gradient_from(self, known: dict[str, Any]) -> dict[str, Tensor]:
         """The gradients of the learned tensors, from all that the rule may name."""
-        grads = self.rule.feedback_grad(**{n: known[n] for n in self.grad_args})
-        return {name: self._gradient(name, grad, known) for name, grad in grads.items()}
-
-    def _gradient(self, name: str, grad: Tensor | tuple[Tensor, Tensor], known: dict[str, Any]) -> Tensor:
-        """A gradient; where B^T dW is asked for and samples are few, (B^T dy) x^T."""
-        if isinstance(grad, Tensor) or not self.few(known["dy"], known["W"]):
-            return gradient_of(grad)
-        B, op, dy = grad[0], known["op"], known["dy"]
-        A, activity = known.get("activity", (None, None))
-        if A is not B:  # else the error has passed B already
-            activity = op.matmul_channels(dy, B.to(dy.dtype))  # (n, out) (out, mid) -> (n, mid)
-        return op.grad_weight(known["x"], activity, known[name]).to(B.dtype)  # (mid, n) (n, in) -> (mid, in)
+        op, dy, found = known["op"], known["dy"], {}
+        for name, grad in self.rule.feedback_grad(**{n: known[n] for n in self.grad_args}).items():
+            if isinstance(grad, Tensor) or not self.few(dy, known["W"]):
+                found[name] = gradient_of(grad)
+                continue
+            B = grad[0]  # B^T dW, for few samples as (B^T dy) x^T
+            A, activity = known.get("activity", (None, None))
+            if A is not B:  # else the error has passed B already
+                activity = op.matmul_channels(dy, B.to(dy.dtype))  # (n, out) (out, mid) -> (n, mid)
+            found[name] = op.grad_weight(known["x"], activity, known[name]).to(B.dtype)  # (mid, n) (n, in) -> (mid, in)
+        return found
 
     def feedback_gradient(self, x: Tensor, dy: Tensor, W: Tensor, op: Any = None) -> dict[str, Tensor]:
-        """The gradients that the rule gives its learned tensors, for an input, an error and a weight; detached.
+        """The gradients that the rule gives its learned tensors for an input x, an error dy and a weight W; detached.
 
-        Args:
-            x: the layer's input (n, ...).
-            dy: the error at its output.
-            W: the weight that the rule sees.
-            op: the linear map that makes the activity (default: the layer's own).
+        ``op`` is the linear map that the rule sees (default: the layer's own).
         """
         op = op or self.op
         with torch.no_grad():
@@ -337,7 +239,8 @@ class NoisyFeedback(Feedback):
     """
 
     forward = torch.compiler.disable(
-        Feedback.forward, reason="this rule draws noise (input='normal' or 'uniform') and is not compiled; leave fullgraph out"
+        Feedback.forward,
+        reason="this rule draws noise (input='normal' or 'uniform') and is not compiled; leave fullgraph out",
     )
 
     def __init__(self, rule: Rule, op: LinearMap | ConvMap, layer: nn.Module, name: str, seed: int) -> None:

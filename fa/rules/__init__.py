@@ -9,16 +9,14 @@ from dataclasses import fields
 from typing import Any
 
 from fa.errors import UserError
-from fa.rules.base import (
-    Rule, Terms, channel_product, fans, gradient_of, multiply, random_mask, rms, terms_of, uniform,
-)  # fmt: skip
+from fa.rules.base import Rule, fans, random_mask, rms, uniform
 from fa.rules.estimation import AA, IA, SA, WM, Primitives
 from fa.rules.fixed import BP, BRSF, FA, FRSF, USF, Frozen
 from fa.rules.product import KP, PFA, PFAo
 
 __all__ = [
     "AA", "BP", "BRSF", "FA", "FRSF", "IA", "KP", "PFA", "RULES", "SA", "USF", "WM", "Frozen", "PFAo", "Primitives", "Rule",
-    "Terms", "channel_product", "fans", "gradient_of", "multiply", "random_mask", "rms", "rule", "terms_of", "uniform",
+    "fans", "random_mask", "rms", "rule", "uniform",
 ]  # fmt: skip
 
 RULES: dict[str, type] = {

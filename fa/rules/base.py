@@ -1,43 +1,36 @@
-r"""What a learning rule is: the contract, and the tools that the rules share.
+r"""What a learning rule is: the contract of a rule, and the tools that the rules share.
 
 A rule leaves the forward pass of a layer alone. It says which weight carries the error down, and how that weight learns:
 
 .. math:: y = W x + b, \qquad dx = K^T dy, \qquad dW = dy\,x^T, \qquad db = \sum dy,
 
 where :math:`K` is the rule's *kernel*, the effective feedback weight, of ``W``'s shape (backprop is :math:`K = W`). A rule
-is a frozen dataclass. Its fields are its options; its class may have the following, and needs only ``kernel``.
+is a frozen dataclass whose fields are its options. Its class may have the following, and needs only ``kernel``.
 
-==================================  ===================================================================================
-attribute (default)
-----------------------------------  -----------------------------------------------------------------------------------
+=================================== ===================================================================================
 ``name, equation, source`` ("")     the key in ``RULES``, the rule in one line, and the paper
 ``learned`` (())                    names of the tensors that learn: they become parameters, all others buffers
-``masked`` ("")                     the tensor whose entries ``density`` < 1 removes; "": the kernel's. A fixed tensor
-                                    is masked once. Else the mask is kept as ``mask``, and applied at every use
+``masked`` ("")                     the tensor that ``density`` < 1 makes sparse; "": the kernel. A fixed tensor is masked
+                                    once, else ``mask`` is kept and acts on the kernel, or on every M of its terms
 ``own_decay`` (False)               the feedback gradient holds a decay, so that the optimizer must add none
 ``needs_sgd`` (False)               exact only under ``torch.optim.SGD``, with W and the feedback in one group
 ``needs_y`` (True)                  False: ``feedback_grad`` gets None for ``y``, and the forward pass keeps no ``y``
-``draws_noise`` (False)             ``feedback_grad`` calls ``op.noise``: the layer has a generator of its own
-==================================  ===================================================================================
-
-==================================  ===================================================================================
-method                              returns
-----------------------------------  -----------------------------------------------------------------------------------
-``init_state(op, W, gen)``          the tensors that the layer keeps, by name; random numbers come from ``gen``
+``draws_noise`` (False)             ``feedback_grad`` calls ``op.noise``: the layer has a generator, and is not compiled
+``at(index)``                       the rule of the network's layer number ``index`` (from 0); by default the rule itself
+``init_state(op, W, gen)``          the tensors that the layer keeps, by name, drawn from the generator ``gen``
 ``kernel(...)``                     K; or terms [(A, M), (A', M', c'), ...], which stand for K = A M + c' A' M' + ...
 ``feedback_grad(...)``              the gradients of the ``learned`` tensors, by name; a pair (B, dW) stands for B^T dW
 ``send_error(...)``                 dx, where the error does not go through a kernel; None: it does
-``after_step(...)``                 new values of some tensors, by name, once per optimizer step
-``at(index)``                       the rule of the network's layer number ``index`` (from 0); by default the rule itself
-``attach(net, layers, sizes, seed)``  for a rule that is not layer-wise (:mod:`fa.layers.dfa`): a function that puts it on
-==================================  ===================================================================================
+``after_step(...)``                 new values of tensors, by name, once per optimizer step
+``attach(net, layers, sizes, seed)`` of a rule that is not layer-wise (:mod:`fa.layers.dfa`): a function that puts it on
+=================================== ===================================================================================
 
-The methods with dots receive what they name as parameters. They may name ``W`` and every tensor of ``init_state``;
-``feedback_grad`` and ``send_error`` also ``x`` (the layer's input), ``dy`` (the error at its output) and ``op`` (its linear
-map: ``forward``, ``grad_input``, ``grad_weight``, ``noise``); ``feedback_grad`` also ``y`` (= W x, without bias) and ``dW``;
-``after_step`` also ``step`` (from 1) and ``gen`` (a function that makes a generator for this layer and step). All tensors
-arrive detached. A kernel given as terms lets a layer with few samples send the error through A and M in turn, which is
-cheaper than the product A M. ``A`` is a matrix between channels (out, mid), or None for the identity. ::
+The methods with dots receive what they name as parameters: ``W`` and any tensor of ``init_state``; ``feedback_grad`` and
+``send_error`` also ``x`` (the layer's input), ``dy`` (the error at its output) and ``op`` (its linear map,
+:mod:`fa.layers.maps`); ``feedback_grad`` also ``y`` (= W x, without bias) and ``dW``; ``after_step`` also ``step`` (from 1)
+and ``gen`` (a function that makes a generator for this layer and step). All tensors arrive detached. ``A`` is a matrix between
+channels (out, mid), or None for the identity: a layer with few samples sends the error through A and M in turn, which is
+cheaper than the product A M. A rule of one's own::
 
     @dataclass(frozen=True)
     class Mine(fa.Rule):
@@ -46,8 +39,7 @@ cheaper than the product A M. ``A`` is a matrix between channels (out, mid), or 
 
     fa.RULES["mine"] = Mine
 
-A rule never sees the loss, another layer, or the optimizer. Direct feedback alignment sends the output error to all layers
-at once; it is therefore no layer-wise rule, and has a module of its own (:mod:`fa.layers.dfa`).
+A rule never sees the loss, another layer, or the optimizer.
 """
 
 from __future__ import annotations
@@ -62,13 +54,8 @@ from torch import Tensor
 
 from fa.errors import UserError
 
-INITS = ("match", "xavier", "kaiming")
-"""Scales of drawn feedback that have a name."""
-
-Terms = Sequence[tuple[Tensor | None, Tensor] | tuple[Tensor | None, Tensor, Tensor]]
-"""A kernel as a sum of products: [(A, M), (A', M', c'), ...] for A M + c' A' M' + ..."""
-
-# --------------------------------------------------------------------------------------------------- drawing
+INITS = ("match", "xavier", "kaiming")  # scales of drawn feedback that have a name
+Terms = Sequence[tuple[Tensor | None, Tensor] | tuple[Tensor | None, Tensor, Tensor]]  # (A, M), (A', M', c'), ...
 
 
 def fans(W: Tensor) -> tuple[int, int]:
@@ -97,9 +84,6 @@ def random_mask(shape: tuple[int, ...], density: float, like: Tensor, gen: torch
     return (torch.rand(shape, generator=gen, dtype=torch.float64, device="cpu") < density).to(like)
 
 
-# --------------------------------------------------------------------------------------------------- products
-
-
 def channel_product(A: Tensor, M: Tensor) -> Tensor:
     """Product A M over channels, group by group: ``A`` (..., out/g, mid/g), ``M`` (mid, in, *kernel) -> (out, in, *kernel).
 
@@ -126,10 +110,9 @@ def multiply(terms: Terms) -> Tensor:
 
 def gradient_of(grad: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """A gradient as ``feedback_grad`` gave it: a tensor, or a pair (B, dW) that stands for B^T dW (mid, in, *kernel)."""
-    return grad if isinstance(grad, Tensor) else channel_product(grad[0].mT, grad[1])  # (mid, out) (out, in) -> (mid, in)
-
-
-# --------------------------------------------------------------------------------------------------- the base class
+    return (
+        grad if isinstance(grad, Tensor) else channel_product(grad[0].mT, grad[1])
+    )  # (mid, out) (out, in) -> (mid, in)
 
 
 @dataclass(frozen=True)
@@ -184,15 +167,9 @@ class Rule:
         return float(self.init)
 
     def nonzero(self, size: float, option: str, layer: str = "") -> float:
-        """The size of a weight, for feedback that will keep that size.
+        """``size``, the RMS of a weight, for feedback that will keep that size; a size of 0 raises UserError.
 
-        Args:
-            size: RMS of the weight at conversion.
-            option: the rule's option that can ask for another size, for the message.
-            layer: name of the layer, for the message (default: not told).
-
-        Raises:
-            UserError: the size is 0.
+        The message names the rule's ``option`` that can ask for another size, and the ``layer`` where it is given.
         """
         if not size:
             raise UserError(

@@ -134,34 +134,27 @@ class Primitives(Rule):
 TABLE = {
     "wm": (
         dict(decay=1e-3, amp=1e-3), "dB = 2d B - a <y x^T>",
-        """Weight mirror: a Hebbian term and decay; here with the layer's own input.
-
-    It learns in every step, together with the task; for mirror phases and a mirror before training see
-    :class:`fa.train.config.Config`. Source: Akrout et al. 2019; p2 (authors' code, Alignments/primitives.py).
-    """,
+        "Weight mirror: a Hebbian term and decay; here with the layer's own input, in every step, together with the task. For "
+        "mirror phases and a mirror before training see :class:`fa.train.config.Config`. Source: Akrout et al. 2019; p2's code.",
     ),
     "ia": (
         dict(decay=1e-3, amp=2e-3, null=1e-3), "dB = 2d B - a <y x^T> + 2n <y (B^T y)^T>",
-        "Information alignment: the decoder of a regularised linear autoencoder. Source: p2 (Alignments/primitives.py).",
+        "Information alignment: the decoder of a regularised linear autoencoder. Source: p2's code.",
     ),
-    "sa": (
-        dict(decay=1e-3, self_=2e-3), "dB = 2d B - s W",
-        "Symmetric alignment: a leaky estimate of W. Source: p2 (Alignments/primitives.py).",
-    ),
+    "sa": (dict(decay=1e-3, self_=2e-3), "dB = 2d B - s W", "Symmetric alignment: a leaky estimate of W. Source: p2's code."),
     "aa": (
         dict(amp=2e-3, sparse=1e-3), "dB = 2p <(B x) x^T> - a <y x^T>",
-        "Activation alignment: B x is fitted to W x. Source: p2 (Alignments/primitives.py).",
+        "Activation alignment: B x is fitted to W x. Source: p2's code.",
     ),
 }  # fmt: skip
-"""p2's named rules: name -> (default coefficients, gradient of B, docstring)."""
+"""p2's named rules: name -> (default coefficients, gradient of B, docstring). The code: Alignments/primitives.py."""
 
 
 def _named(name: str) -> type[Primitives]:
     """The class of a rule of :data:`TABLE`: :class:`Primitives` with other defaults."""
     coefficients, gradient, doc = TABLE[name]
     body = {"name": name, "equation": f"dx = B^T dy, {gradient}", "__doc__": doc, "__module__": __name__}
-    if name == "wm":
-        body["source"] = "Akrout et al. 2019; Kunin et al. 2020"
+    body["source"] = "Akrout et al. 2019; Kunin et al. 2020" if name == "wm" else Primitives.source
     options = [(option, float, default) for option, default in coefficients.items()]
     return make_dataclass(name.upper(), options, bases=(Primitives,), namespace=body, frozen=True)
 

@@ -57,9 +57,7 @@ class FA(Rule):
         shape, std = tuple(W.shape), self.std(W)
         if self.form == "dense" and W.dim() > 2:
             if op.sizes is None:
-                raise UserError(
-                    "fa: form='dense' needs the sizes of the maps; pass a batch of inputs, convert(..., sample=x)"
-                )
+                raise UserError("fa: form='dense' needs the sizes of the maps; pass inputs, convert(..., sample=x)")
             shape = tuple(math.prod(size) for size in reversed(op.sizes))
             if self.init == "match":
                 std *= math.sqrt(W[0].numel() / shape[1])
@@ -105,15 +103,9 @@ class USF(Rule):
             raise UserError(f"usf: scale={self.scale!r} is not one of init, xavier, track or a number")
 
     def init_state(self, op, W, gen):
-        match self.scale:
-            case "init":
-                s = self.nonzero(rms(W), "scale")
-            case "track":
-                s = rms(W)
-            case "xavier":
-                s = math.sqrt(2 / sum(fans(W)))
-            case number:
-                s = float(number)
+        named = {"init": rms(W), "track": rms(W), "xavier": math.sqrt(2 / sum(fans(W)))}
+        s = float(named.get(self.scale, self.scale))
+        s = self.nonzero(s, "scale") if self.scale == "init" else s
         return {"s": torch.tensor(s, dtype=torch.float64).to(W)}  # -> ()
 
     def kernel(self, W, s):

@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Implicit(Rule):
-    """Dense product feedback in one layer, without R.
-
-    Args:
-        explicit: the rule with R, whose B and R_0 are drawn.
-    """
+    """Product feedback of one layer without R. ``explicit`` is the rule with R, whose B and R_0 are drawn."""
 
     learned = ("c",)
     needs_sgd = True
@@ -45,35 +41,19 @@ class Implicit(Rule):
         return self.explicit.name
 
     def state(self, op, W, gen):
-        drawn, W = self.explicit.state(op, W, gen), W.detach()
-        B, BR = drawn["B"], channel_product(drawn["B"], drawn["R"])  # (out, mid), (out, mid) (mid, in) -> (out, in)
-        BBt = self.explicit.square(B)
-        BD = BR - (W if BBt is None else channel_product(BBt, W))  # (out, in) - (out, out) (out, in)
-        state = {"BD": BD, "c": W.new_ones((1,) * W.dim())}  # c: (1, 1)
-        return state if BBt is None else state | {"BBt": BBt}
+        kept, W = self.explicit.state(op, W, gen), W.detach()
+        B, R, c = kept["B"], kept.pop("R"), W.new_ones((1,) * W.dim())  # (out, mid), (mid, in), (1, 1)
+        if self.density < 1:
+            D = (R - channel_product(B.mT, W)) * kept["mask"]  # (mid, in) - (mid, out) (out, in)
+            return kept | {"D": D, "c": c}
+        BBt = self.explicit.square(B)  # (out, out)
+        BD = channel_product(B, R) - (W if BBt is None else channel_product(BBt, W))  # (out, in)
+        return {"BD": BD, "c": c} if BBt is None else {"BD": BD, "c": c, "BBt": BBt}
 
-    def kernel(self, W, BD, c, BBt=None):
-        return [(BBt, W), (None, BD, c)]  # (out, out) (out, in) + (1, 1) (out, in) -> (out, in)
+    def kernel(self, W, c, BD=None, BBt=None, B=None, D=None):
+        if BD is None:
+            return [(B, channel_product(B.mT, W) + c * D)]  # (out, mid) [(mid, out) (out, in) + (1, 1) (mid, in)]
+        return [(BBt, W), (None, BD, c)]  # (out, out) (out, in) + (1, 1) (out, in)
 
     def feedback_grad(self, dW, c):
         return {"c": torch.zeros_like(c)}  # dW is named so that c rests while W is frozen, as R does
-
-
-@dataclass(frozen=True)
-class SparseImplicit(Implicit):
-    """Sparse product feedback in one layer, without R."""
-
-    def state(self, op, W, gen):
-        drawn, W = self.explicit.state(op, W, gen), W.detach()
-        B, mask = drawn["B"], drawn["mask"]  # (out, mid), (mid, in)
-        D = (drawn["R"] - channel_product(B.mT, W)) * mask  # (mid, in) - (mid, out) (out, in)
-        return {"B": B, "mask": mask, "D": D, "c": W.new_ones((1,) * W.dim())}
-
-    def kernel(self, W, B, D, c):
-        return [(B, channel_product(B.mT, W) + c * D)]  # (out, mid) [(mid, out) (out, in) + (1, 1) (mid, in)]
-
-
-def implicit(explicit: PFA) -> Implicit:
-    """The rule without R that equals ``explicit`` under SGD."""
-    cls = Implicit if explicit.density == 1 else SparseImplicit
-    return cls(init=explicit.init, density=explicit.density, norm=explicit.norm, explicit=explicit)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fa.errors import UserError
 from fa.rules.base import Rule, fans, random_mask, uniform
-from fa.rules.implicit import implicit
+from fa.rules.implicit import Implicit
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,16 @@ class PFA(Rule):
 
     def at(self, index):
         explicit = replace(self, implicit=False)
-        return implicit(explicit) if self.implicit is True or (self.implicit and index == 0) else explicit
+        if self.implicit is True or (self.implicit == "first" and index == 0):
+            return Implicit(density=self.density, norm=self.norm, explicit=explicit)
+        return explicit
 
     def fixed(self, out: int, groups: int, like: Tensor, gen: torch.Generator) -> Tensor:
         """The fixed matrix B, (out, mid), or (groups, out / groups, mid / groups)."""
         mid = int(self.expansion * out / groups + 1e-9)
         if mid < 1:
-            raise UserError(
-                f"{self.name}: expansion={self.expansion} gives less than one unit per group for a layer of "
-                f"{out // groups} outputs per group"
-            )
+            why = f"gives fewer than one unit per group for a layer of {out // groups} outputs per group"
+            raise UserError(f"{self.name}: expansion={self.expansion} {why}")
         shape = (out, mid) if groups == 1 else (groups, out // groups, mid)
         B = uniform(shape, 1 / math.sqrt(mid * self.density), like, gen)
         return B if self.density == 1 else B * random_mask(shape, self.density, like, gen)
@@ -109,7 +109,7 @@ class PFA(Rule):
         return {"R": (B, dW)}  # B^T dW: (mid, out) (out, in) -> (mid, in)
 
     def square(self, B: Tensor) -> Tensor | None:
-        """B B^T, (out, out); None where it is the identity."""
+        """B B^T, or None where it is the identity."""
         return B @ B.mT  # (out, mid) (mid, out) -> (out, out)
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fa import models
 from fa.layers.convert import convert
-from fa.rules import BP, FA, FRSF, KP, PFA, USF, PFAo, Rule, gradient_of, multiply, terms_of
+from fa.rules import BP, FA, FRSF, KP, PFA, USF, PFAo, Rule
 from fa.rules import rule as make_rule
+from fa.rules.base import gradient_of, multiply, terms_of
 from fa.train import data
 
 if TYPE_CHECKING:
