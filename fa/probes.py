@@ -124,12 +124,10 @@ def taught(
     if fb.rule.needs_sgd:
         raise UserError("implicit feedback stores no R and cannot say what teaches it; convert with implicit=False")
     true = layer.weight.detach()
-    known = {n: getattr(fb, n).detach() for n in fb.names} | {"x": x, "dy": dy, "dW": fb.op.grad_weight(x, dy, true)}
 
     def lesson(W: Tensor, op: Any) -> dict[str, Tensor]:
-        with torch.no_grad(), same_noise(layer):
-            now = known | {"W": W, "op": op, "memo": {}, "y": op.forward(x, W) if fb.keeps_y else None}
-            return fb.rule.feedback_grad(**{n: now[n] for n in fb.grad_args})
+        with same_noise(layer):
+            return fb.feedback_gradient(x, dy, W, op)
 
     if W is None or activity:
         return lesson(true if W is None else W, fb.op)

@@ -14,6 +14,7 @@ from torch import nn
 import fa
 import oracles
 from fa import models
+from fa.layers.hooks import converted
 from oracles import apart, cosine, grads, randn
 
 RULES = {
@@ -315,7 +316,7 @@ def recurrence(schedule, momentum=0.9):
 
 
 def mismatch(net):
-    return [(m.feedback.R - m.feedback.B.T @ m.weight).detach().clone() for m in fa.steps.converted(net).values()]
+    return [(m.feedback.R - m.feedback.B.T @ m.weight).detach().clone() for m in converted(net).values()]
 
 
 @pytest.mark.parametrize("name", ["pfa", "pfa_o"])
@@ -355,7 +356,7 @@ def test_pfa_o_path_obeys_kolen_pollack():
 
 def test_kp_mismatch_decays_geometrically():
     net = fa.convert(oracles.mlp(6, 9, 3)[0], "kp", seed=2)
-    D = lambda net: [(m.weight - m.feedback.B).detach().clone() for m in fa.steps.converted(net).values()]  # noqa: E731
+    D = lambda net: [(m.weight - m.feedback.B).detach().clone() for m in converted(net).values()]  # noqa: E731
     D0, lr, wd = D(net), 0.05, 0.2
     for t, Ds in enumerate(trained(net, 1, [(lr, wd)] * 40, momentum=0, each=D), 1):
         assert all(apart(a, (1 - lr * wd) ** t * b) < 1e-11 for a, b in zip(Ds, D0))
@@ -410,8 +411,8 @@ def test_implicit_training_equals_explicit_training(name, density, kind, sgd):
         return net
 
     explicit, implicit = run(False), run(kind)
-    assert [hasattr(m.feedback, "R") for m in fa.steps.converted(implicit).values()] == [False] + 3 * [kind == "first"]
-    layers = zip(fa.steps.converted(explicit).values(), fa.steps.converted(implicit).values())
+    assert [hasattr(m.feedback, "R") for m in converted(implicit).values()] == [False] + 3 * [kind == "first"]
+    layers = zip(converted(explicit).values(), converted(implicit).values())
     for a, b in layers:
         assert apart(b.weight.detach(), a.weight.detach()) < 1e-12
         assert apart(fa.feedback_weight(b), fa.feedback_weight(a)) < 1e-12

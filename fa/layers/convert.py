@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fa import rules
 from fa.errors import UserError
-from fa.layers.feedback import ConvMap, Feedback, LinearMap, NoisyFeedback
+from fa.layers.feedback import Feedback, NoisyFeedback
 from fa.layers.hooks import Converted, converted, unwatch, watch
+from fa.layers.maps import ConvMap, LinearMap
 from fa.layers.targets import targets
 from fa.rules import Rule
 
@@ -148,7 +149,7 @@ def _draw(rule: Rule, layers: dict[str, nn.Module], sizes: dict[str, Sizes], see
     feedback = {}
     for i, (name, layer) in enumerate(layers.items()):
         own = rule.at(i)
-        kind = NoisyFeedback if getattr(own, "input", "data") != "data" else Feedback
+        kind = NoisyFeedback if own.draws_noise else Feedback
         feedback[name] = kind(own, _linear_map(layer, sizes.get(name)), layer, name, seed)
     return feedback
 

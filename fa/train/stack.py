@@ -20,6 +20,7 @@ from fa import models
 from fa.layers.convert import convert
 from fa.rules import BP, FA, FRSF, KP, PFA, USF, PFAo, Rule
 from fa.rules import rule as make_rule
+from fa.rules.base import gradient_of, multiply, terms_of
 from fa.train import data
 from fa.train.config import Config
 from fa.train.step import sgd
@@ -103,7 +104,7 @@ class Stacked(Rule):
         """Tensors of the right shapes, which :func:`join` fills."""
         state = {}
         for j, ((rule, n), part) in enumerate(zip(self.parts, self.slices(W))):
-            state |= {f"{j}_{name}": t for name, t in rule.init_state(replace(op, groups=n), part, gen).items()}
+            state |= {f"{j}_{name}": t for name, t in rule.state(replace(op, groups=n), part, gen).items()}
         return state
 
     def _known(
@@ -116,16 +117,17 @@ class Stacked(Rule):
             yield j, rule, {name: known[name] for name in names if name in known} | own
 
     def kernel(self, W, **state):
-        return torch.cat(
-            [rule.kernel(**known) for _, rule, known in self._known("kernel", {"W": self.slices(W)}, state)]
-        )
+        return torch.cat([
+            multiply(terms_of(rule.kernel(**known), state.get(f"{j}_mask")))
+            for j, rule, known in self._known("kernel", {"W": self.slices(W)}, state)
+        ])  # fmt: skip
 
     def feedback_grad(self, op, W, dW, **state):
         grads = {}
-        each, alike = {"W": self.slices(W), "dW": self.slices(dW)}, {"op": op, "x": None, "dy": None, "memo": {}}
+        each, alike = {"W": self.slices(W), "dW": self.slices(dW)}, {"op": op}
         for j, rule, known in self._known("feedback_grad", each, state, **alike):
             if rule.learned:
-                grads |= {f"{j}_{name}": g for name, g in rule.feedback_grad(**known).items()}
+                grads |= {f"{j}_{name}": gradient_of(g) for name, g in rule.feedback_grad(**known).items()}
         return grads
 
 
@@ -189,7 +191,7 @@ def build(configs: Sequence[Config], shape: Sequence[int], classes: int, like: T
     """
     parts: list[tuple[Rule, int]] = []
     for config in configs:
-        rule = make_rule(config.rule, **config.rule_options)
+        rule = make_rule(config.rule, **config.rule_options).at(0)
         if parts and parts[-1][0] == rule:
             parts[-1] = (rule, parts[-1][1] + 1)
         else:
@@ -232,7 +234,7 @@ def join(runs: Sequence[Run], shape: Sequence[int], classes: int) -> tuple[nn.Mo
                     module._buffers[own] = value
                 continue
             size = value.shape if not feedback else W.shape
-            between_channels = feedback and own in layer.rule.parts[int(j)][0].channels
+            between_channels = feedback and value.dim() in (2, 3)  # all else has a weight's four dimensions, or none
             joined = _join(theirs, size, 0 if W is None else len(W) // len(runs), between_channels)
             if isinstance(value, nn.Parameter):
                 value.data = joined

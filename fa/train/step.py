@@ -200,9 +200,14 @@ def sgd(net: nn.Module, config: Config) -> torch.optim.SGD:
 
 
 def compile_(net: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """``torch.compile`` of a whole network. The networks of a process share their code, and with it the number of its versions."""
+    """``torch.compile`` of a whole network; a network whose rule draws noise as it is, since a graph cannot hold a generator.
+
+    The networks of a process share their code, and with it the number of its versions.
+    """
     import torch._dynamo
 
+    if any(layer.feedback.rule.draws_noise for layer in converted(net).values()):
+        return net
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # left to itself, inductor turns grouped convolutions out of channels_last
     options = {"force_layout_optimization": True} if device.type == "cuda" else None

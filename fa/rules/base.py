@@ -1,0 +1,200 @@
+r"""What a learning rule is: the contract of a rule, and the tools that the rules share.
+
+A rule leaves the forward pass of a layer alone. It says which weight carries the error down, and how that weight learns:
+
+.. math:: y = W x + b, \qquad dx = K^T dy, \qquad dW = dy\,x^T, \qquad db = \sum dy,
+
+where :math:`K` is the rule's *kernel*, the effective feedback weight, of ``W``'s shape (backprop is :math:`K = W`). A rule
+is a frozen dataclass whose fields are its options. Its class may have the following, and needs only ``kernel``.
+
+=================================== ===================================================================================
+``name, equation, source`` ("")     the key in ``RULES``, the rule in one line, and the paper
+``learned`` (())                    names of the tensors that learn: they become parameters, all others buffers
+``masked`` ("")                     the tensor that ``density`` < 1 makes sparse; "": the kernel. A fixed tensor is masked
+                                    once, else ``mask`` is kept and acts on the kernel, or on every M of its terms
+``own_decay`` (False)               the feedback gradient holds a decay, so that the optimizer must add none
+``needs_sgd`` (False)               exact only under ``torch.optim.SGD``, with W and the feedback in one group
+``needs_y`` (True)                  False: ``feedback_grad`` gets None for ``y``, and the forward pass keeps no ``y``
+``draws_noise`` (False)             ``feedback_grad`` calls ``op.noise``: the layer has a generator, and is not compiled
+``at(index)``                       the rule of the network's layer number ``index`` (from 0); by default the rule itself
+``init_state(op, W, gen)``          the tensors that the layer keeps, by name, drawn from the generator ``gen``
+``kernel(...)``                     K; or terms [(A, M), (A', M', c'), ...], which stand for K = A M + c' A' M' + ...
+``feedback_grad(...)``              the gradients of the ``learned`` tensors, by name; a pair (B, dW) stands for B^T dW
+``send_error(...)``                 dx, where the error does not go through a kernel; None: it does
+``after_step(...)``                 new values of tensors, by name, once per optimizer step
+``attach(net, layers, sizes, seed)`` of a rule that is not layer-wise (:mod:`fa.layers.dfa`): a function that puts it on
+=================================== ===================================================================================
+
+The methods with dots receive what they name as parameters: ``W`` and any tensor of ``init_state``; ``feedback_grad`` and
+``send_error`` also ``x`` (the layer's input), ``dy`` (the error at its output) and ``op`` (its linear map,
+:mod:`fa.layers.maps`); ``feedback_grad`` also ``y`` (= W x, without bias) and ``dW``; ``after_step`` also ``step`` (from 1)
+and ``gen`` (a function that makes a generator for this layer and step). All tensors arrive detached. ``A`` is a matrix between
+channels (out, mid), or None for the identity: a layer with few samples sends the error through A and M in turn, which is
+cheaper than the product A M. A rule of one's own::
+
+    @dataclass(frozen=True)
+    class Mine(fa.Rule):
+        name, equation, source = "mine", "dx = 2 W^T dy", "our reading"
+        def kernel(self, W): return 2 * W
+
+    fa.RULES["mine"] = Mine
+
+A rule never sees the loss, another layer, or the optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fa.errors import UserError
+
+INITS = ("match", "xavier", "kaiming")  # scales of drawn feedback that have a name
+Terms = Sequence[tuple[Tensor | None, Tensor] | tuple[Tensor | None, Tensor, Tensor]]  # (A, M), (A', M', c'), ...
+
+
+def fans(W: Tensor) -> tuple[int, int]:
+    """(fan_in, fan_out) of a weight of shape (out, in / groups, *kernel), as ``torch.nn.init`` counts them."""
+    receptive = W[0, 0].numel()
+    return W.shape[1] * receptive, W.shape[0] * receptive
+
+
+def rms(W: Tensor) -> float:
+    """Root mean square of the entries of ``W``."""
+    return W.detach().double().square().mean().sqrt().item()
+
+
+def uniform(shape: tuple[int, ...], std: float, like: Tensor, gen: torch.Generator) -> Tensor:
+    """Uniform draw with mean 0 and standard deviation ``std`` on the CPU in float64, then in the dtype and place of ``like``.
+
+    Drawn in float64 so that a float32 and a float64 network share their feedback.
+    """
+    bound = math.sqrt(3.0) * std
+    draw = torch.rand(shape, generator=gen, dtype=torch.float64, device="cpu")  # -> shape, in (0, 1)
+    return (draw * (2 * bound) - bound).to(like)
+
+
+def random_mask(shape: tuple[int, ...], density: float, like: Tensor, gen: torch.Generator) -> Tensor:
+    """Mask of ones (with probability ``density``) and zeros."""
+    return (torch.rand(shape, generator=gen, dtype=torch.float64, device="cpu") < density).to(like)
+
+
+def channel_product(A: Tensor, M: Tensor) -> Tensor:
+    """Product A M over channels, group by group: ``A`` (..., out/g, mid/g), ``M`` (mid, in, *kernel) -> (out, in, *kernel).
+
+    With one group ``A`` is an ordinary (out, mid) matrix and this is ``A @ M`` over the first axis of ``M``.
+    """
+    flat = M.reshape(*A.shape[:-2], A.shape[-1], -1)  # (mid, in, *kernel) -> (..., mid/g, in * kernel)
+    return (A @ flat).reshape(-1, *M.shape[1:])  # (..., out/g, in * kernel) -> (out, in, *kernel)
+
+
+def terms_of(kernel: Tensor | Terms, mask: Tensor | None) -> Terms:
+    """What a rule's ``kernel`` returned as terms, on the entries that exist: the mask acts on every M."""
+    terms = [(None, kernel)] if isinstance(kernel, Tensor) else kernel
+    return terms if mask is None else [(A, M * mask, *c) for A, M, *c in terms]
+
+
+def multiply(terms: Terms) -> Tensor:
+    """The kernel K (out, in, *kernel) that the terms stand for."""
+    (A, K), *more = terms
+    K = K if A is None else channel_product(A, K)  # (out, mid) (mid, in) -> (out, in)
+    for A, M, c in more:
+        K = torch.addcmul(K, c, M if A is None else channel_product(A, M))  # (out, in) + (1, 1) (out, in)
+    return K
+
+
+def gradient_of(grad: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """A gradient as ``feedback_grad`` gave it: a tensor, or a pair (B, dW) that stands for B^T dW (mid, in, *kernel)."""
+    return (
+        grad if isinstance(grad, Tensor) else channel_product(grad[0].mT, grad[1])
+    )  # (mid, out) (out, in) -> (mid, in)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A layer-wise learning rule; the module's head has the contract.
+
+    Args:
+        init: scale of drawn feedback. ``"match"`` (default, ours): uniform with the RMS of ``W`` at conversion, so that the
+            gain is 1; ``"xavier"``: standard deviation sqrt(2 / (fan_in + fan_out)) (p3's figures); ``"kaiming"``:
+            sqrt(1 / (3 fan_in)), torch's default for layers; or a positive number, the standard deviation.
+        density: fraction in (0, 1] of feedback entries that exist (default 1). Masks are drawn once, entry by entry, and the
+            remaining entries are not rescaled (p3's sparse baselines).
+        norm: ``"fixed"`` (default) leaves the kernel's size alone, ``"track"`` rescales the kernel to the norm of ``W`` at
+            every use (one reading of p1's strict normalisation).
+        clamp_forward: hold ``W`` itself at the norm it had at conversion, after every optimizer step (the other reading of
+            p1's strict normalisation, BioTorch's ``constrain_weights``). Default ``False``.
+    """
+
+    name: ClassVar[str] = ""
+    equation: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    learned: ClassVar[tuple[str, ...]] = ()
+    masked: ClassVar[str] = ""
+    own_decay: ClassVar[bool] = False
+    needs_sgd: ClassVar[bool] = False
+    needs_y: ClassVar[bool] = True
+    draws_noise: ClassVar[bool] = False
+
+    init: str | float = "match"
+    density: float = 1.0
+    norm: str = "fixed"
+    clamp_forward: bool = False
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS if isinstance(self.init, str) else self.init <= 0:
+            raise UserError(f"{self.name}: init={self.init!r} is not one of {', '.join(INITS)} or a positive number")
+        if not 0 < self.density <= 1:
+            raise UserError(f"{self.name}: density={self.density!r} must lie in (0, 1]")
+        if self.norm not in ("fixed", "track"):
+            raise UserError(f"{self.name}: norm={self.norm!r} is not one of fixed, track")
+
+    def std(self, W: Tensor) -> float:
+        """Standard deviation that option ``init`` asks for, for feedback of ``W``'s shape."""
+        fan_in, fan_out = fans(W)
+        match self.init:
+            case "match":
+                return rms(W) if self.learned else self.nonzero(rms(W), "init")
+            case "xavier":
+                return math.sqrt(2 / (fan_in + fan_out))
+            case "kaiming":
+                return math.sqrt(1 / (3 * fan_in))
+        return float(self.init)
+
+    def nonzero(self, size: float, option: str, layer: str = "") -> float:
+        """``size``, the RMS of a weight, for feedback that will keep that size; a size of 0 raises UserError.
+
+        The message names the rule's ``option`` that can ask for another size, and the ``layer`` where it is given.
+        """
+        if not size:
+            raise UserError(
+                f"{self.name}: the weight{layer and f' of layer {layer!r}'} is all zeros, and feedback of its size would "
+                f"never send an error; initialise it before converting, or set {option}='xavier'"
+            )
+        return size
+
+    def at(self, index: int) -> Rule:
+        """The rule as the network's layer number ``index`` (from 0, in the order of its modules) has it."""
+        return self
+
+    def init_state(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
+        """Tensors to keep, by name. ``W`` (out, in / groups, *kernel) is the weight at conversion; it is not changed."""
+        return {}
+
+    def state(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
+        """The tensors of :meth:`init_state`, made sparse as ``density`` asks; the mask is drawn last."""
+        state = self.init_state(op, W, gen)
+        if self.density < 1:
+            mask = random_mask(state.get(self.masked, W).shape, self.density, W, gen)
+            once = self.masked in state and self.masked not in self.learned
+            state |= {self.masked: state[self.masked] * mask} if once else {"mask": mask}
+        return state
+
+    def kernel(self, W: Tensor) -> Tensor | Terms:
+        """The effective feedback weight, which carries the error in place of ``W``; of W's shape, or as terms."""
+        raise NotImplementedError
