@@ -23,7 +23,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from train import images, network, seconds, stepping, wait
+from train import seconds, sets, started, stepping, wait
 
 from fa import experiments
 from fa.train import data, stack
@@ -36,31 +36,27 @@ SAME, ROUNDED = 1e-5, 1e-2  # largest relative gaps of losses: by the same kerne
 
 def losses(configs: list[Config], device: str, captured: bool, compiled: bool) -> Tensor:
     """Losses (16, runs) of two epochs of eight steps, by deterministic convolutions; several runs are a stack."""
-    config, runs = configs[0], len(configs)
-    split = data.Split(*images(config.dataset, device).first(20 * config.batch))
-    sets, made = data.Data(config.dataset, 10, split, split, split), []
+    config = configs[0]
+    split, made = few(config, device), []
+    images = data.Data(config.dataset, 10, split, split, split)
     wait(device)
     same = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
-    with engine.on(device), same, engine.stream(device):
-        net, opt, nets = network(configs, device)
-        stepper = engine.Stepper(
-            net, opt, config, split, compiled, captured and device == "cuda", [c.seed for c in configs]
-        )
-        kept = [*net.parameters(), *(p for own in nets for p in own.parameters())]
+    with engine.numerics(device), same:
+        net, opt, members = started(configs, device)
+        captured = captured and device == "cuda"
+        stepper = engine.Stepper(net, opt, config, split, compiled, captured, [c.seed for c in configs])
+        kept = [*net.parameters(), *(p for run in members for p in run.net.parameters())]
         for epoch in (0, 1):
-            run = stepper.epoch(epoch)
+            stepper.begin(epoch)
             for i in range(8):
                 if device == "cuda" and not captured and epoch and i:
                     torch.cuda.set_sync_debug_mode("error")  # a step that waits raises
-                next(run)
+                stepper.step()
                 if device == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
             made.append(stepper.losses[:8].clone())
             before = [p.detach().clone() for p in kept]
-            if runs > 1:
-                stack.accuracies(net, runs, split)
-            for own in nets:
-                train.measure(own, config, sets, 5, found={} if runs > 1 else None)
+            train.measure(members, net, images, 5, [{} for _ in members])
             assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, kept)), (
                 "a measurement altered the network"
             )
@@ -70,15 +66,20 @@ def losses(configs: list[Config], device: str, captured: bool, compiled: bool) -
 def times(config: Config, device: str, compiled: bool) -> tuple[float, float, float]:
     """Seconds of a captured step, of an eager one, and of a measurement, by the engine's own choice of convolutions."""
     steps = []
-    with engine.on(device):
+    with engine.numerics(device):
         for captured in (True, False):
             take = stepping([config], device, compiled and captured, captured and device == "cuda")
             take((engine.WARM + 1) * (config.alternate + 1))  # every phase is captured by then
             steps.append(seconds(lambda: take(10)) / 10)
-        split = data.Split(*images(config.dataset, device).first(20 * config.batch))
-        net, sets = network([config], device)[0], data.Data(config.dataset, 10, split, split, split)
-        train.measure(net, config, sets, 5)
-        return *steps, seconds(lambda: train.measure(net, config, sets, 5))
+        split, (net, _, members) = few(config, device), started([config], device)
+        images = data.Data(config.dataset, 10, split, split, split)
+        measuring = [seconds(lambda: train.measure(members, net, images, 5, [{}])) for _ in range(2)]
+        return *steps, measuring[1]
+
+
+def few(config: Config, device: str) -> data.Split:
+    """Twenty batches of random images."""
+    return data.Split(*sets(config.dataset, device).train.first(20 * config.batch))
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ image is read. Pixels travel as bytes and are normalised on the device.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -63,14 +62,22 @@ class ImageFolderSource:
         return [(f"{folder}/{c}/{f}", i) for i, c in enumerate(classes) for f in files[i] if f.lower().endswith(kinds)]
 
     def state(self, root: Path) -> str:
-        """yes, no, incomplete (another number of images or classes) or damaged (another sha256)."""
+        """yes, no, or damaged: another number of images or classes, or another sha256."""
         found = {split: self.samples(root, split) for split in self.counts}
         if not any(found.values()):
             return "no"
-        for split, n in self.counts.items():
-            if len(found[split]) != n or len({label for _, label in found[split]}) != self.classes:
-                return "incomplete"
-        return "yes" if not self.sha256 or self.digest(root) == self.sha256 else "damaged"
+        whole = all(len(found[split]) == n for split, n in self.counts.items())
+        whole = whole and all(len({label for _, label in of}) == self.classes for of in found.values())
+        return "yes" if whole and (not self.sha256 or self.digest(root) == self.sha256) else "damaged"
+
+    def check(self, name: str, root: Path) -> None:
+        """Raise a UserError that says what to put where, unless every image is there."""
+        if (state := self.state(root)) != "yes":
+            what = "is not there" if state == "no" else "is damaged or not whole"
+            parts = " and ".join(f"{n:,} images into {root / self.folder / split}" for split, n in self.counts.items())
+            raise UserError(
+                f"data set {name}: {root / self.folder} {what}; put {parts}, a folder for each of {self.classes:,} classes"
+            )
 
     def digest(self, root: Path) -> str:
         """The sha256 of the folder as it is; see ``sha256``."""
@@ -78,11 +85,6 @@ class ImageFolderSource:
         for path in sorted(f"./{p.relative_to(folder).as_posix()}" for p in folder.rglob("*.JPEG")):
             lines.update(f"{hashlib.sha256((folder / path).read_bytes()).hexdigest()}  {path}\n".encode())
         return lines.hexdigest()
-
-    def remedy(self, root: Path) -> str:
-        """What to put where, in words."""
-        parts = " and ".join(f"{n:,} images into {root / self.folder / split}" for split, n in self.counts.items())
-        return f"put {parts}, a folder for each of {self.classes:,} classes"
 
 
 class DiskSplit:
@@ -92,9 +94,9 @@ class DiskSplit:
     class or two.
 
     Args:
-        samples: (path, class) of every image.
-        size: height and width in pixels of what the network sees.
-        mean, sd: per channel, of pixels scaled to [0, 1].
+        source: the set.
+        root: the data folder.
+        part: "train" or "val".
         device: where batches shall be.
         dtype: floating type of the images.
         workers: processes that decode (default None: on CUDA one for each core, on the CPU none, which leaves the run one process).
@@ -102,23 +104,24 @@ class DiskSplit:
 
     def __init__(
         self,
-        samples: Sequence[tuple[str, int]],
-        size: int,
-        mean: Sequence[float],
-        sd: Sequence[float],
+        source: ImageFolderSource,
+        root: Path,
+        part: str,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         workers: int | None = None,
     ) -> None:
+        samples = source.samples(root, part)
         order = torch.randperm(len(samples), generator=generator(0, "photos")).tolist()
         # One array, not a million strings: a forked worker that counts references would copy every page of those.
         self.paths = np.array([os.fsencode(samples[i][0]) for i in order])
         self.labels = np.array([samples[i][1] for i in order])
-        self.size, self.device, self.dtype = size, torch.device(device), dtype
+        self.size, self.device, self.dtype = source.size, torch.device(device), dtype
         wide = torch.promote_types(dtype, torch.float32)
-        self.mean, self.sd = (torch.tensor(v, dtype=wide, device=device).view(-1, 1, 1) for v in (mean, sd))
-        alone = self.device.type == "cpu" or multiprocessing.current_process().daemon  # a daemon may have no children
-        self.workers = (0 if alone else len(os.sched_getaffinity(0))) if workers is None else workers
+        mean_sd = (torch.tensor(v, dtype=wide, device=device).view(-1, 1, 1) for v in (source.mean, source.sd))
+        self.mean, self.sd = mean_sd  # (3, 1, 1) each
+        cores = len(os.sched_getaffinity(0)) if self.device.type == "cuda" else 0
+        self.workers = cores if workers is None else workers
 
     def __len__(self) -> int:
         return len(self.labels)
