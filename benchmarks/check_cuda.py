@@ -1,19 +1,22 @@
-"""Whether captured and stacked training steps are what they should be on this GPU; the first thing to run on a new machine. Needs no data.
+"""Whether captured and stacked training steps are what they should be on this GPU; the first thing to run on a new
+machine. Needs no data.
 
     python benchmarks/check_cuda.py --stack 3              # every rule of p3's Figure 4, ResNet-20
     python benchmarks/check_cuda.py --rules pfa --precision bfloat16 --compile
     python benchmarks/check_cuda.py --rules wm --alternate 1    # mirror and task phases, a graph for each
 
-For every rule the same steps are taken twice, captured as a graph and eagerly, over a change of the schedule where there is one, and with
-measurements between: the losses must agree, no step may wait for the device, and a measurement may alter nothing. With ``--stack`` so many
-seeds are also trained as one network, captured, and eagerly one by one, and their losses must agree too. Printed: the largest relative
-gap of the losses; milliseconds of a step, seconds of a measurement, and memory reserved, with the engine's own choice of convolutions.
+For every rule the same steps are taken twice, captured as a graph and eagerly, over a change of the schedule where
+there is one, and with measurements between: the losses must agree, no step may wait for the device, and a measurement
+may alter nothing. With ``--stack`` so many seeds are also trained as one network, captured, and eagerly one by one,
+and their losses must agree too. Printed: the largest relative gap of the losses; milliseconds of a step, seconds of a
+measurement, and memory reserved, with the engine's own choice of convolutions.
 
-All are held to the same deterministic convolutions, for left to themselves they choose different ones, and training at the recipe's
-learning rate amplifies the rounding of TF32 (1e-3) to gaps of some percent within 16 steps. Then only a mistake can part captured and
-eager steps: 1e-5 is allowed. Compiled and stacked steps round otherwise by their nature, so these are compared at a hundredth of the
-learning rate, or 1e-4 if that is more (under dfa), where losses differ by little more than the rounding of one forward pass: 1e-2 is
-allowed. (ResNet-20 by backprop there, batches of 32 on a CPU: bfloat16 is 2e-3 from float32, a learning rate lower by a tenth 1.4e-2, none 0.4.)
+All are held to the same deterministic convolutions, for left to themselves they choose different ones, and training
+at the recipe's learning rate amplifies the rounding of TF32 (1e-3) to gaps of some percent within 16 steps. Then only
+a mistake can part captured and eager steps: 1e-5 is allowed. Compiled and stacked steps round otherwise by their
+nature, so these are compared at a hundredth of the learning rate, or 1e-4 if that is more (under dfa), where losses
+differ by little more than the rounding of one forward pass: 1e-2 is allowed. (ResNet-20 by backprop there, batches of
+32 on a CPU: bfloat16 is 2e-3 from float32, a learning rate lower by a tenth 1.4e-2, none 0.4.)
 """
 
 from __future__ import annotations

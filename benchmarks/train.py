@@ -1,20 +1,22 @@
-"""What training costs: images a second, seconds a run, and how much of the device that uses; for one run and for several at once.
+"""What training costs: images a second, seconds a run, and how much of the device that uses; for one run and for
+several at once.
 
-    python benchmarks/train.py                                   # on a GPU p3's Figure 4 (CIFAR-10, ResNet-20), else its Figure 2 (MNIST)
+    python benchmarks/train.py        # on a GPU p3's Figure 4 (CIFAR-10, ResNet-20), else its Figure 2 (MNIST)
     python benchmarks/train.py --rules bp,bp+fa+usf --together 1,5,15 --precision float32,bfloat16 --compile no,yes
     python benchmarks/train.py --experiment p3_fig4 --device cpu --steps 4
 
-The runs are those of an experiment's paper mode, trained on random images of the data set's size: time does not depend on what they show.
-On CUDA runs at once are one network, as in a campaign (:mod:`fa.train.stack`); runs that cannot be stacked take their steps one after
-another. On the CPU each run has a process and one thread. Rules joined by "+" share the runs of a row evenly; FLOPs, traffic and
-measurements are counted for the first rule. In the same rounds a plain PyTorch loop trains the same network by backprop: DataLoader,
-eager, float32, no feedback.
+The runs are those of an experiment's paper mode, trained on random images of the data set's size: time does not
+depend on what they show. On CUDA runs at once are one network, as in a campaign (:mod:`fa.train.stack`); runs that
+cannot be stacked take their steps one after another. On the CPU each run has a process and one thread. Rules joined
+by "+" share the runs of a row evenly; FLOPs, traffic and measurements are counted for the first rule. In the same
+rounds a plain PyTorch loop trains the same network by backprop: DataLoader, eager, float32, no feedback.
 
-Utilisation is of ceilings measured here: the fastest large matrix product, and the fastest copy of a large tensor. *FLOPs* are those of
-backprop's forward and backward pass, whatever the rule. *Traffic* is every byte that the operations of a plain step would read and write
-if none were fused and nothing stayed in a cache; it may therefore exceed the ceiling. *A run* is all epochs of the recipe,
-where several are trained at once its share of the time; its measurements (accuracies, and at some epochs angles, as
-:func:`fa.train.loop.splits_to_measure` and :func:`fa.train.loop.layer_epochs` say) are timed apart and added in the last column.
+Utilisation is of ceilings measured here: the fastest large matrix product, and the fastest copy of a large tensor.
+*FLOPs* are those of backprop's forward and backward pass, whatever the rule. *Traffic* is every byte that the
+operations of a plain step would read and write if none were fused and nothing stayed in a cache; it may therefore
+exceed the ceiling. *A run* is all epochs of the recipe, where several are trained at once its share of the time; its
+measurements (accuracies, and at some epochs angles, as :func:`fa.train.loop.splits_to_measure` and
+:func:`fa.train.loop.layer_epochs` say) are timed apart and added in the last column.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, lru_cache
-from itertools import chain, repeat
+from itertools import chain, product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,14 @@ from fa.train import step as engine
 from fa.train.config import Config
 
 SIZES = {
-    "mnist": (60_000, 0, 10_000, (1, 28, 28)), "cifar10": (45_000, 5_000, 10_000, (3, 32, 32)), "digits": (1_437, 0, 360, (1, 8, 8))
-}  # fmt: skip
+    "mnist": (60_000, 0, 10_000, (1, 28, 28)),
+    "cifar10": (45_000, 5_000, 10_000, (3, 32, 32)),
+    "digits": (1_437, 0, 360, (1, 8, 8)),
+}
 """Data set -> images to train, to validate and to test with, and the shape of one."""
 
 
-# -------------------------------------------------------------------------------------------------------------- one pack of runs
+# -------------------------------------------------------------------------------- one pack of runs
 
 
 @lru_cache(maxsize=2)
@@ -152,7 +156,7 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - begin
 
 
-# --------------------------------------------------------------------------------------------------- several processes on a CPU
+# -------------------------------------------------------------------------------- several processes on a CPU
 
 
 def prepare(config: Config, compiled: bool) -> None:
@@ -177,11 +181,13 @@ def crew(configs: list[Config], compiled: bool, steps: int) -> Iterator[Callable
         yield lambda: max(took.result() for took in [worker.submit(timed, steps) for worker in workers])
 
 
-# ------------------------------------------------------------------------------------------------------------------- ceilings
+# -------------------------------------------------------------------------------- ceilings
 
 
 def ceilings(device: str, precision: str) -> tuple[float, float]:
-    """FLOP/s of the fastest large matrix product in that precision (one thread on a CPU), and bytes/s of a copy, read and written."""
+    """FLOP/s of the fastest large matrix product in that precision (one thread on a CPU), and bytes/s of a copy, read
+    and written.
+    """
     n = 8192 if device == "cuda" else 1024
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -244,7 +250,10 @@ def measuring(group: tuple[Config, ...], device: str) -> float:
     return seen * evaluation / len(images.test) + len(train.layer_epochs(config.epochs)) * layers
 
 
-# ------------------------------------------------------------------------------------------------------------------------ main
+# -------------------------------------------------------------------------------- main
+
+
+HEAD = ("rule", "precision", "compiled", "at once", "images/s", "to plain", "FLOPs", "traffic", "s a run", "measured")
 
 
 def words(text: str) -> list[str]:
@@ -252,80 +261,79 @@ def words(text: str) -> list[str]:
     return [w.strip() for w in text.split(",") if w.strip()]
 
 
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--experiment", default="", help="whose runs (default: p3_fig4 on a GPU, p3_fig2 on a CPU)")
+    add("--mode", default="paper", choices=("quick", "paper"), help="of the experiment (default paper)")
+    add("--rules", default="", help="comma separated; bp+fa: such runs side by side (default: the experiment's)")
+    add(
+        "--together",
+        default="",
+        help="runs at once, comma separated (default: 1,5,15 on a GPU, 1 and the cores on a CPU)",
+    )
+    add("--precision", default="", help="float32, bfloat16, or both (default: the experiment's)")
+    add("--compile", default="no", help="no, yes, or both (default no)")
+    add("--steps", type=int, default=0, help="of every run in a round (default: 200 on a GPU, 40 on a CPU)")
+    add("--rounds", type=int, default=5)
+    add("--device", default="auto")
+    add("--json", type=Path, help="write the results here")
+    return parser.parse_args()
+
+
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", default="", help="whose runs (default: p3_fig4 on a GPU, p3_fig2 on a CPU)")
-    parser.add_argument("--mode", default="paper", choices=("quick", "paper"), help="of the experiment (default paper)")
-    parser.add_argument(
-        "--rules", default="", help="comma separated; bp+fa: such runs side by side (default: the experiment's)"
-    )
-    parser.add_argument("--together", default="", help="runs at once, comma separated; fewer than a row's rules are left out "
-                        "(default: 1,5,15 on a GPU, 1 and the cores on a CPU)")  # fmt: skip
-    parser.add_argument("--precision", default="", help="float32, bfloat16, or both (default: the experiment's)")
-    parser.add_argument("--compile", default="no", help="no, yes, or both (default no)")
-    parser.add_argument(
-        "--steps", type=int, default=0, help="steps of every run in a round (default: 200 on a GPU, 40 on a CPU)"
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="write the results here")
-    args = parser.parse_args()
+    args, cores = parsed(), executors.pick_workers("auto")
     device = executors.pick_device(args.device)
     name = args.experiment or ("p3_fig4" if device == "cuda" else "p3_fig2")
-    steps, cores = args.steps or (200 if device == "cuda" else 40), executors.pick_workers("auto")
+    steps = args.steps or (200 if device == "cuda" else 40)
     numbers = [int(n) for n in words(args.together)] or ([1, 5, 15] if device == "cuda" else sorted({1, cores}))
     entries = [[rule.strip() for rule in entry.split("+")] for entry in words(args.rules)]
+    rules = ",".join(dict.fromkeys(rule for entry in entries for rule in entry))
     first: dict[str, Config] = {}
-    for config in experiments.plan(
-        name, args.mode, rules=",".join(dict.fromkeys(rule for entry in entries for rule in entry))
-    ):
+    for config in experiments.plan(name, args.mode, rules=rules):
         first.setdefault(config.rule, config)
     entries = entries or [[rule] for rule in first]
     base, width = next(iter(first.values())), max(8, *(len("+".join(entry)) for entry in entries))
-    results: list[dict[str, Any]] = []
-    where = {**environment(), "device": device, "experiment": name, "mode": args.mode, "steps": steps, "rounds": args.rounds,
-             "cores": cores}  # fmt: skip
-    print(f"{name}: {base.model} on {base.dataset}, batch {base.batch}; torch {where['torch']}, "
-          f"{where['gpu'] or where['cpu']}; medians of {args.rounds} rounds of {steps} steps")  # fmt: skip
-    head = (
-        "rule",
-        "precision",
-        "compiled",
-        "at once",
-        "images/s",
-        "to plain",
-        "FLOPs",
-        "traffic",
-        "s a run",
-        "measured",
-    )
-    print(f"{{:{width}}} {{:9}} {{:8}} {{:>7}} {{:>10}} {{:>8}} {{:>6}} {{:>7}} {{:>8}} {{:>9}}".format(*head))
+    about = {
+        "device": device,
+        "experiment": name,
+        "mode": args.mode,
+        "steps": steps,
+        "rounds": args.rounds,
+        "cores": cores,
+    }
+    where, results = {**environment(), **about}, []
+    machine = f"torch {where['torch']}, {where['gpu'] or where['cpu']}"
+    print(f"{name}: {base.model} on {base.dataset}, batch {base.batch}; {machine}; "
+          f"medians of {args.rounds} rounds of {steps} steps")  # fmt: skip
+    print(f"{{:{width}}} {{:9}} {{:8}} {{:>7}} {{:>10}} {{:>8}} {{:>6}} {{:>7}} {{:>8}} {{:>9}}".format(*HEAD))
     with engine.numerics(device):
         ordinary = plain(base, device, workers=min(8, cores) if device == "cuda" else 0)
         ordinary(2)
         for precision in words(args.precision) or [base.precision]:
             ceiling, copy = ceilings(device, precision)
             where[f"ceiling_{precision}"] = {"flops": ceiling, "bytes": copy}
-            for compiled in (word == "yes" for word in words(args.compile)):
-                flops, traffic = work_of(replace(base, precision=precision))
-                for entry in entries:
-                    rule, recipes = "+".join(entry), [replace(first[rule], precision=precision) for rule in entry]
-                    config = recipes[0]
-                    for n in (n for n in numbers if n >= len(entry)):
-                        runs = pack(recipes, n)
-                        extra = measuring(groups(runs, device)[0], device)
-                        speed, ratio = rates(runs, ordinary, device, compiled, steps, args.rounds)
-                        busy = min(n, cores) if device == "cpu" else 1
-                        alone = SIZES[config.dataset][0] // config.batch * config.batch * config.epochs / speed
-                        row = {
-                            "rule": rule, "precision": precision, "compiled": compiled, "together": n, "images_per_s": speed,
-                            "to_plain": ratio, "flops": speed * flops / ceiling / busy, "traffic": speed * traffic / copy,
-                            "seconds_per_run": alone, "seconds_per_run_measured": alone + extra / (1 if device == "cuda" else n),
-                        }  # fmt: skip
-                        results.append(row)
-                        print(f"{rule:{width}} {precision:9} {'yes' if compiled else 'no':8} {n:7} {speed:10.0f} {ratio:8.2f} {row['flops']:6.1%} "
-                              f"{row['traffic']:7.1%} {alone:8.1f} {row['seconds_per_run_measured']:9.1f}", flush=True)  # fmt: skip
+            flops, traffic = work_of(replace(base, precision=precision))
+            for compiled, entry, n in product((w == "yes" for w in words(args.compile)), entries, numbers):
+                if n < len(entry):  # one run cannot be of two rules
+                    continue
+                runs = pack([replace(first[rule], precision=precision) for rule in entry], n)
+                extra = measuring(groups(runs, device)[0], device) / (1 if device == "cuda" else n)
+                speed, ratio = rates(runs, ordinary, device, compiled, steps, args.rounds)
+                busy = min(n, cores) if device == "cpu" else 1
+                alone = len(sets(base.dataset, device).train) // base.batch * base.batch * base.epochs / speed
+                row = {
+                    "rule": "+".join(entry), "precision": precision, "compiled": compiled, "together": n,
+                    "images_per_s": speed, "to_plain": ratio, "flops": speed * flops / ceiling / busy,
+                    "traffic": speed * traffic / copy, "seconds_per_run": alone,
+                    "seconds_per_run_measured": alone + extra,
+                }  # fmt: skip
+                results.append(row)
+                print(f"{row['rule']:{width}} {precision:9} {'yes' if compiled else 'no':8} {n:7} {speed:10.0f} "
+                      f"{ratio:8.2f} {row['flops']:6.1%} {row['traffic']:7.1%} {alone:8.1f} {alone + extra:9.1f}",
+                      flush=True)  # fmt: skip
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"where": where, "results": results}, indent=1) + "\n")

@@ -11,6 +11,7 @@ import torch
 from fa import experiments
 from fa.experiments import p3_beyond, p3_beyond_cifar
 from fa.results import claims
+from fa.train import loop
 from fa.train.loop import build_network, train
 
 
@@ -53,14 +54,16 @@ KINDS = [("pfa", True), ("pfa", False), ("pfa_o", True), ("pfa_o", False), ("kp"
 
 @pytest.mark.parametrize("rule, implicit", KINDS)
 @pytest.mark.parametrize("decay", [0.0, 0.02, 0.2])
-def test_what_is_left_of_the_mismatch_follows_the_recurrence(rule: str, decay: float, implicit: bool) -> None:
+def test_what_is_left_of_the_mismatch_follows_the_recurrence(
+    rule: str, decay: float, implicit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On digits, in every layer; c where R is implicit, else R - B^T W (for kp B - W) itself."""
     config = next(c for c in experiments.plan("p3_beyond", "quick", seeds=1, rules=rule) if c.epochs == 4)
     options = config.options.replace(" implicit=true", "").replace("=10", "=3") + " implicit=true" * implicit
     config = replace(config, options=options, epochs=2, first_weight_decay=decay, hidden="32")
     first, seen = {}, {}
 
-    def extra(net, epoch):
+    def extra(config, net, epoch):
         for name, layer in net.named_children():
             fb, W = layer.feedback, layer.weight.detach()
             if implicit:
@@ -72,7 +75,8 @@ def test_what_is_left_of_the_mismatch_follows_the_recurrence(rule: str, decay: f
             seen.setdefault(name, []).append(share)
         return p3_beyond.left(config, net, epoch)
 
-    table = train(config, extra=extra)
+    monkeypatch.setattr(loop, "extra_rows", extra)
+    table = train(config)
     expected = recurrence(config, 1437 // config.batch)
     for name, shares in seen.items():
         assert shares == pytest.approx(expected, abs=2e-5)

@@ -49,7 +49,8 @@ def in_words(config: Any) -> str:
 
 
 class Progress(threading.Thread):
-    """Shows how far a campaign is, from the run folders: a bar in a terminal or a notebook, else a line every half minute and at the end.
+    """Shows how far a campaign is, from the run folders: a bar in a terminal or a notebook, else a line every half
+    minute and at the end.
 
     Args:
         folders: of the runs to train.
@@ -133,7 +134,8 @@ class Progress(threading.Thread):
 def forecast(
     todo: list[Any], mode: str, budget: float | None = None, workers: str | int = "auto", device: str = "auto"
 ) -> str:
-    """How long the missing runs will take, as those of the run store did on such a device, and in how many calls of ``budget`` seconds.
+    """How long the missing runs will take, as those of the run store did on such a device, and in how many calls of
+    ``budget`` seconds.
 
     An epoch counts as long as the median epoch of finished runs of its kind: same rule, network, data and precision.
     """
@@ -157,7 +159,9 @@ def forecast(
 
 
 def run_seconds(status: dict[str, Any]) -> float:
-    """Seconds of a finished run; in statuses of records of before, ``share`` or ``together`` tell its part of a joint training."""
+    """Seconds of a finished run; in statuses of records of before, ``share`` or ``together`` tell its part of a joint
+    training.
+    """
     return status.get("share", status["seconds"] / status.get("together", 1))
 
 

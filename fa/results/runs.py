@@ -1,8 +1,9 @@
 """Campaigns: train the runs that are missing, in several processes, within a time budget; collect what is finished.
 
-A finished run is never trained twice; one that was stopped, or killed, goes on from its checkpoint. The unit of work is a plain function,
-:func:`run_one`, which any ``concurrent.futures.Executor`` can call. On the CPU each run has one process and one thread, so that its numbers
-do not depend on how many runs are trained at the same time; on CUDA runs that share a recipe are one network (:mod:`fa.train.stack`).
+A finished run is never trained twice; one that was stopped, or killed, goes on from its checkpoint. The unit of work
+is a plain function, :func:`run_one`, which any ``concurrent.futures.Executor`` can call. On the CPU each run has one
+process and one thread, so that its numbers do not depend on how many runs are trained at the same time; on CUDA runs
+that share a recipe are one network (:mod:`fa.train.stack`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ from fa.train.loop import Run, StackDiverged, fingerprint, train_runs
 from fa.train.step import can_compile
 
 STACK = 15
-"""Runs of a stack: three rules of five seeds. Fewer would leave a GPU idle, and more finish late, for they end together."""
+"""Runs of a stack: three rules of five seeds.
+
+Fewer would leave a GPU idle, and more finish late, for they end together.
+"""
 
 ATTEMPTS = 3  # of a job whose worker dies
 
@@ -52,12 +56,15 @@ class Summary:
     seconds: float
 
     def __str__(self) -> str:
-        text = f"{self.before + self.done} of {self.before + self.done + self.left} runs are finished, {self.done} of them now"
+        finished = self.before + self.done
+        text = f"{finished} of {finished + self.left} runs are finished, {self.done} of them now"
         return f"{text}, in {clock(self.seconds)}"
 
 
 def missing(configs: list[Any], mode: str, held: Collection[str] = ()) -> list[Any]:
-    """The runs that are neither finished nor among ``held``, runs that a record holds; those that were begun come first."""
+    """The runs that are neither finished nor among ``held``, runs that a record holds; those that were begun come
+    first.
+    """
     left = [c for c in configs if not Folder(mode, c).finished and c.run not in held]
     return sorted(left, key=lambda c: not (Folder(mode, c).path / "checkpoint.pt").exists())
 
@@ -83,8 +90,8 @@ def run_one(
         compiled: train through ``torch.compile`` (default False).
 
     Returns:
-        A status for each run. Its ``state`` is "finished" or "diverged", as in the run's ``status.json``; "stopped" where time was up; "busy"
-        where another process trains the run; or "failed", with ``error``.
+        A status for each run. Its ``state`` is "finished" or "diverged", as in the run's ``status.json``; "stopped"
+        where time was up; "busy" where another process trains the run; or "failed", with ``error``.
 
     Raises:
         UserError: from a run that has one, e.g. a damaged checkpoint; after the other runs were trained.
@@ -163,10 +170,11 @@ def run(
         device: "auto", "cpu" or "cuda".
         progress: show it.
         held: identities of runs that a record holds and that are therefore not trained.
-        together: runs of a stack on CUDA (default 0: :data:`STACK`; 1: no stacks). On the CPU every run is trained alone.
+        together: runs of a stack on CUDA (default 0: :data:`STACK`; 1: no stacks). On the CPU every run is trained
+            alone.
         compiled: train through ``torch.compile`` (default None: on CUDA where there is a compiler).
-        executor: calls :func:`run_one` in place of processes of this machine, e.g. Dask's ``client.get_executor()``; all jobs are
-            submitted at once, and ``workers`` does not matter. Its machines must share the run store.
+        executor: calls :func:`run_one` in place of processes of this machine, e.g. Dask's ``client.get_executor()``;
+            all jobs are submitted at once, and ``workers`` does not matter. Its machines must share the run store.
 
     Raises:
         UserError: from the first run that has one, e.g. a data set that is not there.
@@ -217,8 +225,8 @@ def run(
 def collect(experiment: str, mode: str, configs: list[Any], partial: bool = False) -> Path:
     """Merge the finished runs of an experiment into its record, and write what made it beside.
 
-    A planned run that the run store lacks, because another machine trained it, is taken from the record, or, where figures share
-    it, from another experiment's: the figure's that it is named after, or any that holds it.
+    A planned run that the run store lacks, because another machine trained it, is taken from the record, or, where
+    figures share it, from another experiment's: the figure's that it is named after, or any that holds it.
 
     Args:
         experiment: a name of ``fa.experiments.EXPERIMENTS``.
@@ -227,13 +235,14 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
         partial: write the table although runs are missing; it is marked, and figures made from it say so.
 
     Raises:
-        UserError: runs are missing and ``partial`` is not set, or none is finished; or "paper" and the record holds runs of the figure
-            that ``configs`` leaves out, which would be lost.
+        UserError: runs are missing and ``partial`` is not set, or none is finished; or "paper" and the record holds
+            runs of the figure that ``configs`` leaves out, which would be lost.
     """
     planned = {c.run for c in experiments.plan(experiment, mode)} if mode == "paper" else set()
     if lost := planned & records.held(experiment, mode) - {c.run for c in configs}:
         raise UserError(
-            f"the record of {experiment} holds {len(lost)} runs of the figure that these settings leave out; collect it without --rules and --seeds"
+            f"the record of {experiment} holds {len(lost)} runs of the figure that these settings leave out; "
+            "collect it without --rules and --seeds"
         )
     swept = experiments.find(experiment).swept
     folders = [f for f in (Folder(mode, c) for c in configs) if f.finished]
@@ -259,7 +268,8 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
     if not done or (len(done) < len(configs) and not partial):
         remedy = "" if not done else ", or collect with --partial what there is"
         raise UserError(
-            f"{len(done)} of {len(configs)} runs of {experiment} are finished; go on with: python -m fa run {experiment} --mode {mode}{remedy}"
+            f"{len(done)} of {len(configs)} runs of {experiment} are finished; "
+            f"go on with: python -m fa run {experiment} --mode {mode}{remedy}"
         )
     about = {
         "experiment": experiment,

@@ -126,12 +126,16 @@ def load(
 
 
 def pad_of(shape: Sequence[int]) -> int:
-    """Width of the border that training images (channels, height, width) are cropped from: an eighth of the height, p3's 4 of 32."""
+    """Width of the border that training images (channels, height, width) are cropped from: an eighth of the height,
+    p3's 4 of 32.
+    """
     return max(shape[-2] // 8, 1)
 
 
 def draw_crops(n: int, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """What :func:`crop` shall do to n images: (3, n), int64: down and right, the corner in 0 ... 2 pad, and 1 where mirrored."""
+    """What :func:`crop` shall do to n images: (3, n), int64: down and right, the corner in 0 ... 2 pad, and 1 where
+    mirrored.
+    """
     where = dict(generator=generator, device=generator.device)
     return torch.cat([torch.randint(2 * pad + 1, (2, n), **where), torch.randint(2, (1, n), **where)])
 
@@ -183,7 +187,8 @@ def download(name: str, root: str | Path | None = None) -> Path:
 
 
 def describe(root: str | Path | None = None) -> "pd.DataFrame":
-    """One row a data set: ``name``, ``present`` (yes, no or damaged: every md5 is computed for it), ``where``, ``images``.
+    """One row a data set: ``name``, ``present`` (yes, no or damaged: every md5 is computed for it), ``where``,
+    ``images``.
 
     Args:
         root: the data folder; default :func:`root`.
@@ -227,7 +232,8 @@ def _verified(name: str, root: str | Path | None) -> list[bytes]:
             content = b""
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
             raise UserError(
-                f"data set {name}: {found} is damaged or not the published file; remove it, then {_remedy(name, folder)}"
+                f"data set {name}: {found} is damaged or not the published file; remove it, "
+                f"then {_remedy(name, folder)}"
             )
         contents.append(content)
     return contents

@@ -1,8 +1,9 @@
 """The training loop: ``train(config) -> table``, with checkpoint and resume; its steps are :mod:`fa.train.step`'s.
 
-A run is a frozen dataclass of scalars. Everything random in it has a generator of its own, made of the seed and a word: the initial
-weights, the order of the batches in each epoch, the feedback. The same seed therefore gives the same initial weights and the same
-batches under every rule, and a run that is stopped and resumed equals one that was not, bit for bit on the CPU.
+A run is a frozen dataclass of scalars. Everything random in it has a generator of its own, made of the seed and a
+word: the initial weights, the order of the batches in each epoch, the feedback. The same seed therefore gives the
+same initial weights and the same batches under every rule, and a run that is stopped and resumed equals one that was
+not, bit for bit on the CPU.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CHECKPOINT_EVERY = 30.0  # seconds
 
 
 class StackDiverged(Exception):
-    """A run of a stack diverged, which may have touched the runs next to it; the caller retrains the runs one by one."""
+    """A run of a stack diverged, which may have touched the runs next to it; the caller retrains them one by one."""
 
 
 def build_network(config: Config, shape: Sequence[int], classes: int, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -49,7 +50,9 @@ def build_network(config: Config, shape: Sequence[int], classes: int, dtype: tor
 
 @torch.no_grad()
 def accuracies(net: nn.Module, split: data.Split | data.DiskSplit, runs: int = 1, batch: int = 1000) -> list[float]:
-    """Percent of the split's images that each of ``runs`` runs of a network classifies right, in eval mode and the weights' own precision."""
+    """Percent of the split's images that each of ``runs`` runs of a network classifies right, in eval mode and the
+    weights' own precision.
+    """
     training, device = net.training, next(net.parameters(), torch.empty(0)).device
     batch = batch if device.type == "cpu" or runs > 1 else 5 * batch  # fewer, larger kernels
     right = torch.zeros(runs, dtype=torch.int64, device=device)
@@ -74,9 +77,9 @@ def layer_epochs(epochs: int) -> set[int]:
 def splits_to_measure(sets: data.Data, config: Config, epoch: int) -> dict[str, data.Split]:
     """Metric -> the images on which accuracy is measured after so many epochs.
 
-    In a run of more than 100 epochs that has validation images, these at every epoch, test and training images at every 25th; in other
-    runs validation and test images at every epoch, training images, which take a third of an epoch, at every tenth; all at the end.
-    Photographs on disk are decoded for training alone.
+    In a run of more than 100 epochs that has validation images, these at every epoch, test and training images at
+    every 25th; in other runs validation and test images at every epoch, training images, which take a third of an
+    epoch, at every tenth; all at the end. Photographs on disk are decoded for training alone.
     """
     long = config.epochs > 100 and sets.val is not None
     now = epoch % (25 if long else 10) == 0 or epoch == config.epochs
@@ -86,7 +89,9 @@ def splits_to_measure(sets: data.Data, config: Config, epoch: int) -> dict[str, 
 
 
 def layer_rows(net: nn.Module, sets: data.Data, epoch: int) -> list[list[Any]]:
-    """Rows (epoch, layer, depth, metric, value) of every layer: weight norm and, where a rule is on, alignment and gradient angles."""
+    """Rows (epoch, layer, depth, metric, value) of every layer: weight norm and, where a rule is on, alignment and
+    gradient angles.
+    """
     layers = weighted(net)
     norms = torch.stack([torch.linalg.vector_norm(m.weight.double()) for m in layers.values()]).tolist()
     tables = [pd.DataFrame({"layer": list(layers), "depth": range(1, len(norms) + 1), "weight_norm": norms})]
@@ -98,7 +103,9 @@ def layer_rows(net: nn.Module, sets: data.Data, epoch: int) -> list[list[Any]]:
 
 
 def extra_rows(config: Config, net: nn.Module, epoch: int) -> list[list[Any]]:
-    """Rows (epoch, layer, depth, metric, value) of what the run's figure measures besides, at epoch 0 and after every epoch."""
+    """Rows (epoch, layer, depth, metric, value) of what the run's figure measures besides, at epoch 0 and after every
+    epoch.
+    """
     from fa import experiments  # ADAPTER: until Config.measure names an entry of fa.probes.MEASURES
 
     known = experiments.EXPERIMENTS.get(config.experiment)
@@ -111,7 +118,8 @@ class Run:
 
     Args:
         config: the run.
-        folder: keeps its checkpoints and ``progress.csv``, a :class:`fa.results.records.Folder` (default None: nothing is written).
+        folder: keeps its checkpoints and ``progress.csv``, a :class:`fa.results.records.Folder` (default None:
+            nothing is written).
         epoch: epochs behind it.
         rows: what was measured: [epoch, layer, depth, metric, value].
         seconds: wall time of its training; of a stack its part, as the runs share the time evenly.
@@ -149,7 +157,9 @@ class Run:
             path.write_text(head + "".join(line for line in lines if int(line.partition(",")[0]) <= self.epoch))
 
     def measure(self, sets: data.Data, epoch: int, whole: dict[str, float]) -> None:
-        """Add the rows of an epoch: those of the whole network (metric -> value), and at some epochs those of its layers."""
+        """Add the rows of an epoch: those of the whole network (metric -> value), and at some epochs those of its
+        layers.
+        """
         self.rows += [[epoch, "", None, metric, value] for metric, value in whole.items()]
         if epoch in layer_epochs(self.config.epochs):
             self.rows += layer_rows(self.net, sets, epoch)
@@ -195,13 +205,15 @@ def train(
         config: the run.
         device: a torch device; on "cpu" one thread is used, so that the numbers do not depend on the number of cores.
         folder: a :class:`fa.results.records.Folder` to keep checkpoints in (default None: nothing is written).
-        until: ``time.monotonic()`` at which to have stopped; a checkpoint is written and None returned if an epoch would not fit.
+        until: ``time.monotonic()`` at which to have stopped; a checkpoint is written and None returned if an epoch
+            would not fit.
         compiled: train through ``torch.compile`` (default False).
 
     Returns:
-        The run's table: ``epoch, layer, depth, metric, value``; epoch 0 is the untrained network. Its ``attrs["status"]`` says ``state``
-        ("finished", or "diverged" with the ``epoch`` at which the loss was no longer finite), ``seconds``, and ``earlier``, the environments
-        of other machines that trained the run's first epochs, if there were any.
+        The run's table: ``epoch, layer, depth, metric, value``; epoch 0 is the untrained network. Its
+        ``attrs["status"]`` says ``state`` ("finished", or "diverged" with the ``epoch`` at which the loss was no
+        longer finite), ``seconds``, and ``earlier``, the environments of other machines that trained the run's first
+        epochs, if there were any.
     """
     return train_runs([Run(config, folder)], device, until, compiled)[0]
 
@@ -284,9 +296,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def fingerprint(config: Config, batches: int = 20) -> list[str]:
     """The first losses of the same recipe, narrowed: digits, float64, one CPU thread; 10 digits each.
 
-    An mlp has 32 units a layer, every other network is the ResNet of 8 layers. A record whose fingerprint moved was made by a recipe
-    that is no longer this one. The first half of the batches are trained with the first epoch's schedule, the second half with the
-    last epoch's.
+    An mlp has 32 units a layer, every other network is the ResNet of 8 layers. A record whose fingerprint moved was
+    made by a recipe that is no longer this one. The first half of the batches are trained with the first epoch's
+    schedule, the second half with the last epoch's.
     """
     hidden = ",".join("32" for _ in integers(config.hidden))
     model = "mlp" if config.model == "mlp" else "resnet8"

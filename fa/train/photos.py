@@ -1,8 +1,8 @@
 """Photographs that stay on disk, a folder of JPEGs a class: decoded, cropped and mirrored as they are needed.
 
-Sets of this kind do not fit on a device, so that training is fed from disk: by worker processes on CUDA, which are ahead of it by a few
-batches, and by the run's own process on the CPU. Decoding and cropping are torchvision's and Pillow's, which are imported when the first
-image is read. Pixels travel as bytes and are normalised on the device.
+Sets of this kind do not fit on a device, so that training is fed from disk: by worker processes on CUDA, which are
+ahead of it by a few batches, and by the run's own process on the CPU. Decoding and cropping are torchvision's and
+Pillow's, which are imported when the first image is read. Pixels travel as bytes and are normalised on the device.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class ImageFolderSource:
         folder: below the data folder; holds a folder for every split, which holds one for every class.
         counts: split -> number of its images.
         size: height and width in pixels of what the network sees.
-        sha256: of the lines that ``find . -name '*.JPEG' | LC_ALL=C sort | xargs sha256sum`` prints in ``folder``; "" where only
-            the images are counted, for reading the whole set takes too long.
+        sha256: of the lines that ``find . -name '*.JPEG' | LC_ALL=C sort | xargs sha256sum`` prints in ``folder``; ""
+            where only the images are counted, for reading the whole set takes too long.
         mean, sd: per channel, of pixels scaled to [0, 1] (default: ImageNet's, as torchvision documents them).
     """
 
@@ -54,7 +54,9 @@ class ImageFolderSource:
         return tuple(-mean / sd for mean, sd in zip(self.mean, self.sd))
 
     def samples(self, root: Path, split: str) -> list[tuple[str, int]]:
-        """(path, class) of every image of a split, by class and then by name; classes are numbered in the order of their names."""
+        """(path, class) of every image of a split, by class and then by name; classes are numbered in the order of
+        their names.
+        """
         folder = root / self.folder / split
         classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
         files = [sorted(os.listdir(folder / name)) for name in classes]
@@ -76,7 +78,8 @@ class ImageFolderSource:
             what = "is not there" if state == "no" else "is damaged or not whole"
             parts = " and ".join(f"{n:,} images into {root / self.folder / split}" for split, n in self.counts.items())
             raise UserError(
-                f"data set {name}: {root / self.folder} {what}; put {parts}, a folder for each of {self.classes:,} classes"
+                f"data set {name}: {root / self.folder} {what}; put {parts}, "
+                f"a folder for each of {self.classes:,} classes"
             )
 
     def digest(self, root: Path) -> str:
@@ -90,8 +93,8 @@ class ImageFolderSource:
 class DiskSplit:
     """One split of an :class:`ImageFolderSource`, on disk.
 
-    Its images have an order of their own, drawn once and the same for every run, so that the first of them are a fair sample and not a
-    class or two.
+    Its images have an order of their own, drawn once and the same for every run, so that the first of them are a fair
+    sample and not a class or two.
 
     Args:
         source: the set.
@@ -99,7 +102,8 @@ class DiskSplit:
         part: "train" or "val".
         device: where batches shall be.
         dtype: floating type of the images.
-        workers: processes that decode (default None: on CUDA one for each core, on the CPU none, which leaves the run one process).
+        workers: processes that decode (default None: on CUDA one for each core, on the CPU none, which leaves the run
+            one process).
     """
 
     def __init__(
@@ -127,7 +131,9 @@ class DiskSplit:
         return len(self.labels)
 
     def first(self, n: int) -> tuple[Tensor, Tensor]:
-        """The first ``n`` images (n, 3, size, size), normalised, and their classes (n,), on the device; cut from the middle."""
+        """The first ``n`` images (n, 3, size, size), normalised, and their classes (n,), on the device; cut from the
+        middle.
+        """
         return next(self._serve([range(min(n, len(self)))], None))
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -142,9 +148,10 @@ class DiskSplit:
 
         Args:
             index: numbers of the images (steps, batch), int64.
-            seed, epoch: what the augmentation is drawn from, with the number of the image: neither the order of the images nor the
-                number of workers matters.
-            augment: a random part of each image (8 to 100 % of its area, sides 3:4 to 4:3), scaled to the size, half of them mirrored.
+            seed, epoch: what the augmentation is drawn from, with the number of the image: neither the order of the
+                images nor the number of workers matters.
+            augment: a random part of each image (8 to 100 % of its area, sides 3:4 to 4:3), scaled to the size, half
+                of them mirrored.
         """
         return self._serve(index.tolist(), (seed, epoch) if augment else None)
 
@@ -153,9 +160,13 @@ class DiskSplit:
 
         cuda, workers = self.device.type == "cuda", min(self.workers, len(batches))
         loader = DataLoader(
-            DecodedImages(self.paths, self.labels, self.size, key), batch_sampler=batches, num_workers=workers, pin_memory=cuda,
-            prefetch_factor=4 if workers else None, generator=torch.Generator(),  # else it draws from the global generator
-        )  # fmt: skip
+            DecodedImages(self.paths, self.labels, self.size, key),
+            batch_sampler=batches,
+            num_workers=workers,
+            pin_memory=cuda,
+            prefetch_factor=4 if workers else None,
+            generator=torch.Generator(),  # else it draws from the global generator
+        )
         for x, y in loader:
             x = x.to(self.device, non_blocking=True).to(self.mean.dtype)
             yield x.div_(255).sub_(self.mean).div_(self.sd).to(self.dtype), y.to(self.device, non_blocking=True)

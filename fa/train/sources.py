@@ -1,4 +1,5 @@
-"""The data sets: their published files with checksums, how these are parsed and split, and the constants of the normalisation.
+"""The data sets: their published files with checksums, how these are parsed and split, and the constants of the
+normalisation.
 
 :mod:`fa.train.data` documents them, finds and checks the files, and loads them.
 """
@@ -115,4 +116,6 @@ SETS: dict[str, Source | ImageFolderSource] = {
                                           {"train": 2000, "val": 500}, size=32,
                                           sha256="85687d6c5c1b3d7cc2ae9beb6c663187236ffd8c0451e41057c2202762a8a7da"),
 }  # fmt: skip
-"""Name -> :class:`Source`, or of photographs on disk :class:`fa.train.photos.ImageFolderSource`, of every data set that :func:`load` knows."""
+"""Name -> :class:`Source`, or of photographs on disk :class:`fa.train.photos.ImageFolderSource`, of every data set
+that :func:`load` knows.
+"""
