@@ -82,15 +82,15 @@ class Progress(threading.Thread):
             total = getattr(folder.config, "epochs", 1)
             if epoch == total:
                 continue
-            path = folder.path / "progress.csv"
-            if folder.finished:  # a run that diverged has no further epochs
-                self.epochs[folder] = total
-            elif path.exists() and len(lines := path.read_text().splitlines()) > 1:
+            path, finished = folder.path / "progress.csv", folder.finished
+            if path.exists() and len(lines := path.read_text().splitlines()) > 1:
                 line = dict(zip(lines[0].split(","), lines[-1].split(",")))
                 if int(line["epoch"]) > epoch:
                     self.epochs[folder] = int(line["epoch"])
                     test = f": {float(line['test_accuracy']):.2f} %" if line["test_accuracy"] else ""
                     self.latest = f"{in_words(folder.config)} epoch {line['epoch']}{test}"
+            if finished:  # also a run that diverged, which has no further epochs
+                self.epochs[folder] = total
 
     def run(self) -> None:
         """Look every second; write when there is something to show."""
@@ -113,7 +113,7 @@ class Progress(threading.Thread):
                 self.bar.set_postfix_str(f"{runs}/{len(self.epochs)} runs, {self.latest}")
             return
         fresh = epochs - self.before
-        left = f", {clock(spent * (self.total - epochs) / fresh)} left" if fresh else ""
+        left = f", {clock(spent * (self.total - epochs) / fresh)} left" if fresh and epochs < self.total else ""
         sys.stderr.write(
             f"{runs}/{len(self.epochs)} runs, {epochs}/{self.total} epochs, {clock(spent)}{left}  {self.latest}\n"
         )
