@@ -2,7 +2,6 @@
 
 VENV      ?= .venv
 PYTHON    ?= python3.13 python3.12 python3.11 python3.14 python3
-TORCH     ?=
 MODE      ?= quick
 NOTEBOOKS ?=
 ARGS      ?=
@@ -11,15 +10,20 @@ venv  := $(patsubst %/,%,$(VENV))
 py    := $(venv)/bin/python
 stamp := $(venv)/.fa-installed
 half  := $(venv).installing
+made  := $(filter own lock,$(shell cat '$(stamp)' 2>/dev/null))
+TORCH ?= $(made)
+
+pages  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.ipynb)),$(wildcard notebooks/*.ipynb))
+unkept := $(addprefix metadata.language_info.,codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env test test-all reproduce lab clean always
+.PHONY: help env test test-all lint reproduce refresh lab clean always
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "  MODE=$(MODE)              quick, record or paper: what reproduce does"
+	@echo "  MODE=$(MODE)              quick, record, small or paper: what reproduce does"
 	@echo "  NOTEBOOKS='32_… 33_…'   the notebooks reproduce runs; empty: all"
 	@echo "  ARGS='-k pfa'           more arguments for pytest, JupyterLab or fa reproduce"
 	@echo "  VENV=$(VENV)              the environment that is made and used"
@@ -39,46 +43,44 @@ test-all: $(stamp)  ## the slow tests too, then every notebook in quick mode
 reproduce: $(stamp)  ## train and draw the notebooks (MODE, NOTEBOOKS); says where figures and report are
 	$(py) -m fa reproduce --mode $(MODE) $(NOTEBOOKS) $(ARGS)
 
+lint: $(stamp)  ## ruff and mypy, installed when they are not there
+	@$(py) -m ruff --version >/dev/null 2>&1 && $(py) -m mypy --version >/dev/null || $(py) -m pip install --quiet -e '.[lint]'
+	$(py) -m ruff check
+	$(py) -m ruff format --check
+	$(py) -m mypy
+
+refresh: $(stamp)  ## for those who commit: run the notebooks (NOTEBOOKS) in place in record mode, and strip them
+	$(py) -m nbconvert --execute --inplace --coalesce-streams $(pages)
+	$(py) -m nbstripout --keep-count --keep-id --extra-keys '$(unkept)' $(pages)
+
 lab: $(stamp)  ## JupyterLab in the environment
-	$(py) -m jupyterlab notebooks $(ARGS)
+	$(py) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_index.ipynb $(ARGS)
 
 clean:  ## remove build/, and nothing else
 	rm -rf build
 
-# The stamp is written last and says whose environment it is: `made` here; `found`, then only the pinned packages are put
-# into it; `own`, then it keeps its torch as well. Until then that word stands in $(half), so that an installation which
-# was cut short is known, and one of ours is started afresh: pip takes a package that is half there for a whole one.
+# The stamp is written last. An environment that was made here and cut short ($(half) is still there) is made anew, for pip
+# takes a package that is half there for a whole one; any other gets the pinned packages, except torch if TORCH=own.
 $(stamp): requirements.lock pyproject.toml
-	@set -e; fail() { echo "fa: $$1" >&2; exit 1; }; \
-	state='$(TORCH)'; without='^$$'; \
-	[ "$$state" ] || state=`cat '$(half)' '$(stamp)' 2>/dev/null | head -n 1`; \
-	if [ "$$state" = own ]; then \
-	    '$(py)' -c 'import torch, torchvision' 2>/dev/null || \
-	        fail "TORCH=own keeps the torch and torchvision of $(venv), but they cannot be imported there."; \
-	    without='^(torch|torchvision|triton|(nvidia|cuda)-[a-z0-9-]+)=='; \
-	elif [ '$(TORCH)' ]; then fail "TORCH=$(TORCH) is not known; TORCH=own keeps the torch that $(venv) holds already."; \
-	elif '$(py)' -m pip --version >/dev/null 2>&1 && ! { [ "$$state" = made ] && [ -e '$(half)' ]; }; then \
-	    state=$${state:-found}; \
-	else \
+	@set -e; fail() { echo "fa: $$1" >&2; exit 1; }; without='^$$'; \
+	case '$(TORCH)' in ''|lock) ;; own) without='^(torch|torchvision|triton|(nvidia|cuda)-[a-z0-9-]+)=='; \
+	        '$(py)' -c 'import torch, torchvision' 2>/dev/null || fail "TORCH=own keeps the torch and torchvision of $(venv), but they cannot be imported there.";; \
+	    *) fail "TORCH=$(TORCH) is not known; TORCH=own keeps the torch that $(venv) holds already.";; esac; \
+	if [ -e '$(half)' ] || ! '$(py)' -m pip --version >/dev/null 2>&1; then \
 	    [ ! -e '$(venv)' ] || [ -e '$(venv)/pyvenv.cfg' ] || rmdir '$(venv)' 2>/dev/null || \
 	        fail "$(venv) is there and is not a Python environment; remove it or set VENV=."; \
-	    for p in $(PYTHON) ''; do \
-	        [ "$$p" ] || fail "no Python 3.11 or newer with venv and pip among: $(PYTHON). Install one, or set PYTHON=."; \
-	        "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && break; \
-	    done; \
+	    for p in $(PYTHON) ''; do [ -z "$$p" ] || "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && break; done; \
+	    [ "$$p" ] || fail "no Python 3.11 or newer with venv and pip among: $(PYTHON). Install one, or set PYTHON=."; \
 	    echo "fa: making $(venv) with `"$$p" --version`; torch and CUDA are a large download the first time"; \
-	    state=made; echo $$state > '$(half)'; "$$p" -m venv --clear '$(venv)'; \
+	    : > '$(half)'; "$$p" -m venv --clear '$(venv)'; \
 	fi; \
-	echo $$state > '$(half)'; \
 	grep -Ev "$$without" requirements.lock | '$(py)' -m pip install -r /dev/stdin; \
 	'$(py)' -m pip install --no-deps --no-build-isolation --quiet -e .; \
 	'$(py)' -c "$$check" >/dev/null || fail "torch and torchvision do not import together in $(venv); see the error above."; \
-	mv '$(half)' '$(stamp)'
+	echo '$(or $(TORCH),lock)' > '$(stamp)'; rm -f '$(half)'
 
-ifneq ($(TORCH),)
-ifneq ($(TORCH),$(shell cat '$(stamp)' 2>/dev/null))
+ifneq ($(TORCH),$(made))
 $(stamp): always
-endif
 endif
 
 define check

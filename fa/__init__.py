@@ -1,5 +1,7 @@
 """Learning without weight transport: every rule, on any network, and the papers' figures rebuilt."""
 
+from importlib.metadata import version
+
 from fa.errors import UserError
 from fa.layers import dfa  # noqa: F401  (registers "dfa")
 from fa.layers.convert import convert, feedback_parameters, param_groups
@@ -19,4 +21,6 @@ def __getattr__(name: str) -> object:
         from fa.results.page import notebook
 
         return notebook
+    if name == "__version__":
+        return version("fa")
     raise AttributeError(f"module 'fa' has no attribute {name!r}")

@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     command("list", _list, "experiments, their notebooks, and which runs are finished")
 
     run = command("run", _run, "train the missing runs of experiments; stopped or killed, it goes on when called again")
-    run.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
+    run.add_argument("experiments", nargs="+", metavar="EXPERIMENT", help="names of figures, as fa list prints them")
     _grid(run)
     run.add_argument(
         "--budget", default="", help="stop by itself after this time, e.g. 9m or 2h10m (default: no bound)"
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     run.add_argument("--add", action="store_true", help="train only what neither the run store nor data/records holds")
     run.add_argument(
-        "--together", type=int, default=0, help="runs trained as one network on CUDA (default: 15; 1: each alone)"
+        "--together", type=int, default=0, help="runs that a process trains at once (default: 1 on the CPU, else 15)"
     )
     run.add_argument(
         "--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile (auto: on CUDA, if it can)"
@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="say what would be trained and for how long, and stop")
 
     collect = command("collect", _collect, "merge finished runs into the record data/records/EXPERIMENT.csv")
-    collect.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
+    collect.add_argument(
+        "experiments", nargs="+", metavar="EXPERIMENT", help="names of figures, as fa list prints them"
+    )
     _grid(collect)
     collect.add_argument("--partial", action="store_true", help="although runs are missing; figures will say so")
 
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument(
         "notebooks", nargs="*", metavar="NOTEBOOK", help="name or its beginning, e.g. 32 (default: all)"
     )
-    reproduce.add_argument("--mode", default="quick", help="quick, record or paper (default: quick)")
+    reproduce.add_argument("--mode", default="quick", help="quick, record, small or paper (default: quick)")
     reproduce.add_argument(
         "-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a parameter"
     )
@@ -89,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _grid(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mode", default="paper", help="paper or quick (default: paper)")
+    parser.add_argument("--mode", default="paper", help="paper, small or quick (default: paper)")
     parser.add_argument("--seeds", type=int, default=0, help="number of seeds (default 0: the mode's own)")
     parser.add_argument("--epochs", type=int, default=0, help="number of epochs (default 0: the mode's own)")
     parser.add_argument("--rules", default="", help="comma separated (default: the figure's)")
@@ -103,57 +105,69 @@ def _planned(args: argparse.Namespace) -> dict[str, list]:
     return {name: experiments.plan(name, args.mode, **common) for name in args.experiments}
 
 
+def _given(args: argparse.Namespace) -> str:
+    """The options of a grid that a caller set, to be repeated in the next command."""
+    named = {"mode": "paper", "seeds": 0, "epochs": 0, "rules": "", "dataset": ""}
+    return "".join(f" --{n} {getattr(args, n)}" for n, default in named.items() if getattr(args, n) != default)
+
+
 def _list(args: argparse.Namespace) -> int:
     from fa import experiments
-    from fa.results import runs as campaign
+    from fa.results import records, runs
 
-    for e in experiments.EXPERIMENTS.values():
-        counts = []
-        for mode in ("quick", "paper"):
-            runs = experiments.plan(e.name, mode)
-            counts.append(f"{mode} {len(runs) - len(campaign.missing(runs, mode))}/{len(runs)}")
-        print(f"{e.name:10} {e.title:42} {e.notebook:26} {', '.join(counts)}")
+    held, lines = records.holders(), [("figure", "title", "notebook", "record", "run store")]
+    for name, e in experiments.EXPERIMENTS.items():
+        in_record, in_store = [], []
+        for mode in ("paper", "small", "quick") if e.small else ("paper", "quick"):
+            planned = experiments.plan(name, mode) if e.grid else []
+            if planned and mode != "quick":
+                in_record.append(f"{mode} {sum(c.run in held for c in planned)}/{len(planned)}")
+            if planned:
+                in_store.append(f"{mode} {len(planned) - len(runs.missing(planned))}/{len(planned)}")
+        lines.append((name, e.title, e.notebook, ", ".join(in_record), ", ".join(in_store)))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
     return 0
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fa.results import executors, progress
-    from fa.results import runs as campaign
+    from fa.results import executors, progress, records, runs
     from fa.train import data
 
     budget = progress.seconds(args.budget) if args.budget else None
     planned = _planned(args)
-    runs = list({c.run: c for configs in planned.values() for c in configs}.values())
-    held = campaign.recorded(args.mode) if args.add else set()
+    configs = list({c.run: c for whole in planned.values() for c in whole}.values())
+    if args.add:
+        held = records.holders()
+        configs = [c for c in configs if c.run not in held]
     if args.dry_run:
-        left = campaign.missing(runs, args.mode, held)
-        print(f"{len(runs)} runs planned, {len(runs) - len(left)} finished, {len(left)} to train")
+        left = runs.missing(configs)
+        print(f"{len(configs)} runs planned, {len(configs) - len(left)} finished, {len(left)} to train")
         for c in left:
-            print(
-                f"  {c.run}  {c.experiment}  {c.rule}"
-                + (f"  seed {c.seed}  {c.epochs} epochs" if hasattr(c, "seed") else "")
-            )
-        print(progress.forecast(left, args.mode, budget, args.workers, args.device))
+            print(f"  {c.run}  {c.rule}" + (f"  seed {c.seed}  {c.epochs} epochs" if hasattr(c, "seed") else ""))
+        print(progress.forecast(left, budget, args.workers, args.device))
         return 0
-    for name in sorted({c.dataset for c in runs if hasattr(c, "dataset")}):
+    for name in sorted({c.dataset for c in runs.missing(configs) if hasattr(c, "dataset")}):
         data.load(name)  # a data set that is missing or damaged is found before any process starts
     executors.keep_pages()  # this process trains, or waits
-    summary = campaign.run(runs, args.mode, budget, args.workers, args.device, held=held,
-                           together=args.together, compiled={"auto": None}.get(args.compile, args.compile == "yes"))  # fmt: skip
+    summary = runs.run(configs, budget, args.workers, args.device,
+                       together=args.together, compiled={"auto": None}.get(args.compile, args.compile == "yes"))  # fmt: skip
     print(summary)
     for failure in summary.failed:
         sys.stderr.write(f"fa: failed: {failure}\n")
-    if not summary.left:
-        print(f"next: python -m fa collect {' '.join(args.experiments)}")
+    command = "collect" if not summary.left else "run"
+    print(f"next: python -m fa {command} {' '.join(args.experiments)}{_given(args)}")
     return 1 if summary.failed else 0
 
 
 def _collect(args: argparse.Namespace) -> int:
-    from fa.paths import ROOT
-    from fa.results import runs as campaign
+    from fa.paths import relative
+    from fa.results import records
 
     for name, configs in _planned(args).items():
-        print(campaign.collect(name, args.mode, configs, args.partial).relative_to(ROOT))
+        path, new = records.collect(name, args.mode, configs, args.partial)
+        print(f"{relative(path)}: {new} new runs" if new else f"nothing new: {relative(path)} is unchanged")
     return 0
 
 
@@ -189,9 +203,9 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _cite(args: argparse.Namespace) -> int:
-    from fa.results import page as notebooks
+    from fa.results import contents
 
-    print(notebooks.cite(args.figure))
+    print(contents.cite(args.figure))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -49,3 +50,10 @@ def commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def told(environments: Sequence[Mapping[str, str]], *keys: str) -> str:
+    """The entries of some environments under ``keys`` as a text, each combination once."""
+    versioned = ("torch", "cuda")
+    lines = [", ".join(f"{k} {e[k]}" if k in versioned else e[k] for k in keys if e.get(k)) for e in environments]
+    return "; ".join(dict.fromkeys(lines))

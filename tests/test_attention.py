@@ -1,4 +1,4 @@
-"""``nn.MultiheadAttention`` under a rule: PyTorch's own values, PyTorch's own parameters, and no error that goes around the layers."""
+"""``nn.MultiheadAttention`` under a rule: PyTorch's values, PyTorch's parameters, and no error around the layers."""
 
 import copy
 import io

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from fa import experiments
+from fa import experiments, theory
 from fa.experiments import p3_beyond, p3_beyond_cifar
 from fa.results import claims
 from fa.train import loop
@@ -16,17 +19,9 @@ from fa.train.loop import build_network, train
 
 
 def recurrence(config, steps: int) -> list[float]:
-    """Share of the mismatch left after each epoch: v <- mu v + wd D, D <- D - lr v."""
-    D, v, after = 1.0, 0.0, [1.0]
-    drops = [int(e) for e in config.lr_drops.split(",")]
-    for epoch in range(config.epochs):
-        decay = config.first_weight_decay if epoch == 0 and config.first_weight_decay else config.weight_decay
-        lr = config.lr * config.lr_factor ** sum(epoch >= e for e in drops)
-        for _ in range(steps):
-            v = config.momentum * v + decay * D
-            D -= lr * v
-        after.append(D)
-    return after
+    """Share of the mismatch before training and after each epoch of the recipe, by theory."""
+    schedule = [tuple(config.schedule(epoch)[t] for t in ("lr", "weight_decay")) for epoch in range(config.epochs)]
+    return theory.mismatch_left(schedule, config.momentum, steps).tolist()
 
 
 def test_the_grid_reuses_figure_2_and_no_point_has_two_runs() -> None:
@@ -82,6 +77,26 @@ def test_what_is_left_of_the_mismatch_follows_the_recurrence(
         assert shares == pytest.approx(expected, abs=2e-5)
         rows = table[(table.metric == "mismatch_left") & (table.layer == name)].sort_values("epoch").value
         assert rows.tolist() == (pytest.approx(expected, abs=2e-5) if implicit else [])
+
+
+def test_the_mismatch_is_that_of_the_matrices() -> None:
+    """kp and pfa_o: from norm and angle of the feedback weight; pfa: the row that implicit feedback has."""
+    rng, rows = np.random.default_rng(0), []
+    W, K = rng.normal(size=(2, 6, 5)), rng.normal(size=(2, 6, 5))  # two epochs
+    norms = [np.linalg.norm(m, axis=(1, 2)) for m in (W, K)]
+    angle = np.degrees(np.arccos((W * K).sum((1, 2)) / norms[0] / norms[1]))
+    for rule, (epoch, own) in itertools.product(("kp", "pfa"), enumerate((1.0, -0.3))):
+        of = {
+            "norm_ratio": norms[1][epoch] / norms[0][epoch],
+            "angle_deg": angle[epoch],
+            "weight_norm": norms[0][epoch],
+        }
+        of |= {"mismatch_left": own} if rule == "pfa" else {}
+        rows += [(rule, 0.03, rule, "fc1", epoch, metric, value) for metric, value in of.items()]
+    table = pd.DataFrame(rows, columns="rule decay run layer epoch metric value".split())
+    left = p3_beyond.shares(table).set_index(["rule", "epoch"]).left
+    D = np.linalg.norm(W - K, axis=(1, 2))
+    assert left["kp"].tolist() == pytest.approx([1, D[1] / D[0]]) and left["pfa"].tolist() == [1.0, 0.3]
 
 
 def test_the_claims_about_decay_have_the_recurrences_targets() -> None:

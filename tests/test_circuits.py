@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa
-from fa import plot
-from fa import probes as circuits
+from fa import plot, probes
+from fa.experiments import p3_fig1
 from fa.layers.feedback import generator
 from fa.results import records
 
@@ -42,26 +43,26 @@ def mlp(rule: str, **options) -> nn.Sequential:
 
 def test_scrambling_keeps_one_half_of_a_weight_and_mixes_the_other():
     W, gen = randn(30, 20), generator(0, "test")
-    signs, sizes = circuits.scramble(W, "sign", gen), circuits.scramble(W, "magnitude", gen)
+    signs, sizes = probes.scramble(W, "sign", gen), probes.scramble(W, "magnitude", gen)
     assert torch.equal(signs.abs(), W.abs()) and 0.4 < (signs.sign() == W.sign()).double().mean() < 0.6
     assert torch.equal(sizes.sign(), W.sign()) and torch.equal(
         sizes.abs().flatten().sort()[0], W.abs().flatten().sort()[0]
     )
     assert (sizes != W).double().mean() > 0.9
     with pytest.raises(fa.UserError, match="unknown part 'size' of a weight; known: sign, magnitude"):
-        circuits.scramble(W, "size", gen)
+        probes.scramble(W, "size", gen)
 
 
 @pytest.mark.parametrize("rule", ["bp", "fa", "usf", "kp", "wm", "pfa", "pfa_o", "frsf"])
 def test_the_error_sent_is_the_error_times_the_kernel(rule):
     layer, x, dy = mlp(rule)[0], randn(4, 7, seed=8), randn(4, 6, seed=9)
     K = layer.weight if rule == "bp" else fa.feedback_weight(layer)
-    torch.testing.assert_close(circuits.sent(layer, x, dy), dy @ K.detach())
+    torch.testing.assert_close(probes.sent(layer, x, dy), dy @ K.detach())
 
 
 def test_the_error_sent_under_dfa_is_the_networks():
     net, e = mlp("dfa"), randn(4, 5, seed=9)
-    torch.testing.assert_close(circuits.sent(net[0], randn(4, 7, seed=8), e), e @ net[0].feedback.B)
+    torch.testing.assert_close(probes.sent(net[0], randn(4, 7, seed=8), e), e @ net[0].feedback.B)
     out = net(randn(4, 7))  # and the network's own tape is as it was
     out.sum().backward()
 
@@ -70,7 +71,7 @@ def test_the_error_sent_under_dfa_is_the_networks():
                                            ("wm", {"input": "normal"})])  # fmt: skip
 def test_the_lesson_is_the_gradient_that_backward_gives(rule, options):
     layer, x, dy = mlp(rule, **options)[0], randn(4, 7, seed=8), randn(4, 6, seed=9)
-    lesson = circuits.taught(layer, x, dy)
+    lesson = probes.taught(layer, x, dy)
     layer(x).backward(dy)
     assert set(lesson) == set(layer.feedback.rule.learned)
     for name, grad in lesson.items():
@@ -78,10 +79,10 @@ def test_the_lesson_is_the_gradient_that_backward_gives(rule, options):
 
 
 def test_no_lesson_where_nothing_is_learned_and_none_of_what_is_not_stored():
-    assert circuits.taught(mlp("fa")[0], randn(4, 7), randn(4, 6)) == {}
-    assert circuits.taught(mlp("bp")[0], randn(4, 7), randn(4, 6)) == {}
+    assert probes.taught(mlp("fa")[0], randn(4, 7), randn(4, 6)) == {}
+    assert probes.taught(mlp("bp")[0], randn(4, 7), randn(4, 6)) == {}
     with pytest.raises(fa.UserError, match="implicit=False"):
-        circuits.taught(mlp("pfa", implicit=True)[0], randn(4, 7), randn(4, 6))
+        probes.taught(mlp("pfa", implicit=True)[0], randn(4, 7), randn(4, 6))
 
 
 READS = {  # by the rules' equations: what moves when W's signs, W's magnitudes, or the activity that W makes are changed
@@ -108,7 +109,7 @@ def test_what_a_rule_reads(rule, input):
     net = mlp(rule, **({"input": input} if input else {}))
     dy = randn(4, 5 if rule == "dfa" else 6, seed=9)
     before = copy.deepcopy(net.state_dict())
-    found = circuits.reads(net[0], randn(4, 7, seed=8), dy, generator(0, "test"))
+    found = probes.reads(net[0], randn(4, 7, seed=8), dy, generator(0, "test"))
     assert {name for name, moved in found.items() if moved > 0.05} == READS[rule, input]
     assert all(moved == 0 for name, moved in found.items() if name not in READS[rule, input])
     after = net.state_dict()
@@ -118,7 +119,7 @@ def test_what_a_rule_reads(rule, input):
 @pytest.mark.parametrize("rule", ["usf", "kp", "pfa", "sa"])
 def test_what_a_rule_reads_in_a_convolution(rule):
     layer = fa.convert(nn.Conv2d(3, 4, 3, padding=1).double(), rule)
-    found = circuits.reads(layer, randn(2, 3, 5, 5), randn(2, 4, 5, 5, seed=1), generator(0, "test"))
+    found = probes.reads(layer, randn(2, 3, 5, 5), randn(2, 4, 5, 5, seed=1), generator(0, "test"))
     assert {name for name, moved in found.items() if moved > 0.05} == READS[rule, ""]
 
 
@@ -128,7 +129,7 @@ def test_passes_that_noise_drives():
                                  ("wm", {"input": "normal"}, 0.5), ("aa", {"input": "uniform"}, 0.5)]:  # fmt: skip
         net = mlp(rule, **options)
         before = copy.deepcopy(net.state_dict())
-        assert circuits.noise_passes(net, x, e) == share, rule
+        assert probes.noise_passes(net, x, e) == share, rule
         assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
         assert all("forward" not in vars(m.feedback.op) for m in net if hasattr(getattr(m, "feedback", None), "op")), (
             "no counter is left"
@@ -137,7 +138,7 @@ def test_passes_that_noise_drives():
 
 def test_reciprocal_synapses():
     def found(rule, **options):
-        return circuits.reciprocal(mlp(rule, **options), generator(0, "test"))
+        return probes.reciprocal(mlp(rule, **options), generator(0, "test"))
 
     for rule in ("fa", "kp", "wm"):
         assert found(rule) == {("0", "B"): 1, ("2", "B"): 1}
@@ -150,16 +151,21 @@ def test_reciprocal_synapses():
         assert set(found(rule).values()) == {0} and set(found(rule)) == {(n, m) for n in "02" for m in "BR"}
     net = mlp("kp")
     before = copy.deepcopy(net.state_dict())
-    circuits.reciprocal(net, generator(0, "test"))
+    probes.reciprocal(net, generator(0, "test"))
     assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
 
 
 # ------------------------------------------------------------------------------------------------------- drawing
 
 
-@pytest.mark.parametrize("name", [*circuits.PANELS, "pfa_o", "sa", "aa", "frozen", "brsf"])
+def page(*rules: str) -> SimpleNamespace:
+    """What a figure without runs asks of its page."""
+    return SimpleNamespace(rules=list(rules))
+
+
+@pytest.mark.parametrize("name", [*p3_fig1.PANELS, "pfa_o", "sa", "aa", "frozen", "brsf"])
 def test_a_circuit_is_what_the_rules_code_has(name):
-    c = circuits.circuit(name)
+    c = p3_fig1.circuit(name)
     layer = mlp(name)[0]
     stored = {n for n in ("B", "R") if hasattr(getattr(layer, "feedback", None), n)}
     assert set(c.feedback) == (stored or {"W"})
@@ -178,29 +184,29 @@ def test_a_circuit_is_what_the_rules_code_has(name):
 
 def test_the_circuits_agree_with_the_papers_first_two_rows():
     ticks = records.reference("p3_table1").set_index(["rule", "metric"]).value
-    for name in circuits.PANELS:
-        for what in circuits.WHAT:
-            assert (what in circuits.circuit(name).transported) == (ticks[name, f"no_{what}_transport"] == 0)
+    for name in p3_fig1.PANELS:
+        for what in probes.WHAT:
+            assert (what in p3_fig1.circuit(name).transported) == (ticks[name, f"no_{what}_transport"] == 0)
 
 
 def test_equations_are_the_codes():
-    assert circuits.equation("kp") == r"$dx = B^{\mathsf{T}} dy$,  $dB = dW$"
-    assert circuits.equation("dfa") == r"$dx_l = B_l^{\mathsf{T}} e$", "words are left out"
+    assert p3_fig1.equation("kp") == r"$dx = B^{\mathsf{T}} dy$,  $dB = dW$"
+    assert p3_fig1.equation("dfa") == r"$dx_l = B_l^{\mathsf{T}} e$", "words are left out"
     for name in fa.RULES:
-        assert circuits.equation(name).startswith("$dx"), name
+        assert p3_fig1.equation(name).startswith("$dx"), name
 
 
 def red(ax) -> list[str]:
-    return [t.get_text() for t in ax.texts if t.get_color() == circuits._RED]
+    return [t.get_text() for t in ax.texts if t.get_color() == p3_fig1._RED]
 
 
 def test_every_panel_shows_its_circuit():
     with plot.style():
-        fig = circuits.draw()
-    assert fig.get_size_inches()[0] == plot.WIDTH["double"] and len(fig.axes) == len(circuits.PANELS) + 1
-    for ax, name in zip(fig.axes, circuits.PANELS):
-        c, texts = circuits.circuit(name), [t.get_text() for t in ax.texts]
-        assert plot.look(name).label in texts and circuits.equation(name) in texts
+        fig = p3_fig1.draw(page())
+    assert fig.get_size_inches()[0] == plot.WIDTH["double"] and len(fig.axes) == len(p3_fig1.PANELS) + 1
+    for ax, name in zip(fig.axes, p3_fig1.PANELS):
+        c, texts = p3_fig1.circuit(name), [t.get_text() for t in ax.texts]
+        assert plot.look(name).label in texts and p3_fig1.equation(name) in texts
         assert len(red(ax)) == bool(c.transported), "weight transport is drawn where the code reads W"
         styles = {
             line.get_linestyle()
@@ -217,14 +223,14 @@ def test_every_panel_shows_its_circuit():
 
 def test_the_drawing_is_legible_and_lies_on_its_page():
     with plot.style():
-        fig = circuits.draw()
+        fig = p3_fig1.draw(page())
         fig.canvas.draw()
-        page = fig.bbox
+        paper = fig.bbox
         for ax in fig.axes:
             for text in ax.texts:
                 assert text.get_fontsize() >= 6.5, text.get_text()
                 box = text.get_window_extent()
-                assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, (
+                assert paper.x0 <= box.x0 and box.x1 <= paper.x1 and paper.y0 <= box.y0 and box.y1 <= paper.y1, (
                     text.get_text()
                 )
 
@@ -240,9 +246,9 @@ def test_a_readers_own_rule_is_drawn_as_its_code_behaves(monkeypatch):
             return 0.5 * W
 
     monkeypatch.setitem(fa.RULES, "half", Half)
-    assert circuits.circuit("half").transported == ("sign", "magnitude")
+    assert p3_fig1.circuit("half").transported == ("sign", "magnitude")
     with plot.style():
-        fig = circuits.draw(["half", "sa"])
+        fig = p3_fig1.draw(page("half", "sa"))
     assert red(fig.axes[0]) == ["sign and size"] and red(fig.axes[1]) == ["value"]
 
 
@@ -257,16 +263,16 @@ def test_a_rule_that_cheats_is_found_out(monkeypatch):
             return {"B": dW - 0.1 * W}
 
     monkeypatch.setitem(fa.RULES, "cheat", Cheat)
-    c = circuits.circuit("cheat")
+    c = p3_fig1.circuit("cheat")
     assert c.reads_value and c.product == ""
-    assert "W" in circuits.summary(["cheat"]).splitlines()[1].split()
+    assert "W" in p3_fig1.summary(page("cheat")).splitlines()[1].split()
 
 
 def test_interventions_need_no_gradient_of_the_readers():
     """Within no_grad, on a network in eval mode, the answers are the same."""
     net, x, dy = mlp("usf").eval(), randn(4, 7, seed=8), randn(4, 6, seed=9)
-    want = circuits.reads(net[0], x, dy, generator(0, "test"))
+    want = probes.reads(net[0], x, dy, generator(0, "test"))
     with torch.no_grad():
-        assert circuits.reads(net[0], x, dy, generator(0, "test")) == want
+        assert probes.reads(net[0], x, dy, generator(0, "test")) == want
     assert not np.isnan(list(want.values())).any()
     F.cross_entropy(net(x), torch.arange(4)).backward()  # and it trains as before

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -572,7 +573,8 @@ def test_every_implementation_of_sgd_does_the_same(rule, kind):
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # a generator, in what follows a step
 @pytest.mark.parametrize("rule, options", [
-    ("fa", {"clamp_forward": True}), ("brsf", {}), ("frozen", {"every": 2}), ("kp", {}), ("pfa", {"implicit": True}), ("wm", {}),
+    ("fa", {"clamp_forward": True}), ("brsf", {}), ("frozen", {"every": 2}), ("kp", {}), ("pfa", {"implicit": True}),
+    ("wm", {}),
 ])  # fmt: skip
 def test_a_compiled_optimizer_step_does_the_same(rule, options):
     nets = []
@@ -656,7 +658,8 @@ def test_importing_and_fixed_feedback_register_no_global_hook():
         "import fa, torch, torch.optim.optimizer as o;"
         "n = lambda: len(o._global_optimizer_pre_hooks) + len(o._global_optimizer_post_hooks);"
         "a = n(); fa.convert(torch.nn.Linear(2, 2), 'fa'); b = n();"
-        "fa.convert(torch.nn.Linear(2, 2), 'pfa'); c = n(); fa.convert(torch.nn.Linear(2, 2), 'kp'); print(a, b, c, n())"
+        "fa.convert(torch.nn.Linear(2, 2), 'pfa'); c = n(); "
+        "fa.convert(torch.nn.Linear(2, 2), 'kp'); print(a, b, c, n())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=fa.ROOT).stdout
     assert out.split() == ["0", "0", "2", "2"]
@@ -671,7 +674,64 @@ def test_skip_may_be_one_name():
     net = fa.convert(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), "fa", skip=["0"])
     net.stem = nn.Linear(3, 3)
     fa.convert(net, "fa", skip="stem")
-    assert "stem" not in fa.steps.converted(net)
+    assert "stem" not in converted(net)
+
+
+class Scripted(nn.Linear):
+    """A subclass that computes what ``nn.Linear`` computes, as timm's does."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("rule", ["fa", "pfa", "dfa"])
+def test_a_subclass_may_be_treated_as_its_base(rule):
+    def network():
+        return oracles.fixed_weights(nn.Sequential(Scripted(6, 9), nn.ReLU(), nn.Linear(9, 3)).double())
+
+    net, (_, x, y) = network(), small()
+    with pytest.raises(fa.UserError, match="0 .Scripted: a subclass of nn.Linear;.*treat_as_base=Scripted.*skip="):
+        fa.convert(net, rule)
+    assert fa.convert(net, rule, treat_as_base=Scripted) is net and set(converted(net)) == {"0", "2"}
+    stock = fa.convert(oracles.fixed_weights(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3)).double()), rule)
+    got, want = grads(net, x, y), grads(stock, x, y)
+    assert all(torch.equal(got[k], want[k]) for k in want)
+    fa.convert(net, "bp")
+    assert type(net[0]) is Scripted
+    fa.convert(network(), rule, treat_as_base=[Scripted])
+    for wrong in (nn.Conv1d, "Scripted"):
+        with pytest.raises(fa.UserError, match="treat_as_base takes subclasses of nn.Linear and nn.Conv2d"):
+            fa.convert(network(), rule, treat_as_base=[wrong])
+
+
+def test_mistakes_are_told_in_one_sentence():
+    for rule, options, sentence in [
+        ("sf", {}, "unknown rule 'sf'.*did you mean 'usf'"),
+        ("PFA", {}, "unknown rule 'PFA'.*did you mean 'pfa'"),
+        ("pfaa", {}, "did you mean 'pfa'"),
+        ("pfa", {"expnsion": 2}, "unknown option 'expnsion' of rule 'pfa'.*did you mean 'expansion'"),
+        ("pfa", {"expansion": "10"}, "pfa: expansion='10' is text; the option takes a value of type float"),
+    ]:
+        with pytest.raises(fa.UserError, match=sentence):
+            fa.convert(nn.Linear(3, 2), rule, **options)
+    with pytest.raises(fa.UserError, match="known rules: .*usf, wm$"):
+        fa.convert(nn.Linear(3, 2), "quite another")
+    with pytest.raises(fa.UserError, match="takes a torch.nn.Module, not a list"):
+        fa.convert([1], "pfa")
+
+
+def test_a_printed_network_shows_rule_and_options():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Flatten(), nn.Linear(2, 2), nn.MultiheadAttention(2, 1))
+    fa.convert(net, "pfa", expansion=3, init="xavier")
+    fa.convert(net[2], "dfa")
+    text = str(net)
+    assert "in_features=3, out_features=2, bias=True, rule=pfa(init='xavier', expansion=3)\n" in text
+    assert "in_features=2, out_features=2, bias=True, rule=dfa\n" in text
+    assert text.count("rule=pfa(") == 5, "the three projections of the attention too"
+
+
+def test_the_package_knows_its_version():
+    assert fa.__version__ == version("fa")
 
 
 def test_implicit_feedback_needs_a_weight_that_moves():
@@ -691,7 +751,7 @@ def test_a_loss_made_under_exact_backprop_may_be_differentiated_later():
     assert all(torch.equal(p.grad, plain[n]) for n, p in net.named_parameters() if n in plain)
 
 
-# ----------------------------------------------------------------------------- what a loop of one's own may do to a network
+# ------------------------------------------------------------------------- what a loop of one's own may do to a network
 
 
 @pytest.mark.parametrize(
@@ -740,7 +800,7 @@ def test_a_parametrization_that_came_after_the_rule_is_named_and_nothing_changes
     net = fa.convert(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), "fa")
     nn.utils.parametrizations.weight_norm(net[1])
     for rule, skip in (("bp", ()), ("kp", "1")):
-        with pytest.raises(fa.UserError, match="parametrized after.*: 1; remove"):
+        with pytest.raises(fa.UserError, match="layers 1 were parametrized after.*; remove"):
             fa.convert(net, rule, skip=skip)
     assert net(torch.randn(2, 4)).shape == (2, 3)
     nn.utils.parametrize.remove_parametrizations(net[1], "weight")

@@ -1,4 +1,4 @@
-"""Direct feedback alignment against gradients derived by hand: the error at the output goes to every layer's input at once."""
+"""Direct feedback alignment against gradients derived by hand: every layer's input gets the error at the output."""
 
 import copy
 
@@ -19,7 +19,7 @@ def softmax_error(logits, y):
 
 
 def sent(layer, e, shape):
-    """What a convolution's input gets: e at every position of the output map, sent down through the layer's geometry and B."""
+    """What a convolution's input gets: e at every output position, sent down through the layer's geometry and B."""
     B = layer.feedback.B
     full = F.conv2d(torch.zeros(shape, dtype=B.dtype), B, None, layer.stride, layer.padding, layer.dilation)
     tiled = e[:, :, None, None].expand(-1, -1, *full.shape[2:]).contiguous()
@@ -263,13 +263,14 @@ def test_distributed_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------------ one matrix for the whole network
+# ---------------------------------------------------------------------------------- one matrix for the whole network
 
 
 def shared_net():
     net = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False), nn.Tanh(),
-        nn.Flatten(), nn.Linear(6 * 3 * 4, 7), nn.Tanh(), nn.Linear(7, 3),
+        nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(),
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False), nn.Tanh(), nn.Flatten(),
+        nn.Linear(6 * 3 * 4, 7), nn.Tanh(), nn.Linear(7, 3),
     )  # fmt: skip
     return oracles.fixed_weights(net.double()), randn(3, 2, 5, 7, seed=1).requires_grad_(), torch.arange(3)
 
@@ -340,7 +341,7 @@ def test_feedback_for_every_unit_needs_a_sample(form):
         fa.convert(net, "dfa", form="one")
 
 
-# ------------------------------------------------------------------------------------------ what raises, and what does not
+# ---------------------------------------------------------------------------------- what raises, and what does not
 
 
 def test_a_part_of_the_network_called_by_itself_raises():
@@ -353,6 +354,15 @@ def test_a_part_of_the_network_called_by_itself_raises():
     net(x)
     with pytest.raises(RuntimeError, match="whole network"):
         net[2](net[0](x))
+
+
+def test_a_step_with_saved_tensors_elsewhere_is_the_same():
+    net, x, y = oracles.mlp(6, 9, 3)
+    fa.convert(net, "dfa")
+    want = grads(net, x, y)
+    with torch.autograd.graph.save_on_cpu():
+        got = grads(net, x, y)
+    assert all(torch.equal(got[k], want[k]) for k in want)
 
 
 def test_a_failed_pass_does_not_spoil_the_next():
@@ -583,9 +593,45 @@ def test_an_output_that_lacks_errors_for_a_layers_rows_is_refused():
         net(randn(2, 5, 6, seed=1)).sum().backward()
 
 
+def test_a_network_may_give_an_error_to_each_sample_or_to_each_token():
+    """The same layers under the same B: one network averages over tokens, the other does not."""
+
+    class Net(nn.Module):
+        def __init__(self, mean):
+            super().__init__()
+            self.one, self.two, self.mean = nn.Linear(6, 5), nn.Linear(5, 3), mean
+
+        def forward(self, x):
+            out = self.two(torch.tanh(self.one(x)))
+            return out.mean(1) if self.mean else out
+
+    x, e, got = randn(2, 4, 6, seed=1), randn(2, 3, seed=2), {}
+    for mean in (True, False):
+        net = fa.convert(oracles.fixed_weights(Net(mean).double()), "dfa")
+        net(x).backward(e if mean else e[:, None].expand(2, 4, 3))
+        got[mean] = net.one.weight.grad
+    assert apart(got[True], got[False]) < 1e-14
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_tap_takes_no_memory(compiled):
+    """What the taps hand the network's output is one zero each, seen as a tensor of the output's shape."""
+    net, seen = fa.convert(oracles.fixed_weights(Blocks().double()), "dfa"), []
+    close = net.one[0].feedback.tape.close
+
+    def spy(out):
+        seen.extend(tap for taps in net.one[0].feedback.tape.taps for tap in taps)
+        return close(out)
+
+    net.one[0].feedback.tape.close = spy
+    run = torch.compile(net, backend="aot_eager") if compiled else net
+    run(randn(4, 2, 6, 6, seed=2))
+    assert len(seen) == 4 and all(tap.shape == (4, 3) and tap.untyped_storage().nbytes() == 8 for tap in seen)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_compiled_convolutions_equal_eager_ones_in_one_graph(layout):
-    """A fresh network: nothing was made by an eager pass before. The frozen layer taps a map that is then changed in place."""
+    """A fresh network: no eager pass was before. The frozen layer taps a map that is then changed in place."""
 
     class Net(Blocks):
         def forward(self, x):

@@ -130,9 +130,11 @@ def test_citation() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0"
     assert str(citation["version"]) == PROJECT["project"]["version"]
-    assert [reference["doi"] for reference in citation["references"]] == [
-        f"10.48550/arXiv.{paper}" for paper in ("1812.06488", "2003.01513", "2405.20594")
+    assert [(reference["abbreviation"], reference["doi"]) for reference in citation["references"][:3]] == [
+        (f"p{i}", f"10.48550/arXiv.{paper}") for i, paper in enumerate(("1812.06488", "2003.01513", "2405.20594"), 1)
     ]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {citation['version']} ({citation['date-released']})" in changes
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -163,6 +165,45 @@ def test_make_env_refuses(tmp_path: Path, arguments: list[str], sentence: str) -
     assert sentence in refused.stderr
     assert len([line for line in refused.stderr.splitlines() if not line.startswith("make")]) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+STUB = """#!/bin/sh
+# A Python that installs nothing: notes what it is asked for, and makes an environment of itself.
+echo "$*" >> {log}
+case "$*" in
+"-m venv"*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" && touch "$4/pyvenv.cfg" ;;
+*/dev/stdin) cat >> {log} ;;
+esac
+"""
+
+
+def test_make_env_makes_anew_what_was_cut_short_and_keeps_ones_own_torch(tmp_path: Path) -> None:
+    """The recipe from end to end, with a stub in Python's place."""
+    stub, log, venv = tmp_path / "python", tmp_path / "log", tmp_path / "venv"
+    stub.write_text(STUB.format(log=log))
+    stub.chmod(0o755)
+
+    def asked(*arguments: str) -> str:
+        log.write_text("")
+        done = make("env", f"VENV={venv}", f"PYTHON={stub}", *arguments)
+        assert done.returncode == 0, done.stderr
+        assert not (tmp_path / "venv.installing").exists()
+        return log.read_text()
+
+    first = asked()
+    assert (
+        f"-m venv --clear {venv}" in first and "\ntorch==" in first and (venv / ".fa-installed").read_text() == "lock\n"
+    )
+    assert "-m pip install" not in asked(), "what is there is not installed again"
+    (venv / ".fa-installed").unlink()
+    assert "-m venv" not in asked(), "an environment that was found is kept"
+    (venv / ".fa-installed").unlink()
+    (tmp_path / "venv.installing").touch()
+    assert f"-m venv --clear {venv}" in asked(), "one that was cut short is made anew"
+    own = asked("TORCH=own")
+    assert "\nnumpy==" in own and "\ntorch==" not in own and "\nnvidia-" not in own
+    assert (venv / ".fa-installed").read_text() == "own\n"
+    assert "-m pip install" not in asked(), "and that is remembered"
 
 
 def test_make_env_spares_what_is_no_environment(tmp_path: Path) -> None:

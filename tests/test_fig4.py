@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from fa import experiments, models, plot
+from fa import experiments, models
 from fa.experiments import p3_fig4
+from fa.metrics import linear_layers
 from fa.results import records
 from fa.train import data
 from fa.train import loop as train
@@ -92,7 +93,7 @@ def layered() -> pd.DataFrame:
 
 def test_summary_over_layers() -> None:
     paper = records.reference("p3_fig4")
-    both = plot.over_layers(layered(), "angle_deg", paper)
+    both = p3_fig4.over_layers(layered(), "angle_deg", paper)
     assert list(both.index) == ["fa", "usf", "pfa", "pfa_o"]
     assert both.loc["pfa"].tolist() == [
         30.0,
@@ -103,13 +104,13 @@ def test_summary_over_layers() -> None:
         19.2,
     ]  # mean over seeds of the layers' mean, least, most
     assert both.loc["fa", ["mean", "min", "max"]].isna().all()
-    assert plot.over_layers(layered(), "angle_deg").paper.isna().all()
-    assert plot.over_layers(layered().iloc[:0], "norm_ratio", paper).loc["pfa_o", "paper"] == 1.0
+    assert p3_fig4.over_layers(layered(), "angle_deg").paper.isna().all()
+    assert p3_fig4.over_layers(layered().iloc[:0], "norm_ratio", paper).loc["pfa_o", "paper"] == 1.0
 
 
 def test_values_by_depth_are_drawn_where_they_belong() -> None:
     fig, ax = plt.subplots()
-    plot.by_depth(ax, layered(), "angle_deg", ["conv1", "fc"], records.reference("p3_fig4"))
+    p3_fig4.by_depth(ax, layered(), "angle_deg", ["conv1", "fc"], records.reference("p3_fig4"))
     drawn = {tuple(zip(*line.get_data())) for line in ax.lines if len(line.get_xdata()) == 2}
     assert ((1, 15.0), (2, 45.0)) in drawn  # ours, mean over seeds
     assert ((1, 95.4), (2, 34.8)) in drawn  # the paper's FA
@@ -126,5 +127,5 @@ def test_published_values() -> None:
     wide = t[t.seed == 0].pivot_table(index="rule", columns="metric", values="value", aggfunc="mean")
     for of in ("angle_deg", "norm_ratio"):
         assert (wide[f"min_{of}"].dropna() < wide[f"mean_{of}"].dropna()[wide[f"min_{of}"].notna()]).all()
-    names = list(train.weighted(models.build("resnet20", (3, 32, 32), 10)))
+    names = list(linear_layers(models.build("resnet20", (3, 32, 32), 10)))
     assert set(t.layer) - {""} == {names[0], names[-1]}

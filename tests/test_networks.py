@@ -1,7 +1,7 @@
-"""Networks that others wrote: every classification family of torchvision, and two processes with ``DistributedDataParallel``.
+"""Networks that others wrote: torchvision's classifiers, and two processes with ``DistributedDataParallel``.
 
-A network under a rule whose feedback is set to the weight must be plain backprop; one whose feedback is set to zero must leave nothing
-but its last layers with a gradient, so that no error can have gone around the feedback.
+A network under a rule whose feedback is set to the weight must be plain backprop. A network whose feedback is set to
+zero must leave its last layers alone with a gradient, so that no error can have gone around the feedback.
 """
 
 import copy
@@ -45,7 +45,7 @@ families = pytest.mark.parametrize(
 
 
 def build(family, dtype=torch.float64):
-    """The network, initialised from a fixed seed, and a batch of two for it; dropout off, batch statistics as in training."""
+    """The network, from a fixed seed, and a batch of two for it; dropout off, batch statistics as in training."""
     arguments, side = FAMILIES[family]
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -154,7 +154,7 @@ def test_swin_t_is_refused_by_name():
     assert all(p.grad is not None for p in net.parameters())
 
 
-# ------------------------------------------------------------------------------------------ a training step under every rule
+# ---------------------------------------------------------------------------------- a training step under every rule
 
 STEPS = {name: {} for name in fa.RULES if name != "bp"} | {
     "pfa": {"expansion": 2}, "primitives": {"amp": 1e-4, "null": 1e-4, "sparse": 1e-4, "decay": 1e-4, "self_": 1e-4},
@@ -163,7 +163,8 @@ QUICK = ("pfa", "dfa", "ia", "brsf")  # with the small networks of the default r
 
 
 @pytest.mark.parametrize("family, rule", [
-    pytest.param(f, r, marks=() if r in QUICK and f in ("shufflenet_v2_x0_5", "vit") else pytest.mark.slow) for f in SMALL for r in STEPS
+    pytest.param(f, r, marks=() if r in QUICK and f in ("shufflenet_v2_x0_5", "vit") else pytest.mark.slow)
+    for f in SMALL for r in STEPS
 ])  # fmt: skip
 def test_a_training_step(family, rule):
     net, x, y = build(family, torch.float32)

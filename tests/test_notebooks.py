@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,10 @@ class TestForm:
             assert not outputs or "keep_output" in cell.metadata.get("tags", []), cell.id
             assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"], cell.id
 
+    def test_no_code_cell_is_long(self, path):
+        long = {c.id: n for c in read(path).cells if c.cell_type == "code" and (n := c.source.count("\n") + 1) > 25}
+        assert not long, "what is longer belongs into the figure's file in fa/experiments/"
+
     def test_no_path_of_a_machine_or_a_working_folder(self, path):
         for cell in read(path).cells:
             text = cell.source if cell.cell_type == "code" else ""
@@ -91,7 +96,7 @@ def test_every_experiment_has_its_notebook_and_the_index_names_all():
     stored = "".join(
         str(o.get("data", "")) for c in read(notebooks.find(["00"])[0]).cells for o in c.get("outputs", [])
     )
-    assert not [stem for stem in stems if stem not in stored], "run fa.batch.refresh(['00'])"
+    assert not [stem for stem in stems if stem not in stored], "run make refresh NOTEBOOKS=00"
 
 
 # ------------------------------------------------------------------------------------------------------- parameters
@@ -140,6 +145,17 @@ def test_own_parameters_come_from_the_experiment():
     assert cfg.own == {"expansion": 3} and cfg.rules == ["pfa", "bp"] and cfg.chosen
     assert {(c.rule, c.dataset) for c in cfg.runs} == {("pfa", "digits"), ("bp", "digits")}
     assert any("expansion=3" in c.options for c in cfg.runs)
+
+
+def test_another_experiment_of_a_page_has_its_mode_and_device_and_parameters_of_its_own():
+    page = notebooks.notebook(PLAIN | {"mode": "quick", "device": "cpu", "rules": "kp", "seeds": 2}, "x_precision")
+    part = page.part("p3_fig2", epochs=3)
+    assert (part.experiment, part.mode, part.device) == ("p3_fig2", "quick", "cpu")
+    assert (part.rules, part.seeds, part.epochs, part.own) == ([], 0, 3, {"expansion": 10})
+    with pytest.raises(fa.UserError, match="unknown parameter 'sedes'"):
+        page.part("p3_fig2", sedes=3)
+    with pytest.raises(fa.UserError, match="unknown experiment 'p9_fig9'"):
+        page.part("p9_fig9")
 
 
 # ------------------------------------------------------------------------------------------------------------ modes
@@ -269,7 +285,7 @@ def test_notebooks_are_found_by_their_beginning():
     ({"jobs": -1}, "jobs must be 0"),
 ])  # fmt: skip
 def test_batch_refuses_before_anything_runs(call, message, monkeypatch):
-    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(batch, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("it ran"))
     with pytest.raises(fa.UserError, match=message):
         batch.reproduce(["32"], **call)
 
@@ -279,15 +295,76 @@ def test_batch_goes_on_after_a_failure_and_counts_it(monkeypatch, tmp_path):
 
     def execute(job, outputs, jobs):
         seen.append((job.name, job.parameters))
-        return job, 1.0, "ValueError: no" if job.parameters["seeds"] == 2 else ""
+        return 1.0, "ValueError: no" if job.parameters["seeds"] == 2 else ""
 
     monkeypatch.setattr(batch, "_execute", execute)
+    monkeypatch.setenv("FA_BUILD", str(tmp_path))
     lines: list[str] = []
-    assert batch.reproduce(["32"], "record", {"rules": "bp"}, {"seeds": ["1", "2", "3"]}, jobs=1, say=lines.append) == 1
+    grid, pool = {"seeds": ["1", "2", "3"]}, ThreadPoolExecutor(1)
+    assert batch.reproduce(["32"], "record", {"rules": "bp"}, grid, say=lines.append, pool=pool) == 1
     assert [name for name, _ in seen] == [f"32_pfa_fig2_mnist__seeds={n}" for n in (1, 2, 3)]
     assert seen[0][1] == {"mode": "record", "rules": "bp", "seeds": 1}
     assert sum("FAILED" in line for line in lines) == 1 and "ValueError: no" in "".join(lines)
     assert lines[-1].endswith("failed: 32_pfa_fig2_mnist__seeds=2")
+
+
+def test_batch_says_what_the_figures_are_and_names_the_report_where_it_is_about_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("FA_BUILD", str(tmp_path))
+
+    def execute(job, outputs, jobs):
+        folder = job.build / job.mode / "figures"
+        folder.mkdir(parents=True)
+        (folder / "p3_fig2.pdf").write_text("")
+        return 1.0, ""
+
+    def told(mode, grid):
+        lines: list[str] = []
+        assert batch.reproduce(["32"], mode, {}, grid, say=lines.append, pool=ThreadPoolExecutor(1)) == 0
+        return lines[-3:]
+
+    monkeypatch.setattr(batch, "_execute", execute)
+    monkeypatch.setattr(batch, "relative", lambda path: path.relative_to(tmp_path).as_posix())
+    quick = told("quick", {"expansion": ["1", "10", "3"]})
+    shown = "".join(f"\n  grid/expansion={n}/quick/figures/p3_fig2.pdf" for n in (1, 10, 3))
+    assert quick[1] == "figures of quick mode, not at the paper's scale:" + shown
+    assert not any("REPORT" in line for line in quick)
+    figures, report, _ = told("record", {})
+    assert figures.startswith("figures, redrawn from data/records:\n  record/figures/p3_fig2.pdf")
+    assert "REPORT.md" in report
+
+
+def test_an_interrupt_stops_the_batch_and_says_how_to_go_on(monkeypatch):
+    def execute(job, outputs, jobs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "_execute", execute)
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        batch.reproduce(["32"], say=lines.append, pool=ThreadPoolExecutor(1))
+    assert lines[-1] == "stopped; the same command goes on: finished runs are kept"
+
+
+def test_batch_runs_notebooks_in_processes_with_logs_and_environments_of_their_own(monkeypatch, tmp_path):
+    """Two notebooks at once, for real; the one that fails does not stop the other."""
+    parameters = "\n".join(f"{n}: {type(v).__name__} = {v!r}" for n, v in PLAIN.items())
+    show = "import os\nprint(mode, seeds, *(os.environ.get(n) for n in ('FA_BUILD', 'FA_WORKERS', 'FA_ADD')))"
+    for name, code in {"good": show, "bad": "raise ValueError('no\\nmore')"}.items():
+        cells = [
+            nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(code),
+        ]
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / f"{name}.ipynb")
+    monkeypatch.setattr(batch, "find", lambda names: [tmp_path / "bad.ipynb", tmp_path / "good.ipynb"])
+    monkeypatch.setenv("FA_BUILD", str(tmp_path / "build"))
+    monkeypatch.delenv("FA_WORKERS", raising=False)
+    lines: list[str] = []
+    assert batch.reproduce(mode="paper", parameters={"seeds": "2"}, jobs=2, say=lines.append, add=True) == 1
+    assert lines[-1].startswith("1 of 2 ran through") and lines[-1].endswith("failed: bad")
+    assert "         ValueError: no" in lines
+    assert f"paper 2 {tmp_path / 'build'} 1 1" in (tmp_path / "build" / "paper" / "notebooks" / "good.log").read_text()
+    assert "ValueError" in (tmp_path / "build" / "paper" / "notebooks" / "bad.log").read_text()
+    assert "FA_WORKERS" not in os.environ, "environments are the notebooks' own"
 
 
 def test_the_variants_of_a_grid_keep_apart(monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from fa import UserError
 from fa.layers.feedback import generator
+from fa.metrics import linear_layers
 from fa.results.records import Folder
 from fa.train import data
 from fa.train import loop as train
@@ -60,7 +61,7 @@ def by_hand(config: Config, pattern: str) -> tuple[list[torch.Tensor], list[floa
     own = parse_options(config.options)
     W, b, B = (
         [p.detach().clone().requires_grad_() for p in of]
-        for of in zip(*[(m.weight, m.bias, m.feedback.B) for m in train.weighted(start).values()])
+        for of in zip(*[(m.weight, m.bias, m.feedback.B) for m in linear_layers(start).values()])
     )
     task, mirror = (torch.optim.SGD(of, config.lr, momentum=config.momentum) for of in ([*W, *b], B))
     split, losses = data.load("digits", dtype=torch.float64).train, []
@@ -96,7 +97,7 @@ def test_phases_are_two_optimizers_that_take_turns(rule, alternate, delay):
     stepper = made(config, torch.float64)
     losses = epochs(stepper, range(3))
     want, told = by_hand(config, PATTERNS[alternate, delay])
-    layers = train.weighted(stepper.net).values()
+    layers = linear_layers(stepper.net).values()
     got = [m.weight for m in layers] + [m.bias for m in layers] + [m.feedback.B for m in layers]
     assert losses.tolist() == pytest.approx(told, rel=1e-11)
     assert all((p - q).abs().max() <= 1e-11 * q.abs().max() for p, q in zip(got, want, strict=True))
@@ -130,7 +131,7 @@ def test_feedback_aligns_in_a_delay_during_which_the_network_does_not_change(mon
     weights = []
 
     def keep(config, net, epoch):
-        weights.append([m.weight.detach().clone() for m in train.weighted(net).values()])
+        weights.append([m.weight.detach().clone() for m in linear_layers(net).values()])
         return []
 
     monkeypatch.setattr(train, "extra_rows", keep)

@@ -16,6 +16,7 @@ import pytest
 
 import fa
 from fa import plot
+from fa.experiments import p3_fig2, p3_fig3
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +98,16 @@ def test_importing_and_drawing_leave_matplotlib_as_it_was(table):
     assert dict(mpl.rcParams) == before
 
 
+def test_a_decorated_function_draws_in_the_style_each_time():
+    before = dict(mpl.rcParams)
+
+    @plot.style()
+    def sizes() -> float:
+        return mpl.rcParams["font.size"], mpl.rcParams["savefig.dpi"]
+
+    assert sizes() == sizes() == (7, 300) and dict(mpl.rcParams) == before
+
+
 def test_widths_are_those_of_a_page():
     assert plot.figure("a")[0].get_size_inches()[0] == 7.2
     assert plot.figure("a", width="single")[0].get_size_inches()[0] == 3.5
@@ -153,16 +164,44 @@ def test_pooled_spread_is_that_of_all_values():
     own = [{"m": draw.mean(), "s": draw.std()} for draw in values]
     rows = [("r", s, 1.0, metric, v) for s, both in enumerate(own) for metric, v in both.items()]
     ax = plot.figure("a")[1]["a"]
-    plot.spread(ax, pd.DataFrame(rows, columns="run seed expansion metric value".split()), "expansion", "m", "s", "k")
+    p3_fig3.spread(
+        ax, pd.DataFrame(rows, columns="run seed expansion metric value".split()), "expansion", "m", "s", "k"
+    )
     low, high = _band(ax)
     np.testing.assert_allclose([low[0], high[0]], [values.mean() - values.std(), values.mean() + values.std()])
+
+
+def test_means_and_ranges_are_over_seeds_and_over_layers():
+    """By x: mean ± 1 sample sd of the seeds' means; mean, lowest and highest of the layers' means."""
+    values = np.random.default_rng(2).normal(size=(3, 4, 2))  # x, seed, layer
+    rows = [(x, s, f"l{j}", values[x, s, j]) for x, s, j in np.ndindex(values.shape)]
+    data = pd.DataFrame(rows, columns="expansion seed layer value".split())
+    ax = plot.figure("ab")[1]
+    plot.means(ax["a"], data, "expansion", "pfa", lambda x: 10 * x, ms=5)
+    plot.ranges(ax["b"], data, "expansion", "pfa")
+    by_seed, by_layer = values.mean(axis=2), values.mean(axis=1)
+    middle, half = by_seed.mean(axis=1), by_seed.std(axis=1, ddof=1)
+    expected = {"a": (middle, middle - half, middle + half), "b": (middle, by_layer.min(axis=1), by_layer.max(axis=1))}
+    for panel, (center, low, high) in expected.items():
+        np.testing.assert_allclose(ax[panel].lines[0].get_ydata().astype(float), center)
+        bars = np.array(ax[panel].collections[0].get_segments())[:, :, 1].astype(float)
+        np.testing.assert_allclose(bars, np.stack([low, high], axis=1))
+    line = ax["a"].lines[0]
+    assert line.get_xdata().tolist() == [0, 10, 20] and line.get_color() == plot.look("pfa").color
+    assert line.get_markersize() == 5
+
+
+def test_error_bars_say_of_how_many_seeds_they_are(table):
+    assert plot.repeats(table) == "mean ± 1 sd, n = 3 seeds"
+    fewer = table[(table.rule == "bp") | (table.seed == 0)]
+    assert plot.repeats(fewer) == "mean ± 1 sd, n = 1–3 seeds" and plot.repeats(table.iloc[:0]) == ""
 
 
 def test_nothing_trained_draws_the_published_values_alone(table, reference):
     empty, (fig, ax) = table.iloc[:0], plot.figure([["a", "angle_deg pfa"], ["b", "norm_ratio pfa"]])
     plot.accuracy(ax["a"], empty, reference)
     plot.finals(ax["b"], empty, reference)
-    plot.layer_grid(ax, empty, ["pfa"], reference)
+    p3_fig2.layer_grid(ax, empty, ["pfa"], reference)
     fig.canvas.draw()
     marks = [line for line in ax["a"].lines if line.get_marker() not in ("_", "|")]
     assert marks and all(line.get_markerfacecolor() == "white" for line in marks)

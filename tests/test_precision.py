@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from fa import ROOT, UserError, experiments
 from fa.experiments import x_precision
-from fa.results import batch, claims, records, report
+from fa.results import batch, claims, records
 from fa.results import page as notebooks
 from fa.results import runs as campaign
 from fa.results.page import Notebook
@@ -91,6 +92,22 @@ def test_only_the_arithmetic_of_a_step_is_in_bfloat16(rule: str) -> None:
     assert torch.allclose(*losses, rtol=0.02)
 
 
+def test_the_band_of_chance_is_the_pages() -> None:
+    """3.58 sd for seven rules and five seeds: Student's t with 8 degrees of freedom at 5 % / 7."""
+    shown = pd.DataFrame({"n": [5.0], "sd of seeds": [0.2]})
+    assert x_precision.chance(shown, 7).item() == pytest.approx(3.58 * 0.2 * (2 / 5) ** 0.5, rel=2e-3)
+
+
+def test_a_summary_is_of_pairs() -> None:
+    """Seed 2 has one precision only and is left out; sds are sample sds."""
+    values = {"float32": [98.0, 98.2, 99.0], "bfloat16": [98.1, 98.1]}
+    rows = [("bp", s, "", 1, "test_accuracy", p, v) for p, vs in values.items() for s, v in enumerate(vs)]
+    pairs = x_precision.tidy(pd.DataFrame(rows, columns="rule seed layer epoch metric precision value".split()))
+    row = x_precision.summary(pairs, ["rule"]).loc["bp"]
+    assert row.n == 2 and row.float32 == pytest.approx(98.1) and row.difference == pytest.approx(0)
+    assert row["sd"] == pytest.approx(0.2 / 2**0.5) and row["sd of seeds"] == pytest.approx(0.1)
+
+
 # ------------------------------------------------------------------------------------------- runs that figures share
 
 
@@ -162,9 +179,9 @@ def test_a_notebook_trains_what_records_hold_unless_it_is_told_to_add(monkeypatc
 
 def test_reproduce_hands_add_on(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = []
-    monkeypatch.setattr(batch, "_execute", lambda job, *_: jobs.append(job) or (job, 1.0, ""))
+    monkeypatch.setattr(batch, "_execute", lambda job, *_: jobs.append(job) or (1.0, ""))
     for add in (False, True):
-        assert batch.reproduce(["40"], "paper", say=lambda line: None, add=add) == 0
+        assert batch.reproduce(["40"], "paper", say=lambda line: None, add=add, pool=ThreadPoolExecutor(1)) == 0
     assert [job.add for job in jobs] == [False, True]
 
 
@@ -185,7 +202,7 @@ def doubled(shift: float = 0.0) -> tuple[pd.DataFrame, dict]:
 
 
 def judged(table: pd.DataFrame, beside: dict) -> dict[str, dict]:
-    planned = [asdict(c) for c in PAPER]
+    planned = pd.DataFrame([{"run": c.run, "rule": c.rule, "seed": c.seed, "precision": c.precision} for c in PAPER])
     rows = (claims.judge(c, table, records.reference("x_precision"), beside, planned) for c in CLAIMS)
     return {row["id"].removeprefix("x_precision_"): row for row in rows}
 
@@ -199,7 +216,7 @@ def test_two_equal_precisions_satisfy_every_claim() -> None:
 def test_a_shift_beyond_seed_noise_is_seen() -> None:
     rows = judged(*doubled(-0.3))
     for name in ("accuracy", "accuracy_noise", "curve_noise"):
-        assert rows[name]["verdict"] == "partly" and "bp -0.3 is" in rows[name]["why"]  # of seven rules one
+        assert rows[name]["verdict"] == "partly" and "bp -0.3 ± " in rows[name]["why"]  # of seven rules one
     assert rows["angle"]["verdict"] == rows["loss"]["verdict"] == "holds"
 
 
@@ -215,14 +232,9 @@ def test_seeds_are_paired_along_any_axis() -> None:
             for p, vs in values.items() for s, v in enumerate(vs) for e in (0, 1)]  # fmt: skip
 
     def value(criterion: str) -> dict:
-        row = dict.fromkeys(claims.COLUMNS, "x") | {
-            "id": "c",
-            "criterion": criterion,
-            "target": "none",
-            "tolerance": "none",
-            "n_min": "3",
-        }
-        return claims.judge(claims._compile(row), pd.DataFrame(rows), records.reference("x_precision"))
+        told = {"id": "c", "criterion": criterion, "target": "none", "tolerance": "none", "n_min": "3"}
+        claim = claims.compiled("x_precision", dict.fromkeys(claims.COLUMNS, "x") | told)
+        return claims.judge(claim, pd.DataFrame(rows), records.reference("x_precision"))
 
     found = value(f"{PAIRED} < 1")
     assert (found["measured"], found["sd"], found["n"]) == ("0.06667", "0.15", 3)
@@ -248,9 +260,8 @@ def deep(run: str = "", metric: str = "", shift: float = 0.0) -> dict[str, dict]
     configs = {c.run: asdict(c) for c in DEEP}
     beside = {"configs": configs, "status": {name: {"state": "finished"} for name in configs}}
     about = (c for c in claims.load() if c.experiment == "x_precision_cifar")
-    judged = (
-        claims.judge(c, table, records.reference("x_precision_cifar"), beside, list(configs.values())) for c in about
-    )
+    planned = pd.DataFrame([{"run": c.run, "rule": c.rule, "seed": 0, "precision": c.precision} for c in DEEP])
+    judged = (claims.judge(c, table, records.reference("x_precision_cifar"), beside, planned) for c in about)
     return {row["id"].removeprefix("x_precision_cifar_"): row for row in judged}
 
 
@@ -279,5 +290,6 @@ def test_a_page_across_the_papers_is_after_none() -> None:
     cfg = Notebook("x_precision")
     assert cfg._trail("")["cite"].endswith("figure x_precision") and cfg._trail("")["paper"] == ""
     assert "; after Li & Benna" in Notebook("p3_fig2")._trail("")["cite"] and "x" not in notebooks.PAPERS
-    titles = [title for title, _ in report._by_figure(report._claims_table())]
-    assert "Precision, across the papers: Learning curves in bfloat16 and float32" in titles
+    assert "Learning curves in bfloat16 and float32 · `x_precision` ·" in (ROOT / "REPORT.md").read_text(
+        encoding="utf-8"
+    )

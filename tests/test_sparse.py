@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import pandas as pd
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 import fa
-from fa import experiments
+from fa import experiments, theory
 from fa.experiments import p3_sparse
 from fa.results.page import Notebook
 
@@ -39,8 +38,7 @@ def test_quick_mode_trains_every_rule_at_three_densities(rule: str) -> None:
 def test_angles_of_masked_feedback_are_those_of_the_notebook(density: float) -> None:
     """KP's copy of W ends at arccos sqrt(d), PFA's path at the formula of notebooks 33 and 36; R at its fixed point."""
     n, λ = 400, 10
-    product = (1 - 1 / n) / (λ * density) + (9 / 5 - density**2) / (λ * n * density**2)
-    for rule, tan2 in (("kp", 1 / density - 1), ("pfa", product)):
+    for rule, expected in (("kp", theory.masked_angle(density)), ("pfa", theory.path_angle(λ, density, n))):
         net = nn.Sequential(nn.Linear(500, n))
         nn.init.xavier_uniform_(net[0].weight, generator=torch.Generator().manual_seed(1))
         fb = fa.convert(net, rule, density=density, seed=0)[0].feedback
@@ -50,7 +48,7 @@ def test_angles_of_masked_feedback_are_those_of_the_notebook(density: float) -> 
             else:
                 fb.R.copy_(fb.B.T @ net[0].weight)
         measured = fa.alignment(net).angle_deg.item()
-        assert measured == pytest.approx(math.degrees(math.atan(math.sqrt(tan2))), abs=0.4)
+        assert measured == pytest.approx(float(expected), abs=0.4)
 
 
 def test_synapses_per_weight_of_the_notebook_are_those_of_the_tensors() -> None:
@@ -58,6 +56,8 @@ def test_synapses_per_weight_of_the_notebook_are_those_of_the_tensors() -> None:
     fan_in, out, density = 300, 200, 0.3
     expected = {"fa": fan_in * out, "pfa": 10 * out * (out + fan_in), "pfa_o": out * (out + fan_in)}
     for rule, count in expected.items():
+        shown = p3_sparse.synapses(rule, density, {"fc": (fan_in, out)}) * fan_in * out
+        assert shown == pytest.approx(density * count)
         fb = fa.convert(nn.Sequential(nn.Linear(fan_in, out)), rule, density=density, seed=0)[0].feedback
         there = (fb.B != 0).sum() + (fb.mask.sum() if rule != "fa" else 0)
         assert there.item() == pytest.approx(density * count, rel=0.02)

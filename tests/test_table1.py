@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,10 +16,11 @@ import fa
 from fa import experiments, metrics, plot
 from fa.experiments import p3_table1
 from fa.layers.feedback import generator
+from fa.metrics import linear_layers
 from fa.results import claims, records
 from fa.train import loop
 from fa.train.config import Config
-from fa.train.loop import Run, train, train_runs, weighted
+from fa.train.loop import Run, train_runs
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,7 @@ def test_every_run_of_the_plan_is_one_run(mode):
 
 
 def test_the_mirror_goes_to_the_weight():
-    options = fa.train.parse_options(p3_table1.OPTIONS["wm"])
+    options = parse_options(p3_table1.OPTIONS["wm"])
     assert options["amp"] == pytest.approx(2 * options["decay"]) and options["input"] == "normal"
 
 
@@ -63,12 +65,12 @@ def test_the_twin_stores_the_r_that_was_left_out(rule):
         train_runs([run := Run(c)])
         nets[name] = run.net
     twin = p3_table1.explicit(config, nets["implicit"])
-    for name, layer in weighted(twin).items():
-        want = weighted(nets["explicit"])[name].feedback.R.double()
+    for name, layer in linear_layers(twin).items():
+        want = linear_layers(nets["explicit"])[name].feedback.R.double()
         assert torch.linalg.vector_norm(layer.feedback.R - want) < 1e-4 * torch.linalg.vector_norm(want)
         torch.testing.assert_close(
             fa.feedback_weight(layer).float(),
-            fa.feedback_weight(weighted(nets["implicit"])[name]),
+            fa.feedback_weight(linear_layers(nets["implicit"])[name]),
             rtol=1e-4,
             atol=1e-5,
         )
@@ -226,6 +228,11 @@ def perfect() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=records.COLUMNS)
 
 
+def page(table: pd.DataFrame, reference: pd.DataFrame) -> SimpleNamespace:
+    """What the figure asks of its page."""
+    return SimpleNamespace(table=lambda: table, reference=lambda: reference)
+
+
 @pytest.fixture(scope="module")
 def ticks() -> pd.DataFrame:
     return records.reference("p3_table1")
@@ -309,7 +316,8 @@ def test_a_partial_record_shows_what_it_has(ticks):
     assert set(p3_table1.cells(table[table.rule == "pfa"], ticks.iloc[:0]).rule) == {"pfa"}, (
         "a reader's choice of rules"
     )
-    assert p3_table1.mirrors(table.iloc[:0]) == p3_table1.evidence(nothing) == "no run yet"
+    assert p3_table1.mirrors(page(table.iloc[:0], ticks)) == "no run yet"
+    assert p3_table1.evidence(page(table.iloc[:0], ticks)) == "no run yet"
 
 
 def test_a_record_is_held_against_its_own_plan(plan):
@@ -323,20 +331,19 @@ def test_a_record_is_held_against_its_own_plan(plan):
 def test_texts(ticks):
     table = perfect()
     table.loc[(table.metric == "angle_deg") & (table.rule == "pfa"), "value"] = 31.0
-    cells = p3_table1.cells(table, ticks)
-    lines = {line.split()[0]: line for line in p3_table1.listing(cells).splitlines()[1:]}
+    shown = page(table, ticks)
+    lines = {line.split()[0]: line for line in p3_table1.listing(shown).splitlines()[1:]}
     assert "31° · 20° n/y*" in lines["PFA"] and lines["PFA"].count("*") == 1 and "100% · 1.00 n/n" in lines["BP"]
     assert "-0.20 · 0.00 n/n" in lines["FA"] and "n/b" in lines["FA"]
-    assert "WM" in p3_table1.mirrors(table) and "0.99" in p3_table1.mirrors(table)
-    assert "test_accuracy, n = 3; claims level, below" in p3_table1.evidence(cells)
+    assert "WM" in p3_table1.mirrors(shown) and "0.99" in p3_table1.mirrors(shown)
+    assert "test_accuracy, n = 3; claims level, below" in p3_table1.evidence(shown)
 
 
 def test_the_figure_is_legible_and_shows_every_cell(ticks):
     table = perfect()
     table.loc[(table.metric == "angle_deg") & (table.rule == "pfa"), "value"] = 31.0
-    cells = p3_table1.cells(table, ticks)
     with plot.style():
-        fig = p3_table1.draw(cells)
+        fig = p3_table1.draw(page(table, ticks))
         fig.canvas.draw()
     (ax,) = fig.axes
     assert fig.get_size_inches()[0] == plot.WIDTH["double"]

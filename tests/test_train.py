@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import fa
 from fa.layers.feedback import generator
+from fa.metrics import linear_layers
 from fa.results import records
 from fa.results.records import Folder
 from fa.train import data
@@ -198,7 +199,7 @@ def test_the_same_seed_gives_the_same_start_and_the_same_batches_under_every_rul
     def losses(rule, seed):
         config = replace(TINY, rule=rule, seed=seed, options="", lr=0.0, weight_decay=0.0, first_weight_decay=0.0)
         net = train.build_network(config, (1, 8, 8), 10)
-        W = [m.weight.detach().clone() for m in train.weighted(net).values()]
+        W = [m.weight.detach().clone() for m in linear_layers(net).values()]
         with engine.numerics("cpu"):
             return W, torch.cat([steps(net, train.sgd(net, config), config, digits, epoch, 6) for epoch in (0, 1)])
 
@@ -237,8 +238,8 @@ def test_first_steps_by_hand():
     digits = data.load("digits", dtype=torch.float64).train
     net = train.build_network(config, (1, 8, 8), 10, torch.float64)
     other = train.build_network(config, (1, 8, 8), 10, torch.float64)
-    assert all(m.bias.abs().max() == 0 for m in train.weighted(net).values())
-    std = [m.weight.std().item() * (sum(m.weight.shape) / 2) ** 0.5 for m in train.weighted(net).values()]
+    assert all(m.bias.abs().max() == 0 for m in linear_layers(net).values())
+    std = [m.weight.std().item() * (sum(m.weight.shape) / 2) ** 0.5 for m in linear_layers(net).values()]
     assert std == pytest.approx([1, 1, 1], rel=0.12)  # Xavier
     losses = steps(net, train.sgd(net, config), config, digits, 0, 3)
     order = torch.randperm(len(digits), generator=generator(0, "order", 0))

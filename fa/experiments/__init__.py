@@ -1,53 +1,62 @@
-"""For every figure, its grid of runs in each mode: a module a figure, named as the figure is.
+"""One file a figure, found by its name: the grid of its runs in each mode, and its drawing.
 
-An experiment's name is also that of its figure, its record and the prefix of its claims. ``plan`` turns a mode and the few parameters of
-a notebook into runs; :mod:`fa.results.runs` trains those that are missing.
+The name of a file is the name of its experiment, figure, record and claims alike. :func:`plan` turns a mode and the few parameters of
+a notebook into runs; :mod:`fa.results.runs` trains the missing ones. Adding a figure means adding a file here; no list names it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from fa.errors import UserError
-from fa.experiments import (
-    p3_beyond,
-    p3_beyond_cifar,
-    p3_fig2,
-    p3_fig3,
-    p3_fig4,
-    p3_fig5,
-    p3_sparse,
-    p3_table1,
-    x_precision,
-)
-from fa.experiments.experiment import Experiment
 from fa.rules import RULES
 from fa.train import data
+from fa.train.config import Config
 
-__all__ = ["EXPERIMENTS", "Experiment", "MODES", "find", "plan"]
-
-EXPERIMENTS: dict[str, Experiment] = {
-    e.name: e
-    for e in (
-        p3_fig2.EXPERIMENT,
-        p3_fig3.EXPERIMENT,
-        p3_fig4.EXPERIMENT,
-        p3_fig4.SMALL,
-        p3_fig5.STAND_IN,
-        p3_fig5.EXPERIMENT,
-        p3_sparse.EXPERIMENT,
-        p3_beyond.EXPERIMENT,
-        p3_beyond_cifar.SMALL,
-        p3_beyond_cifar.EXPERIMENT,
-        p3_table1.EXPERIMENT,
-        x_precision.EXPERIMENT,
-        x_precision.CIFAR,
-    )
-}
-"""Name -> experiment."""
+MODES = ("quick", "small", "paper")
+"""Modes in which runs are trained; notebooks have ``record`` besides, which trains nothing."""
 
 
-MODES = ("record", "quick", "paper")
+@dataclass(frozen=True)
+class Experiment:
+    """A figure's page and its runs.
+
+    Args:
+        title: one line.
+        paper: "p1", "p2" or "p3"; "x": the figure compares papers.
+        notebook: stem of the file in notebooks/.
+        rules: the figure's rules, in the order of its legend.
+        grid: (mode, rules, seeds, epochs, dataset, own parameters) -> runs; 0 and "" stand for the mode's own. None: the figure is drawn
+            from the code alone.
+        own: parameters of the notebook besides the common ones, with their defaults.
+        small: whether the figure has a mode ``small``, for two CPU cores.
+        swept: run -> the columns of the figure's table that name a run's place in a sweep, alike for every run of the figure.
+    """
+
+    title: str
+    paper: str
+    notebook: str
+    rules: tuple[str, ...]
+    grid: Callable[..., list[Any]] | None = None
+    own: dict[str, Any] = field(default_factory=dict)
+    small: bool = False
+    swept: Callable[[Any], dict[str, Any]] = lambda config: {}
+
+
+def of_rules(base: Config, rules: Sequence[str], seeds: int, own: Mapping[str, Mapping[str, Any]]) -> list[Config]:
+    """One run for every seed and rule, seeds outermost, so that a campaign that is cut short has whole seeds.
+
+    Args:
+        base: the recipe that the rules share.
+        rules: names of rules.
+        seeds: number of seeds, from 0 up.
+        own: rule -> the fields and options that differ under it.
+    """
+    return [base.vary(rule=rule, seed=seed, **own.get(rule, {})) for seed in range(seeds) for rule in rules]
 
 
 def plan(
@@ -57,30 +66,49 @@ def plan(
 
     Args:
         experiment: a name of :data:`EXPERIMENTS`.
-        mode: "quick" or "paper".
+        mode: "quick", "small" or "paper".
         seeds: number of seeds (0: the mode's own).
         epochs: number of epochs (0: the mode's own).
         rules: comma separated names of ``fa.RULES``, each counted once ("": the figure's).
-        dataset: a name of ``fa.data.SETS`` ("": the mode's own).
+        dataset: a name of ``fa.train.data.SETS`` ("": the mode's own).
         own: the experiment's own parameters.
 
     Raises:
         UserError: anything unknown; the sentence names the known ones.
     """
     e = find(experiment)
-    if mode not in MODES[1:]:
-        raise UserError(f"unknown mode {mode!r} to train in; known modes: quick, paper")
+    if mode not in MODES:
+        raise UserError(f"unknown mode {mode!r} to train in; known modes: {', '.join(MODES)}")
+    if mode == "small" and not e.small:
+        known = ", ".join(name for name, other in EXPERIMENTS.items() if other.small)
+        raise UserError(
+            f"{experiment} has no mode 'small', for its paper mode needs no accelerator; mode 'small' is for {known}"
+        )
+    check(rules, dataset, seeds, epochs)
+    names = tuple(dict.fromkeys(split(rules))) or e.rules
+    if unknown := set(own) - set(e.own):
+        raise UserError(f"unknown parameter {unknown.pop()!r} of {experiment}; known: {', '.join(e.own) or 'none'}")
+    return e.grid(mode, names, seeds, epochs, dataset, **own) if e.grid else []
+
+
+def split(rules: str) -> list[str]:
+    """Rule names of a comma-separated list."""
+    return [r.strip() for r in rules.split(",") if r.strip()]
+
+
+def check(rules: str, dataset: str, seeds: int, epochs: int) -> None:
+    """Refuse values that no mode of any figure knows; the one place that looks at them.
+
+    Raises:
+        UserError: an unknown rule or data set, a negative number; the sentence names the known ones.
+    """
     if seeds < 0 or epochs < 0:
         raise UserError(f"seeds={seeds} and epochs={epochs} must not be negative; 0 stands for the mode's own")
-    names = tuple(dict.fromkeys(r.strip() for r in rules.split(",") if r.strip())) or e.rules
-    for name in names:
+    for name in split(rules):
         if name not in RULES:
             raise UserError(f"unknown rule {name!r}; known rules: {', '.join(sorted(RULES))}")
     if dataset and dataset not in data.SETS:
         raise UserError(f"unknown data set {dataset!r}; known data sets: {', '.join(data.SETS)}")
-    if unknown := set(own) - set(e.own):
-        raise UserError(f"unknown parameter {unknown.pop()!r} of {experiment}; known: {', '.join(e.own) or 'none'}")
-    return e.grid(mode, names, seeds, epochs, dataset, **own)
 
 
 def find(experiment: str) -> Experiment:
@@ -92,3 +120,13 @@ def find(experiment: str) -> Experiment:
     if experiment not in EXPERIMENTS:
         raise UserError(f"unknown experiment {experiment!r}; known experiments: {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[experiment]
+
+
+def _found() -> dict[str, Experiment]:
+    names = [p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith("_")]
+    every = {name: import_module(f"{__name__}.{name}").EXPERIMENT for name in sorted(names)}
+    return dict(sorted(every.items(), key=lambda item: item[1].notebook))
+
+
+EXPERIMENTS: dict[str, Experiment] = _found()
+"""Name -> experiment, in the order of the notebooks."""

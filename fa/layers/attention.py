@@ -1,8 +1,9 @@
 """``nn.MultiheadAttention`` under a learning rule: an equal attention of four linear layers on the same parameters.
 
-PyTorch's own reads ``in_proj_weight`` and ``out_proj.weight`` directly and goes around every layer, so that errors would come
-down through W unnoticed. Here queries, keys, values and output each have feedback of their own; the parameters, their names and
-the returned values are PyTorch's.
+No figure of this repository uses this module; it serves networks of your own. PyTorch's attention reads
+``in_proj_weight`` and ``out_proj.weight`` directly and calls no layer, so that errors would pass through W unnoticed.
+Here the projections of queries, keys, values and output each have feedback of their own; the parameters, their names
+and the returned values are PyTorch's.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ class RowsLinear(Converted, nn.Module):
         self.training = owner.training
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        nn.Module.__setstate__(self, state)  # its owner, whose parameter is watched, is not whole yet
+        nn.Module.__setstate__(self, state)  # the owner, whose parameter gets the hook, is not restored yet and does it
 
     def install(self) -> None:
-        """Become a child of the attention, which now calls its projections."""
+        """Add this layer to the attention as a child, and make the attention call its projections."""
         owner = self.owner[0]
         owner.__class__ = FeedbackAttention
         owner.add_module(self.key, self)
@@ -47,12 +48,12 @@ class RowsLinear(Converted, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(embed, in), a view."""
+        """The layer's rows of the parameter, (embed, in); a view."""
         return self.held[self.rows]
 
     @property
     def bias(self) -> Tensor | None:
-        """(embed,), a view, or None."""
+        """The layer's entries of the attention's bias, (embed,), a view; or None."""
         bias = self.owner[0].in_proj_bias
         return None if bias is None else bias[self.bias_rows]
 
@@ -80,7 +81,7 @@ def rows(attention: nn.MultiheadAttention) -> dict[str, RowsLinear]:
 
 
 def refusal(attention: nn.Module) -> str:
-    """Why an attention cannot be converted, or ""."""
+    """Why an attention cannot be converted; "" if it can."""
     if type(attention) not in (nn.MultiheadAttention, FeedbackAttention):
         return "a subclass with behaviour of its own"
     if attention.bias_k is not None or attention.add_zero_attn:
@@ -89,7 +90,7 @@ def refusal(attention: nn.Module) -> str:
 
 
 class FeedbackAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` of four linear layers, ``q, k, v, out_proj``; made by ``convert``, never constructed."""
+    """``nn.MultiheadAttention`` of four linear layers, ``q, k, v, out_proj``; made by ``convert`` alone."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -107,7 +108,11 @@ class FeedbackAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention``: (output, attention weights or None)."""
+        """As ``nn.MultiheadAttention``: (output, attention weights or None); shapes below for ``batch_first``.
+
+        Raises:
+            RuntimeError: ``is_causal`` without ``attn_mask``; a mask that is neither boolean nor floating point.
+        """
         if not torch.is_grad_enabled():
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -125,24 +130,24 @@ class FeedbackAttention(nn.MultiheadAttention):
         def split(t: Tensor) -> Tensor:  # (n, tokens, embed) -> (n, heads, tokens, embed / heads)
             return t.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-        q, k, v = split(self.q(query)), split(self.k(key)), split(self.v(value))
+        q, k, v = split(self.q(query)), split(self.k(key)), split(self.v(value))  # (n, heads, tokens, embed / heads)
         mask = _additive(attn_mask, q.dtype)
         if mask is not None and mask.dim() == 3:
-            mask = mask.view(n, heads, *mask.shape[1:])
+            mask = mask.view(n, heads, *mask.shape[1:])  # (n * heads, queries, keys) -> (n, heads, queries, keys)
         padding = _additive(key_padding_mask, q.dtype)
         if padding is not None:
-            padding = padding[:, None, None, :]
+            padding = padding[:, None, None, :]  # (n, 1, 1, keys)
             mask = padding if mask is None else mask + padding
         dropout = self.dropout if self.training else 0.0
         if need_weights:
-            scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+            scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5  # (n, heads, queries, keys)
             weights = torch.softmax(scores if mask is None else scores + mask, -1)
             weights = F.dropout(weights, dropout)
-            out = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
+            out = weights @ v  # (n, heads, queries, embed / heads)
+            weights = weights.mean(1) if average_attn_weights else weights  # (n, queries, keys), or for each head
         else:
             out, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout), None
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        out = self.out_proj(out.transpose(1, 2).flatten(2))  # (n, queries, embed)
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return (out if self.batch_first else out.transpose(0, 1)), weights

@@ -1,13 +1,14 @@
-"""What a converted layer is held to: its weight is watched, and it hears of every optimizer step.
+"""Checks of converted layers that need no call in the user's loop: a hook on each weight, two on optimizer steps.
 
-Both work without a call in the user's loop. A layer finds out when another module reads its weight and so goes around its rule; a pair
-of global optimizer hooks, registered by the first layer that needs them, checks that learned feedback is optimized at all and does
-what a rule does once per step.
+The weight's hook raises when another module reads the weight directly, because the layer would then train by backprop.
+The pair of global optimizer hooks, registered by the first layer that needs it, raises when no optimizer holds learned
+feedback, and runs a rule's ``after_step`` once per step.
 """
 
 from __future__ import annotations
 
 import weakref
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,19 +17,21 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from fa.layers.feedback import Feedback
 
-_watches: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # layer -> handle of its check
+_watches: weakref.WeakKeyDictionary[nn.Module, Any] = (
+    weakref.WeakKeyDictionary()
+)  # layer -> handle of its weight's hook
 _unheld: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose learned feedback no optimizer has stepped yet
-_stepping: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers with something to do after every step
+_stepping: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose rule acts after every step
 _hooks: list[Any] = []
 
 
 class Converted:
-    """What the converted classes share: they watch their weight, also after a deepcopy."""
+    """What the converted classes share: a hook on the weight, also after a deepcopy, and the rule in ``print(net)``."""
 
     feedback: Feedback
 
     rows = slice(None)
-    """Which rows of ``held`` are the layer's weight."""
+    """The rows of ``held`` that are the layer's weight."""
 
     @property
     def held(self) -> nn.Parameter:
@@ -39,6 +42,13 @@ class Converted:
         super().__setstate__(state)
         watch(self)
 
+    def extra_repr(self) -> str:
+        """The stock layer's line, then the rule with the options that are not at their defaults."""
+        rule = self.feedback.rule
+        options = [f"{f.name}={getattr(rule, f.name)!r}" for f in fields(rule) if getattr(rule, f.name) != f.default]
+        given = f"({', '.join(options)})" if options else ""
+        return ", ".join(filter(None, [super().extra_repr(), f"rule={rule.name}{given}"]))
+
 
 def converted(net: nn.Module) -> dict[str, nn.Module]:
     """Qualified name -> converted layer, in the order of the network's modules."""
@@ -46,9 +56,14 @@ def converted(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def watch(layer: nn.Module) -> None:
-    """Raise when the weight gets a gradient that the layer's own backward did not make.
+    """Make the layer raise when its weight gets a gradient that the layer's own backward did not make.
 
-    Such a layer's parent reads ``layer.weight`` and goes around its forward: it would train by backprop, unnoticed.
+    Another module, such as the layer's parent, then reads ``layer.weight`` and bypasses the layer's forward, so that
+    the weight would train by backprop, unnoticed. The layer also joins the checks and calls at optimizer steps that its
+    rule needs.
+
+    Raises:
+        RuntimeError: in the backward pass, as said.
     """
     fb = layer.feedback
     if fb.rule.learned:
@@ -68,8 +83,9 @@ def watch(layer: nn.Module) -> None:
             return
         if not (fb.backward_ran or fb.traced):
             raise RuntimeError(
-                f"the weight of layer {fb.layer_name!r} got a gradient, but the layer's own backward did not run: another module "
-                f"reads it directly, so that it would train by backprop; leave it out with convert(..., skip=[{fb.layer_name!r}])"
+                f"the weight of layer {fb.layer_name!r} got a gradient, but the layer's own backward did not run: "
+                f"another module reads it directly, so that it would train by backprop; leave it out with convert(..., "
+                f"skip=[{fb.layer_name!r}])"
             )
         vars(fb)["backward_ran"] = False
 
@@ -77,7 +93,7 @@ def watch(layer: nn.Module) -> None:
 
 
 def unwatch(layer: nn.Module) -> None:
-    """Let go of a layer that is about to lose its feedback."""
+    """Remove the hooks of a layer that is about to lose its feedback."""
     if handle := _watches.pop(layer, None):
         handle.remove()
     _unheld.discard(layer)
@@ -85,18 +101,18 @@ def unwatch(layer: nn.Module) -> None:
 
 
 def _register_hooks() -> None:
-    """One pair of global optimizer hooks, made by the first layer that needs it; never at import."""
+    """Register the pair of global optimizer hooks, once, for the first layer that needs it; never at import."""
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
         _hooks.append(register_optimizer_step_post_hook(_after_step))
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Learned feedback must be in an optimizer, and implicit feedback in one that moves it as it moves W."""
+    """Raise if no optimizer holds learned feedback, or if one would move implicit feedback in another way than W."""
     if not _unheld:
         return
     group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    lacking = 0
+    without = 0  # layers whose weight steps for the second time without its feedback
     for layer in list(_unheld):
         fb, W = layer.feedback, id(layer.held)
         learned = [id(p) for p in fb.parameters() if p.requires_grad]  # feedback may be frozen on purpose
@@ -105,16 +121,17 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
                 type(optimizer) is torch.optim.SGD and {group_of[p] for p in learned} == {group_of.get(W)}
             ):
                 raise RuntimeError(
-                    f"implicit feedback of layer {fb.layer_name!r} is exact only for torch.optim.SGD with the weight and its "
-                    f"feedback in one parameter group, not {type(optimizer).__name__}; convert with implicit=False"
+                    f"implicit feedback of layer {fb.layer_name!r} is exact only for torch.optim.SGD with the weight "
+                    f"and its feedback in one parameter group, not {type(optimizer).__name__}; "
+                    "convert with implicit=False"
                 )
             _unheld.discard(layer)
         elif W in group_of:
-            lacking += fb.steps_alone > 0
+            without += fb.steps_alone > 0
             fb.steps_alone += 1
-    if lacking:
+    if without:
         raise RuntimeError(
-            f"no optimizer holds the feedback of {lacking} layers; convert first, or "
+            f"no optimizer holds the feedback of {without} layers; convert first, or "
             f"optimizer.add_param_group({{'params': fa.feedback_parameters(net)}})"
         )
 
@@ -137,14 +154,14 @@ def _step(layer: nn.Module) -> None:
 
 
 def acts_between_steps(net: nn.Module) -> bool:
-    """Whether a rule of this network has something to do after every optimizer step, which a captured graph would leave out."""
+    """Whether a rule of this network acts after every optimizer step; a captured CUDA graph would leave that out."""
     return any(layer in _stepping for layer in converted(net).values())
 
 
 def after_step(net: nn.Module) -> None:
-    """Do once what follows an optimizer step, for loops without a ``torch.optim`` optimizer or with a captured graph.
+    """Run once what the rules do after an optimizer step, for loops without ``torch.optim`` or with a captured graph.
 
-    Ordinary optimizers need no such call: converted layers hear of their steps by themselves.
+    An ordinary ``torch.optim`` optimizer needs no such call: its steps run the same function through a hook.
     """
     for layer in converted(net).values():
         if layer in _stepping:

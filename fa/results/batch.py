@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import ast
 import itertools
-import json
+import logging
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fa.errors import UserError
-from fa.paths import ROOT
-from fa.results.page import check, cut, find, relative
+from fa.paths import ROOT, relative
+from fa.results.contents import find
+from fa.results.page import cut
+from fa.results.parameters import check
 from fa.results.records import build
+
+FIGURES = {
+    "record": "figures, redrawn from data/records",
+    "quick": "figures of quick mode, not at the paper's scale",
+    "small": "figures at the small scale",
+    "paper": "figures at the paper's scale",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ def reproduce(
     jobs: int = 0,
     say: Callable[[str], None] | None = None,
     add: bool = False,
+    pool: Executor | None = None,
 ) -> int:
     """Run notebooks through papermill, several at a time; their outputs and logs go to build/MODE/notebooks/.
 
@@ -55,20 +66,60 @@ def reproduce(
 
     Args:
         notebooks: names as `find` takes them; none: all.
-        mode: "record", "quick" or "paper".
+        mode: "record", "quick", "small" or "paper".
         parameters: name to value, for every notebook.
         grid: name to values; every combination is run, each with tables and figures of its own under build/grid/.
         jobs: notebooks at a time; 0: one a core, at most 4.
         say: takes the progress, a line at a time; default: prints.
-        add: in paper mode, do not train again what data/records/ holds (default: False).
+        add: in small and paper mode, do not train again what data/records/ holds (default: False).
+        pool: where the notebooks run, e.g. a cluster's executor; default: processes of this machine, one a notebook.
     Returns:
         exit code: 0, or 1 if any notebook failed.
     Raises:
         UserError: a notebook, parameter or value that does not exist; nothing has been run then.
+        KeyboardInterrupt: as it came; the notebooks that ran have been stopped.
     """
     say = say or (lambda line: print(line, flush=True))
-    grid, fixed = dict(grid or {}), {"mode": mode, **(parameters or {})}
-    if "mode" in {**(parameters or {}), **grid}:
+    work = _planned(notebooks, mode, dict(parameters or {}), dict(grid or {}), jobs, add)
+    jobs = min(jobs or min(os.cpu_count() or 1, 4), len(work))
+    outputs, start, failed = build(mode) / "notebooks", time.time(), []
+    count = f"{len(work)} notebook" + "s" * (len(work) != 1)
+    say(f"{count}, mode {mode}, {jobs} at a time; logs and outputs in {relative(outputs)}/")
+    spawn = multiprocessing.get_context("spawn")
+    with pool or ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(_execute, job, outputs, jobs): job for job in work}
+        try:
+            for i, done in enumerate(as_completed(futures), 1):
+                name = futures[done].name
+                broken = isinstance(done.exception(), BrokenProcessPool)
+                seconds, error = (0.0, "its process was killed") if broken else done.result()
+                say(
+                    f"[{i:>{len(str(len(work)))}}/{len(work)}] {'FAILED' if error else 'ok':6s} {seconds:6.0f} s  {name}"
+                )
+                if error:
+                    failed.append(name)
+                    say(f"         {error}")
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+            say("stopped; the same command goes on: finished runs are kept")
+            raise
+    folders = dict.fromkeys([job.build / mode / "figures" for job in work] + [ROOT / "figures"])
+    made = [p for folder in folders for p in sorted(folder.glob("*.pdf")) if p.stat().st_mtime >= start - 1]
+    say("\n  ".join([f"{FIGURES[mode]}:", *(relative(p) for p in made)]) if made else "figures: none")
+    if mode != "quick":
+        say("report on the records: REPORT.md, written by python -m fa report")
+    verdict = f"{len(work) - len(failed)} of {len(work)} ran through, in {time.time() - start:.0f} s"
+    say(f"{verdict}; failed: {', '.join(failed)}" if failed else verdict)
+    return 1 if failed else 0
+
+
+def _planned(
+    notebooks: Sequence[str], mode: str, fixed: dict[str, Any], grid: dict[str, Sequence[str]], jobs: int, add: bool
+) -> list[_Job]:
+    """Every notebook with every combination of the grid, parameters checked."""
+    if "mode" in {**fixed, **grid}:
         raise UserError("the mode is one for all; set it by --mode, not as a parameter")
     if twice := fixed.keys() & grid.keys():
         raise UserError(f"parameter {min(twice)!r} is both fixed and in the grid")
@@ -76,29 +127,10 @@ def reproduce(
         raise UserError(f"jobs must be 0 (one a core) or more, not {jobs}")
     work = []
     for path, values in itertools.product(find(notebooks), itertools.product(*grid.values())):
-        combination = dict(zip(grid, values))
-        variant = ",".join(f"{k}={v}" for k, v in combination.items()).replace("/", "-")
-        work.append(_Job(path, mode, _typed(path, fixed | combination), variant, add))
-    jobs = min(jobs or min(os.cpu_count() or 1, 4), len(work))
-    outputs, start, failed = build(mode) / "notebooks", time.time(), []
-    count = f"{len(work)} notebook" + "s" * (len(work) != 1)
-    say(f"{count}, mode {mode}, {jobs} at a time; logs and outputs in {relative(outputs)}/")
-    with ThreadPoolExecutor(jobs) as pool:
-        for i, done in enumerate(as_completed([pool.submit(_execute, job, outputs, jobs) for job in work]), 1):
-            job, seconds, error = done.result()
-            say(
-                f"[{i:>{len(str(len(work)))}}/{len(work)}] {'FAILED' if error else 'ok':6s} {seconds:6.0f} s  {job.name}"
-            )
-            if error:
-                failed.append(job.name)
-                say(f"         {error}")
-    folders = {job.build / mode / "figures" for job in work} | ({ROOT / "figures"} if mode == "paper" else set())
-    figures = sorted(p for folder in folders for p in folder.glob("*.pdf") if p.stat().st_mtime >= start - 1)
-    say("\n  ".join(["figures:", *(relative(p) for p in figures)]) if figures else "figures: none")
-    say("report: REPORT.md")
-    verdict = f"{len(work) - len(failed)} of {len(work)} ran through, in {time.time() - start:.0f} s"
-    say(f"{verdict}; failed: {', '.join(failed)}" if failed else verdict)
-    return 1 if failed else 0
+        chosen = dict(zip(grid, values))
+        variant = ",".join(f"{k}={v}" for k, v in chosen.items()).replace("/", "-")
+        work.append(_Job(path, mode, _typed(path, {"mode": mode} | fixed | chosen), variant, add))
+    return work
 
 
 def _typed(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,53 +154,36 @@ def _typed(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _execute(job: _Job, outputs: Path, jobs: int) -> tuple[_Job, float, str]:
-    """Run one notebook in a process of its own; what it says goes to a log beside its output."""
+def _execute(job: _Job, outputs: Path, jobs: int) -> tuple[float, str]:
+    """Run one notebook; its kernel inherits this process's environment, and what both say goes to a log.
+
+    Returns:
+        seconds, and the error in a line ("" if there was none).
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    if jobs > 1:  # else the threads of two jobs wait for one another
+        os.environ.update(FA_WORKERS="1", OMP_NUM_THREADS="1")
+    if job.add:
+        os.environ["FA_ADD"] = "1"
+    own = Path(sys.prefix) / "share" / "jupyter"  # this Python's kernel, whatever else the user has
+    os.environ.update(FA_BUILD=str(job.build), JUPYTER_PATH=str(own))
     out = outputs / f"{job.name}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
-    alone = {} if jobs == 1 else {"FA_WORKERS": "1", "OMP_NUM_THREADS": "1"}  # threads of two jobs wait for one another
-    env = os.environ | {"FA_BUILD": str(job.build)} | alone | ({"FA_ADD": "1"} if job.add else {})
-    env["JUPYTER_PATH"] = str(
-        Path(sys.prefix) / "share" / "jupyter"
-    )  # this Python's kernel, whatever else the user has
-    command = [sys.executable, "-m", "papermill", str(job.notebook), str(out), "-k", "python3", "--cwd", str(ROOT)]
-    command += ["--no-progress-bar", "--log-output", "-y", json.dumps(job.parameters)]
-    start = time.time()
+    start, error = time.time(), ""
     with open(out.with_suffix(".log"), "w", encoding="utf-8") as log:
-        code = subprocess.run(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        ).returncode
-    return job, time.time() - start, _reason(out) if code else ""
-
-
-def _reason(out: Path) -> str:
-    """The error of a failed notebook in a line, or where to look."""
-    try:
-        cells = json.loads(out.read_text(encoding="utf-8"))["cells"]
-        error = next(o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error")
-        return cut(f"{error['ename']}: {error['evalue'].splitlines()[0]}", 300)
-    except (OSError, ValueError, KeyError, IndexError, StopIteration):
-        return f"see {relative(out.with_suffix('.log'))}"
-
-
-def refresh(notebooks: Sequence[str] = (), say: Callable[[str], None] | None = None) -> None:
-    """For those who commit: run notebooks in place in record mode and strip them, so that they store what Run All shows.
-
-    Args:
-        notebooks: names as `find` takes them; none: all.
-        say: takes the progress, a line at a time; default: prints.
-    """
-    import nbformat
-    from nbclient import NotebookClient
-
-    for path in find(notebooks):
-        page = nbformat.read(path, as_version=4)
-        where = {"metadata": {"path": str(ROOT)}}
-        NotebookClient(page, kernel_name="python3", resources=where, timeout=600, coalesce_streams=True).execute()
-        for cell in page.cells:
-            cell.metadata.pop("execution", None)
-        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-        page.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
-        nbformat.write(page, path)
-        subprocess.run([sys.executable, "-m", "nbstripout", "--keep-count", "--keep-id", str(path)], check=True)
-        (say or print)(f"refreshed {relative(path)}")
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+        try:
+            papermill.execute_notebook(
+                job.notebook, out, job.parameters, kernel_name="python3", cwd=ROOT, progress_bar=False, log_output=True
+            )
+        except PapermillExecutionError as e:
+            logging.error(e)
+            error = cut(f"{e.ename}: {(e.evalue.splitlines() or [''])[0]}", 300)
+        except Exception as e:  # the notebook's file, the kernel: whatever it is, the other notebooks run
+            logging.exception("not run")
+            error = cut(f"{type(e).__name__}: see {relative(out.with_suffix('.log'))}", 300)
+    return time.time() - start, error

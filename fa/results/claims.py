@@ -1,25 +1,25 @@
-"""Claims and their verdicts: ``data/claims.csv`` held against the records.
+"""Claims and their verdicts: the tables ``data/claims/NAME.csv`` held against the records, NAME as in :mod:`fa.results.records`.
 
-A criterion is fixed before the run; :mod:`fa.results.criteria` has its grammar.
-
-**Targets.** ``target`` and ``tolerance`` are the claim's own columns. A target is a number, an expression of ``ref``,
-``sqrt`` and numbers, or words, which a criterion cannot use.
+A criterion is fixed before the run; :mod:`fa.results.criteria` has its grammar. ``target`` and ``tolerance`` are the
+claim's own columns: a number, for the target also an expression of ``ref``, or words, which a criterion cannot use.
 
 **Verdicts.** The left side of a comparison is what is measured.
 
 * *holds*: inside the interval (to 1e-9).
 * *partly*: outside it by less than one sd of (measured - bound); under ``each``: some hold and not all, or none fails.
 * *fails*: outside by one sd or more, or a run that it needs diverged. ``and`` takes the worse of its sides.
-* *not tested*: no record, or one of another data set or recipe than the paper-scale plan, or a partial one that lacks a run
-  which the criterion asks for; a rule, layer or epoch that it does not hold; fewer than ``n_min`` seeds; no published value.
+* *not tested*: no record, or one with a run that the paper-scale plan has not, or a partial one that lacks a run which the
+  criterion asks for; a rule, layer or epoch that it does not hold; fewer than ``n_min`` seeds; no published value.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -28,30 +28,21 @@ from fa import experiments
 from fa.errors import UserError
 from fa.paths import ROOT
 from fa.results import records
-from fa.results.criteria import SWEPT, WORDS, Compiler, Number, Scope, Truth, Untested, Value, finite, show
-from fa.train.config import Config
+from fa.results.criteria import VERDICTS, Scope, each_of, parse
+from fa.results.selection import Malformed, Record, Untested, show
 
-COLUMNS = (
-    "id",
-    "paper",
-    "figure",
-    "claim",
-    "target",
-    "tolerance",
-    "source of target",
-    "criterion",
-    "n_min",
-    "experiment",
-)
-FREE = ("experiment", "seed", "repeats", "measure")  # a table may differ from the paper-scale plan in these fields
+COLUMNS = ("id", "figure", "claim", "target", "tolerance", "source of target", "criterion", "n_min")
+NUMBER = re.compile(
+    r"^-?[\d.]+(e-?\d+)?$|\b(ref|sqrt|hypot|mean|min|max|best|sd|paired)\("
+)  # an expression; the rest is words
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A row of data/claims.csv, with its criterion compiled."""
+    """A row of a table of claims; ``names``: the target and the tolerance where they are numbers."""
 
     id: str
-    paper: str
+    name: str
     figure: str
     claim: str
     target: str
@@ -59,122 +50,97 @@ class Claim:
     source: str
     criterion: str
     n_min: int
-    experiment: str
-    test: Truth
-    published: Number | None
-    bindings: Callable[[Scope], list[tuple[tuple[str, object], ...]]]
+    test: ast.expr
+    names: dict[str, ast.expr]
+
+    @property
+    def paper(self) -> str:
+        """ "p1", "p2" or "p3"; "x" across the papers."""
+        return self.name.partition("_")[0]
 
 
-def _compile(row: dict[str, str]) -> Claim:
-    """A row of the table as a ``Claim``."""
-    name, target, tolerance = row["id"], row["target"], row["tolerance"]
+@contextmanager
+def _naming(claim: str, column: str) -> Iterator[None]:
+    try:
+        yield
+    except Malformed as error:
+        raise UserError(f"claim {claim}, {column}: {error}") from None
+
+
+def compiled(table: str, row: dict[str, str]) -> Claim:
+    """A row of a table as a ``Claim``, its expressions checked as far as they can be without a record."""
+    name, names = row["id"], {}
     if not row["n_min"].isdigit() or int(row["n_min"]) < 1:
         raise UserError(f"claim {name}: n_min is {row['n_min']!r}; give a whole number from 1 up")
-    compiler = Compiler(name, "criterion")
-    tree = compiler.parse(row["criterion"])
-    published = None
-    if finite(target) or re.search(r"\b(ref|sqrt|mean|min|max|best|sd|paired)\(", target):  # the rest is words
-        axes = tuple(k.arg or "" for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords)
-        source = Compiler(name, "target", measures=False)
-        published = source.number(source.parse(target), axes)
-        compiler.names["target"] = published
-    if finite(tolerance):
-        compiler.names["tolerance"] = lambda scope: Value(float(tolerance))
-    test = compiler.truth(tree)
-    return Claim(
-        **{c: row[c] for c in COLUMNS if c not in ("source of target", "n_min")},
-        n_min=int(row["n_min"]),
-        source=row["source of target"],
-        test=test,
-        published=published,
-        bindings=compiler.each[0] if compiler.each else lambda scope: [()],
-    )
+    for column in ("target", "tolerance"):
+        if NUMBER.search(row[column]):  # the rest is words
+            with _naming(name, column):
+                names[column] = parse(row[column])
+    with _naming(name, "criterion"):
+        test = parse(row["criterion"])
+    told = {"source" if c == "source of target" else c: row[c] for c in COLUMNS}
+    claim = Claim(**told | {"n_min": int(row["n_min"])}, name=table, test=test, names=names)
+    judge(claim, pd.DataFrame(), None)
+    return claim
 
 
-def load(path: Path | None = None) -> list[Claim]:
-    """The claims table, every criterion checked.
+def load(folder: Path = ROOT / "data" / "claims") -> list[Claim]:
+    """The claims of every table in a folder, checked; figures in the order of ``EXPERIMENTS``.
 
-    Args:
-        path: the table; default data/claims.csv.
     Raises:
-        UserError: a missing column or value, a repeated id, or an expression outside the grammar, with its position.
+        UserError: a missing column or value, a repeated id, or an expression outside the grammar, naming the claim.
     """
-    path = path or ROOT / "data" / "claims.csv"
-    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if tuple(rows.columns) != COLUMNS:
-        raise UserError(f"{path.name} has the columns {', '.join(rows.columns)}; give {', '.join(COLUMNS)}")
-    if (empty := rows.eq("").any(axis=1)).any():
-        raise UserError(f"claim {rows.id[empty].iloc[0]}: a column is empty; write 'unknown' or 'none'")
-    if (twice := rows.id.duplicated()).any():
-        raise UserError(f"claim {rows.id[twice].iloc[0]} is in {path.name} twice; give each claim an id of its own")
-    return [_compile(row) for row in rows.to_dict("records")]
+    claims, order = [], list(experiments.EXPERIMENTS)
 
+    def place(path: Path) -> tuple[int, str]:
+        figure = path.stem.removesuffix("_small")
+        return order.index(figure) if figure in order else len(order), path.stem
 
-# ---------------------------------------------------------------------------------------------------------- verdicts
-
-
-def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """Blank words as "", everything else as numbers (what is not one becomes nan: published as unknown)."""
-    words = {c: frame[c].astype(object).where(frame[c].notna(), "") for c in WORDS if c in frame}
-    numbers = {c: pd.to_numeric(frame[c], errors="coerce") for c in ("seed", "epoch", "value", *SWEPT) if c in frame}
-    return frame.assign(**words, **numbers)
-
-
-def _unfit(sidecar: dict, planned: list[dict]) -> str:
-    """Why a table cannot speak about the paper's experiment; empty if it can."""
-    later = {
-        f.name: f.default for f in fields(Config) if f.default is not MISSING
-    }  # a field newer than the record had its default
-    for config in (later | config for config in sidecar.get("configs", {}).values()):
-        plans = [plan for plan in planned if plan.get("rule") == config.get("rule")]
-        others = ([f for f in plan if f not in FREE and config.get(f) != plan[f]] for plan in plans)
-        differ = min(others, key=len, default=[])  # from the nearest planned run
-        for field in [f for f in ("dataset", "epochs", *differ) if f in differ][:1]:
-            wanted = " or ".join(dict.fromkeys(str(plan[field]) for plan in plans if field in plan))
-            had = "was trained on" if field == "dataset" else f"has {field}"
-            return f"this table {had} {config.get(field)}, the claim is about {wanted}"
-    return ""
+    for path in sorted(folder.glob("*.csv"), key=place):
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if tuple(rows.columns) != COLUMNS:
+            raise UserError(f"{path.name} has the columns {', '.join(rows.columns)}; give {', '.join(COLUMNS)}")
+        if (empty := rows.eq("").any(axis=1)).any():
+            raise UserError(f"claim {rows.id[empty].iloc[0]}: a column is empty; write 'unknown' or 'none'")
+        if (twice := rows.id.duplicated()).any():
+            raise UserError(f"claim {rows.id[twice].iloc[0]} is in {path.name} twice; give each claim an id of its own")
+        claims += [compiled(path.stem, row) for row in rows.to_dict("records")]
+    return claims
 
 
 def judge(
     claim: Claim,
     table: pd.DataFrame | None,
-    reference: pd.DataFrame,
+    reference: pd.DataFrame | None,
     sidecar: dict | None = None,
-    planned: list[dict] | None = None,
-    due: pd.DataFrame | None = None,
+    planned: pd.DataFrame | None = None,
 ) -> dict[str, object]:
     """One claim held against one table: a row of ``verdicts``.
 
     Args:
         claim: from ``load``.
         table: the record, long form; None where there is none.
-        reference: the published values of the same experiment.
-        sidecar: what stands beside the record; default empty (a whole table of unknown origin).
-        planned: configurations of the paper-scale plan, which its own must be among. Default: not compared.
-        due: of a partial record the planned runs, see :class:`fa.results.criteria.Scope`.
+        reference: the published values of the same experiment; None only checks the form of the claim.
+        sidecar: configs and statuses of the record's runs; default: all are finished.
+        planned: the runs of the paper-scale plan, ``run`` and their axes. Default: the table is whole and the paper's.
     Raises:
-        UserError: a selection that is ambiguous in this table, naming claim and position.
+        UserError: a selection that is ambiguous in this table, naming the claim.
     """
-    scope = Scope(
-        _tidy(pd.DataFrame() if table is None else table), _tidy(reference), sidecar or {}, claim.n_min, due=due
-    )
-    row = {
-        "id": claim.id,
-        "claim": claim.claim,
-        "target": _target(claim, scope),
-        "tolerance": claim.tolerance,
-        "criterion": claim.criterion,
-        "measured": "",
-        "sd": "",
-        "n": "",
-        "verdict": "not tested",
-        "why": "",
-    }
-    if why := "no record" if table is None else _unfit(scope.sidecar, planned or []):
-        return row | {"why": why}
+    record = Record(table, reference, sidecar or {})
+    scope = Scope(record, claim.n_min, claim.names)
+    row = {c: getattr(claim, c) for c in ("id", "claim", "target", "tolerance", "criterion")}
+    row |= {"target": _target(claim, scope), "measured": "", "sd": "", "n": "", "verdict": "not tested", "why": ""}
+    if table is None:
+        return row | {"why": "no record"}
+    if planned is not None:
+        if others := sorted({*table.run} - {*planned.run}):
+            return row | {"why": f"not the paper's table: {len(others)} of its runs not planned, {others[0]} first"}
+        there = planned.run.isin(list(record.sidecar["configs"]))
+        due = None if there.all() else planned.assign(there=there)
+        scope = replace(scope, record=replace(record, planned=due))
     try:
-        verdict, parts = claim.test(scope)
+        with _naming(claim.id, "criterion"):
+            verdict, parts = scope.truth(claim.test)
     except Untested as reason:
         return row | {"why": str(reason)}
     return row | {
@@ -192,50 +158,56 @@ def _join(parts: Iterable[tuple[str, str]]) -> str:
 
 def _target(claim: Claim, scope: Scope) -> str:
     """The target with its value: one number, one for each value of ``each``, the words, or ``unknown``."""
-    if claim.published is None:
+    if "target" not in claim.names:
         return claim.target
-    try:
-        found = [show(claim.published(replace(scope, bound=bound)).mean) for bound in claim.bindings(scope)]
-    except Untested:
-        return "unknown"
-    return found[0] if len(set(found)) == 1 else "; ".join(found)
+    with _naming(claim.id, "target"):
+        tree, scope = claim.names["target"], replace(scope, names={})
+        try:
+            points = [{}] if isinstance(tree, ast.Constant) else scope.points(each_of(claim.test))
+            found = [scope.within({a: [v] for a, v in point.items()}).number(tree) for point in points]
+        except Untested:
+            return "unknown"
+        if any(value.n < math.inf for value in found):
+            raise Malformed("a target is made of published values, not of the record")
+    texts = [show(value.mean) for value in found]
+    return texts[0] if len(set(texts)) == 1 else "; ".join(texts)
 
 
-def verdicts(experiment: str | None = None, mode: str = "record") -> pd.DataFrame:
+def verdicts(name: str | None = None, mode: str = "record") -> pd.DataFrame:
     """The verdict on every claim, computed from the table read back from disk.
 
     Args:
-        experiment: only its claims; default every experiment's.
+        name: of one table of claims; default: all of them.
         mode: whose table: "record" (default) and "paper" the committed one, "quick" the one in build/.
     Returns:
         Columns id, claim, target, tolerance, criterion, measured, sd, n, verdict, why. ``measured`` and ``sd`` are
         text, a number for each value of ``each``; sd is over seeds (ddof 1), n the smallest number of seeds behind one.
     Raises:
-        UserError: a malformed criterion, naming claim and position; an experiment that has no claim.
+        UserError: a malformed criterion, naming the claim; an experiment that has no claim.
     """
-    claims = [c for c in load() if experiment in (None, c.experiment)]
+    known = load()
+    claims = [c for c in known if name in (None, c.name)]
     if not claims:
-        raise UserError(
-            f"no claim is about {experiment!r}; known: " + ", ".join(dict.fromkeys(c.experiment for c in load()))
-        )
-    sources = {name: _sources(name, mode) for name in dict.fromkeys(c.experiment for c in claims)}
-    return pd.DataFrame([judge(c, *sources[c.experiment]) for c in claims])
+        raise UserError(f"no claim is about {name!r}; known: {', '.join(dict.fromkeys(c.name for c in known))}")
+    sources = {table: _sources(table, mode) for table in dict.fromkeys(c.name for c in claims)}
+    return pd.DataFrame([judge(c, *sources[c.name]) for c in claims])
 
 
-def _sources(
-    experiment: str, mode: str
-) -> tuple[pd.DataFrame | None, pd.DataFrame, dict, list[dict], pd.DataFrame | None]:
-    """Table (None if there is none), published values, sidecar, paper-scale plan, and what is due of a partial record."""
-    reference = records.reference(experiment)
+def counted(verdicts: pd.Series) -> str:
+    """ "holds 24, partly 1, not tested 2", in that order."""
+    return ", ".join(f"{v} {(verdicts == v).sum()}" for v in VERDICTS if (verdicts == v).any())
+
+
+def _sources(name: str, mode: str) -> tuple[pd.DataFrame | None, pd.DataFrame, dict, pd.DataFrame]:
+    """Table (None if there is none), published values, what made the table, and the figure's plan with the axes of its runs."""
+    experiment, scale = records.figure_of(name)
+    swept, runs = experiments.find(experiment).swept, experiments.plan(experiment, scale)
+    plan = [{"run": c.run, "rule": c.rule, "seed": getattr(c, "seed", None), **swept(c)} for c in runs]
     try:
-        table, sidecar = records.read(experiment, mode), records.sidecar(experiment, mode)
+        if mode == "quick":
+            table, made = records.read(experiment, mode), records.sidecar(experiment, mode)
+        else:
+            table, made = records.union(experiment, scale, runs)
     except UserError:
-        return None, reference, {}, [], None
-    plan = experiments.plan(experiment, "paper")
-    planned = plan if mode != "quick" else experiments.plan(experiment, mode)
-    swept, there, due = experiments.find(experiment).swept, sidecar["configs"], None
-    if sidecar["partial"] or mode != "quick" and len(there) < len(plan):  # e.g. collected with fewer seeds
-        due = pd.DataFrame(
-            [{"rule": c.rule, "seed": getattr(c, "seed", None), **swept(c), "there": c.run in there} for c in planned]
-        )
-    return table, reference, sidecar, [asdict(config) for config in plan], due
+        table, made = None, {}
+    return table, records.reference(name), made, pd.DataFrame(plan)

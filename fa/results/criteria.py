@@ -1,19 +1,23 @@
-"""The language that claims are written in: an expression over a record, compiled without eval.
-
-Python's own parser reads it, and every node is compiled from the grammar below; nothing is evaluated as code, and
-anything else raises ``UserError`` with the claim's id and the position.
+"""The language of the claims: Python's expressions, of which only the forms below are read. Nothing is run as code.
 
 .. code-block:: text
 
-    truth     :=  number (< | <= | > | >=) number  |  number in [number, number]
-               |  truth and truth  |  each(truth, AXIS=VALUES, ...)
-    number    :=  0.1 | inf | target | tolerance | AXIS | -number | number (+ - * /) number | sqrt(number) | STATISTIC
-    STATISTIC :=  mean | min | max | best | sd (METRIC, AXIS=VALUES, ...)    from the record
-               |  paired(METRIC, minus=RULE, AXIS=VALUES, ...)               rule minus RULE, seed by seed
-               |  paired(METRIC, minus_AXIS=VALUE, AXIS=VALUES, ...)         the same for another axis: precision, epoch, ...
-               |  ref(METRIC, AXIS=VALUES, ...)                              from the published values
-    AXIS      :=  rule | layer | precision | epoch | seed | expansion | density | decay
-    VALUES    :=  word | number | "text" | [several of these] | all | last (of epoch)
+    truth     :=  number (< | <= | > | >=) number  |  number in [low, high]  |  number in around(middle, distance)
+               |  truth and truth
+               |  each(truth, AXIS=VALUES, ...)     once for every value of the axes, one by one
+               |  at(truth, AXIS=VALUES, ...)       with these axes set in every statistic within
+               |  falls | rises (METRIC, over=AXIS, AXIS=VALUES, ...)         from each value of an axis to the next
+               |  order(METRIC, [RULE, ...], AXIS=VALUES, ...)                each rule is below the next
+               |  same(METRIC, minus_AXIS=VALUE, t=number, AXIS=VALUES, ...)  as two draws of seeds are (two-sample t)
+    number    :=  0.1 | inf | target | tolerance | AXIS (a number within each) | -number | number (+ - * /) number
+               |  sqrt(number) | hypot(number, number) | STATISTIC
+    STATISTIC :=  mean | min | max | best | sd (METRIC, AXIS=VALUES, ...)              from the record
+               |  paired(METRIC, minus=RULE or minus_AXIS=VALUE, AXIS=VALUES, ...)      a difference, seed by seed
+               |  ref(METRIC, AXIS=VALUES, ...)                                         from the published values
+    VALUES    :=  word | number | "text" | [several of these] | all | last (of epoch) | every (of each, falls, rises)
+
+**Axes** are the columns of the tables. A column of text takes words (``"layer1.*"``: all that match), any other numbers:
+whole ones agree exactly, others to half a percent, as published ones are rounded.
 
 **Statistics.** First every seed gives one number: the mean, smallest or largest of the rows selected (mostly one row);
 ``best`` is ``max`` over all epochs. The statistic is the mean of these over seeds, with their sd (ddof 1) and n;
@@ -22,8 +26,8 @@ layers); a seed that lacks a row is left out. ``last`` is the last planned epoch
 the norm of W - B_eff, from weight_norm, norm_ratio and angle_deg. In sums, products and quotients the sds add in
 quadrature, as if independent: say ``paired`` where seeds are shared.
 
-**Each.** ``each(truth, layer=[fc1, fc2])`` asks once for every value; within, every statistic has that axis set, and an
-axis of numbers is a name for its number. ``all`` means the published values or, if there are none, the recorded ones.
+**Steps.** ``falls``, ``rises`` and ``order`` compare means; with ``by=seed`` the differences are paired, with
+``margin=number`` every step is larger than it. ``every`` means all the values recorded or, without a record, published.
 """
 
 from __future__ import annotations
@@ -31,411 +35,224 @@ from __future__ import annotations
 import ast
 import math
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass, field, replace
+from itertools import pairwise, product
 
-import numpy as np
-import pandas as pd
-
-from fa.errors import UserError
+from fa.results.selection import STATISTICS, Diverged, Malformed, Record, Untested, Value, show
 
 VERDICTS = ("holds", "partly", "fails", "not tested")
-SWEPT = ("expansion", "density", "decay")
-WORDS = ("rule", "layer", "precision")  # axes whose values are words
-AXES = (*WORDS, "epoch", "seed", *SWEPT)
-MINUS = ("minus", *(f"minus_{axis}" for axis in AXES if axis not in ("rule", "seed")))
-STATISTICS = {"mean": "mean", "sd": "mean", "min": "min", "max": "max", "best": "max"}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+FUNCTIONS = (*STATISTICS, "paired", "ref", "sqrt", "hypot")
 EDGE = 1e-9  # a value on the bound counts as inside, whatever the last bits of the bound's own sum
-
-
-class Untested(Exception):
-    """Why a claim cannot be tested."""
-
-
-class Diverged(Exception):
-    """Which run diverged."""
-
-
-class Ambiguous(Exception):
-    """Which axis a selection leaves open."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """A number with the sd (ddof 1) and count of the seeds behind it; the defaults are those of a constant."""
-
-    mean: float
-    sd: float = 0.0
-    n: float = math.inf
-
-    def __add__(self, other: Value) -> Value:
-        return Value(self.mean + other.mean, math.hypot(self.sd, other.sd), min(self.n, other.n))
-
-    def __neg__(self) -> Value:
-        return Value(-self.mean, self.sd, self.n)
-
-    def __sub__(self, other: Value) -> Value:
-        return self + -other
-
-    def __mul__(self, other: Value) -> Value:
-        sd = math.hypot(
-            self.sd * other.mean if self.sd else 0.0,  # a constant has none, even times inf
-            other.sd * self.mean if other.sd else 0.0,
-        )
-        return Value(self.mean * other.mean, sd, min(self.n, other.n))
-
-    def __truediv__(self, other: Value) -> Value:
-        if other.mean == 0:
-            raise Untested("division by zero")
-        return self * Value(1 / other.mean, other.sd / other.mean**2, other.n)
-
-    def sqrt(self) -> Value:
-        """Square root; sd / (2 sqrt)."""
-        if self.mean < 0:
-            raise Untested(f"square root of {show(self.mean)}")
-        root = math.sqrt(self.mean)
-        return Value(root, self.sd / (2 * root) if self.sd else 0.0, self.n)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison of a claim: for which value of ``each``, what was measured, and the verdict."""
+    """One comparison of a claim: for which value of ``each``, what was measured, and why it does not hold."""
 
     label: str
     value: Value
-    verdict: str
     why: str = ""
+
+
+Verdict = tuple[str, list[Part]]
+
+
+def parse(text: str) -> ast.expr:
+    """The tree of an expression. Raises ``Malformed`` where Python cannot read it."""
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise Malformed(f"{text[:80]!r} cannot be read ({error})") from None
+
+
+def each_of(tree: ast.expr) -> ast.Call | None:
+    """The first ``each(...)`` of an expression."""
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name))
+    return next((n for n in calls if n.func.id == "each"), None)
+
+
+def _worst(results: list[Verdict]) -> Verdict:
+    return max((v for v, _ in results), key=VERDICTS.index), [part for _, parts in results for part in parts]
+
+
+def _values(node: ast.expr) -> list:
+    """The words and numbers of ``[several]`` or of one."""
+    values = []
+    for n in node.elts if isinstance(node, ast.List) else [node]:
+        match n:
+            case ast.Name(id=word):
+                values.append(word)
+            case ast.Constant(value=x) if type(x) in (int, float, str):
+                values.append(x)
+            case _:
+                raise Malformed(f"{ast.unparse(n)!r} is no word, number or text in quotes")
+    if not values:
+        raise Malformed("an axis names no value")
+    return values
+
+
+def _axes(keywords: list[ast.keyword]) -> dict[str, list]:
+    if any(k.arg is None for k in keywords):
+        raise Malformed("an axis has no name")
+    return {k.arg: _values(k.value) for k in keywords}
+
+
+def _axis(keyword: str) -> str:
+    """The axis that ``minus=`` or ``minus_AXIS=`` is about; any other keyword itself."""
+    return "rule" if keyword == "minus" else keyword.removeprefix("minus_")
+
+
+def _minus(axis: str) -> str:
+    return "minus" if axis == "rule" else f"minus_{axis}"
+
+
+def _call(function: str, metric: str, axes: dict[str, list]) -> str:
+    return f"{function}({metric}, {', '.join(f'{a}={v!r}' for a, v in axes.items())})"
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What a criterion is evaluated over: our table, the published one, the sidecar, and the axes set by ``each``.
+    """What a criterion is evaluated over.
 
-    ``due``: of a partial record every planned run, a row each with its axes, and in ``there`` whether the record has it.
+    Args:
+        record: where its statistics are from.
+        n_min: number of seeds that a verdict needs.
+        names: what ``target`` and ``tolerance`` stand for.
+        bound: axes that ``each`` and ``at`` set, with their values.
     """
 
-    table: pd.DataFrame
-    reference: pd.DataFrame
-    sidecar: dict
+    record: Record = Record()
     n_min: int = 1
-    bound: tuple[tuple[str, object], ...] = ()
-    due: pd.DataFrame | None = None
+    names: dict[str, ast.expr] = field(default_factory=dict)
+    bound: dict[str, list] = field(default_factory=dict)
 
+    def within(self, axes: dict[str, list]) -> Scope:
+        """The same with more axes set."""
+        return replace(self, bound=self.bound | axes)
 
-Truth = Callable[[Scope], "tuple[str, list[Part]]"]
-Number = Callable[[Scope], Value]
-
-
-def show(x: float, digits: int = 4) -> str:
-    """A number as the tables print it."""
-    return f"{x:.{digits}g}"
-
-
-def finite(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-# ---------------------------------------------------------------------------------------------------- selecting rows
-
-
-def _where(column: pd.Series, axis: str, wanted: list) -> np.ndarray:
-    """Rows whose axis takes a wanted value; swept values agree to half a percent, as published ones are rounded."""
-    if axis in WORDS:
-        return column.isin(wanted).to_numpy()
-    rtol = 5e-3 if axis in SWEPT else 0.0
-    return np.isclose(column.to_numpy(float)[:, None], np.array(wanted, float)[None, :], rtol=rtol).any(axis=1)
-
-
-def _select(
-    frame: pd.DataFrame, metric: str, chosen: dict[str, list], last: Callable[[pd.DataFrame], float], what: str
-) -> pd.DataFrame:
-    """Rows of one metric at the chosen axes. Raises where one with several values is not chosen."""
-    frame = frame[frame.metric == metric]
-    if frame.empty:
-        raise Untested(f"{what} has no {metric}")
-    for axis in sorted(AXES, key="epoch".__eq__):  # epoch comes last: which one is ``last`` depends on the runs
-        wanted = chosen.get(axis)
-        if wanted is None and axis != "seed" and axis in frame and frame[axis].nunique() > 1:
-            raise Ambiguous(f"{metric} has several values of {axis}; name one, a list, or all")
-        if wanted is None or wanted == ["all"]:
-            continue
-        if wanted == ["last"]:
-            wanted = [last(frame)]
-        if missing := [w for w in wanted if axis not in frame or not _where(frame[axis], axis, [w]).any()]:
-            where = ", ".join(f"{a}={v[0]}" for a, v in chosen.items() if len(v) == 1 and a not in (*MINUS, axis))
-            raise Untested(f"{what} has no {metric} at {axis}={missing[0]}" + f" ({where})" * bool(where))
-        frame = frame[_where(frame[axis], axis, wanted)]
-    return frame
-
-
-def _mismatch(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of ``mismatch``, norm of W - B_eff: weight_norm sqrt(1 + r^2 - 2 r cos a); r = norm_ratio, a = angle_deg."""
-    names = ["weight_norm", "norm_ratio", "angle_deg"]
-    rows = table[table.metric.isin(names)]
-    keys = [c for c in rows if c not in ("metric", "value")]
-    wide = rows.set_index([*keys, "metric"]).value.unstack("metric").reindex(columns=names).dropna().reset_index()
-    r, cosine = wide.norm_ratio, np.cos(np.deg2rad(wide.angle_deg))
-    square = (1 + r**2 - 2 * r * cosine).clip(lower=0)
-    return wide[keys].assign(metric="mismatch", value=wide.weight_norm * np.sqrt(square))
-
-
-def _per_seed(scope: Scope, metric: str, chosen: dict[str, list], how: str) -> pd.Series:
-    """One number per seed. A seed with fewer rows than the fullest is left out; one lost to divergence raises."""
-    _complete(scope, chosen)
-    table = _mismatch(scope.table) if metric == "mismatch" else scope.table
-    configs = scope.sidecar.get("configs", {})
-
-    def last(frame: pd.DataFrame) -> float:
-        planned = [configs[run]["epochs"] for run in frame.run.unique() if "epochs" in configs.get(run, {})]
-        return max(planned, default=frame.epoch.max())
-
-    def diverged(have: pd.Index) -> None:
-        for run, status in scope.sidecar.get("status", {}).items():
-            if status["state"] != "diverged":
-                continue
-            config = configs.get(run, {})
-            asked = all(
-                _where(pd.Series([config[a]]), a, v)[0]
-                for a, v in chosen.items()
-                if a in config and a != "epoch" and v != ["all"]
-            )
-            if asked and config.get("seed") not in have:
-                raise Diverged(f"{config.get('rule', 'run')} diverged with seed {config.get('seed', run)}")
-
-    try:
-        rows = _select(table, metric, chosen, last, "the record")
-    except Untested:
-        diverged(pd.Index([]))
-        raise
-    rows = rows[np.isfinite(rows.value)]
-    counts = rows.groupby("seed").size()
-    rows = rows[rows.seed.isin(counts.index[counts == counts.max()])]
-    seeds = rows.groupby("seed").value.agg(how)
-    diverged(seeds.index)
-    return seeds
-
-
-def _complete(scope: Scope, chosen: dict[str, list]) -> None:
-    """Raises where a partial record lacks a run at the chosen axes: of a whole one the statistic could be another."""
-    if scope.due is None:
-        return
-    asked = {a: v for a, v in chosen.items() if a in scope.due and v != ["all"]}
-    due = scope.due
-    for axis, wanted in asked.items():
-        due = due[_where(due[axis], axis, wanted)]
-    if not due.there.all():
-        whole = f"partial record: {scope.due.there.sum()} of {len(scope.due)} runs"
-        where = ", ".join(f"{a}={v[0] if len(v) == 1 else v}" for a, v in asked.items())
-        raise Untested(f"{whole} ({due.there.sum()} of {len(due)} at {where})" if where else whole)
-
-
-def _published(scope: Scope, metric: str, chosen: dict[str, list]) -> Value:
-    """The published value; of per-seed rows the mean, unless the mean itself was published."""
-    rows = _select(scope.reference, metric, chosen, lambda frame: frame.epoch.max(), "the reference table")
-    rows = rows[rows.seed.isna()] if rows.seed.isna().any() else rows
-    if rows.seed.isna().any() and len(rows) > 1 or rows.seed.duplicated().any():
-        raise Ambiguous(f"{metric} is published more than once at these axes")
-    if rows.value.isna().any():
-        raise Untested(f"the published {metric} is unknown")
-    return Value(float(rows.value.mean()))
-
-
-def _statistic(seeds: pd.Series) -> Value:
-    return Value(float(seeds.mean()), float(seeds.std(ddof=1)), len(seeds))
-
-
-# --------------------------------------------------------------------------------------------------------- compiling
-
-
-class Compiler:
-    """Turns one expression of a claim into closures over a ``Scope``; refuses every node that the grammar lacks."""
-
-    OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-
-    def __init__(self, claim: str, column: str, names: dict[str, Number] | None = None, measures: bool = True) -> None:
-        self.claim, self.column, self.names, self.measures = claim, column, names or {}, measures
-        self.each: list[Callable] = []  # bindings of the each() in this expression
-        self.measured = False  # whether the number just compiled takes something from the record
-
-    def fail(self, node: ast.AST | None, message: str, at: int = 0) -> UserError:
-        where = node.col_offset + 1 if node is not None else at
-        return UserError(f"claim {self.claim}, {self.column}, position {where}: {message}")
-
-    def parse(self, text: str) -> ast.expr:
-        try:
-            return ast.parse(text, mode="eval").body
-        except SyntaxError as error:
-            raise self.fail(None, f"cannot be read ({error.msg})", error.offset or 1) from None
-        except (ValueError, RecursionError, MemoryError) as error:
-            raise self.fail(None, f"cannot be read ({error})", 1) from None
-
-    def truth(self, node: ast.expr, axes: tuple[str, ...] = ()) -> Truth:
+    def truth(self, node: ast.expr) -> Verdict:
+        """Verdict and parts of a truth. Raises ``Malformed`` or ``Untested``."""
         match node:
-            case ast.BoolOp(op=ast.And(), values=nodes):
-                sides = [self.truth(n, axes) for n in nodes]
+            case ast.BoolOp(op=ast.And(), values=sides):
+                return _worst([self.truth(side) for side in sides])
+            case ast.Call(func=ast.Name(id="at"), args=[inner], keywords=[_, *_]):
+                return self.within(_axes(node.keywords)).truth(inner)
+            case ast.Call(func=ast.Name(id="each"), args=[inner], keywords=[_, *_]):
+                return self.each(inner, self.points(node))
+            case ast.Call(func=ast.Name(id="falls" | "rises" | "order")):
+                return self.steps(node)
+            case ast.Call(func=ast.Name(id="same")):
+                return self.same(node)
+            case ast.Compare(left, [ast.In()], [ast.List(elts=[low, high])]):
+                return self.held(left, low, high)
+            case ast.Compare(left, [ast.In()], [ast.Call(func=ast.Name(id="around"), args=[middle, by], keywords=[])]):
+                return self.held(left, ast.BinOp(middle, ast.Sub(), by), ast.BinOp(middle, ast.Add(), by))
+            case ast.Compare(left, [ast.Lt() | ast.LtE() as op], [high]):
+                return self.held(left, None, high, type(op) is ast.Lt)
+            case ast.Compare(left, [ast.Gt() | ast.GtE() as op], [low]):
+                return self.held(left, low, None, type(op) is ast.Gt)
+        raise Malformed(f"{ast.unparse(node)!r} is no comparison, each(), at(), falls(), rises(), order() or same()")
 
-                def both(scope: Scope) -> tuple[str, list[Part]]:
-                    results = [side(scope) for side in sides]
-                    return max((v for v, _ in results), key=VERDICTS.index), [p for _, parts in results for p in parts]
-
-                return both
-            case ast.Call(func=ast.Name(id="each"), args=[inner], keywords=[_, *_] as keywords):
-                if axes:
-                    raise self.fail(node, "each() within each(); name both axes in one")
-                values = {k.arg: self.values(k, "each") for k in keywords}
-                test = self.truth(inner, tuple(values))
-
-                def bindings(scope: Scope) -> list[tuple[tuple[str, object], ...]]:
-                    return list(product(*([(a, v) for v in _spread(scope, a, some)] for a, some in values.items())))
-
-                def each(scope: Scope) -> tuple[str, list[Part]]:
-                    results = []
-                    for bound in bindings(scope):
-                        verdict, parts = test(replace(scope, bound=bound))
-                        label = " ".join(v if isinstance(v, str) else f"{a}={show(v)}" for a, v in bound)
-                        results.append((verdict, [replace(p, label=label) for p in parts]))
-                    found = {v for v, _ in results}
-                    none_holds = "fails" in found and "holds" not in found
-                    verdict = "holds" if found == {"holds"} else "fails" if none_holds else "partly"
-                    return verdict, [p for _, parts in results for p in parts]
-
-                self.each.append(bindings)
-                return each
-            case ast.Compare(left=left, ops=[ast.In()], comparators=[ast.List(elts=[low, high])]):
-                return self.compare(left, low, high, False, axes)
-            case ast.Compare(left=left, ops=[ast.LtE() | ast.Lt() as op], comparators=[high]):
-                return self.compare(left, None, high, isinstance(op, ast.Lt), axes)
-            case ast.Compare(left=left, ops=[ast.GtE() | ast.Gt() as op], comparators=[low]):
-                return self.compare(left, low, None, isinstance(op, ast.Gt), axes)
-        raise self.fail(node, "expected a comparison (< <= > >=, in [a, b]), 'and', or each(comparison, axis=values)")
-
-    def compare(
-        self, left: ast.expr, low: ast.expr | None, high: ast.expr | None, strict: bool, axes: tuple[str, ...]
-    ) -> Truth:
-        self.measured = False
-        value_of = self.number(left, axes)
-        if not self.measured:
-            raise self.fail(left, "the left side of a comparison takes nothing from the record")
-        low_of = self.number(low, axes) if low is not None else lambda scope: Value(-math.inf)
-        high_of = self.number(high, axes) if high is not None else lambda scope: Value(math.inf)
-
-        def test(scope: Scope) -> tuple[str, list[Part]]:
-            try:
-                value, low, high = value_of(scope), low_of(scope), high_of(scope)
-            except Diverged as reason:
-                return "fails", [Part("", Value(math.nan, math.nan, 0), "fails", str(reason))]
-            if (n := min(value.n, low.n, high.n)) < scope.n_min:
-                raise Untested(f"{n:.0f} of {scope.n_min} seeds")
-            below, above = low - value, value - high
-            excess, side, bound = (above, "above", high) if above.mean > below.mean else (below, "below", low)
-            if excess.mean < -EDGE if strict else excess.mean <= EDGE:
-                return "holds", [Part("", value, "holds")]
-            verdict = "partly" if excess.mean < excess.sd else "fails"  # an sd of nan (one seed) is never near
-            spread = f" (sd {show(excess.sd, 2)})" if math.isfinite(excess.sd) else ""
-            why = f"{show(value.mean)} is {show(excess.mean, 2)} {side} {show(bound.mean)}{spread}"
-            return verdict, [Part("", value, verdict, why)]
-
-        return test
-
-    def number(self, node: ast.expr, axes: tuple[str, ...] = ()) -> Number:
+    def number(self, node: ast.expr) -> Value:
+        """The value of a number. Raises ``Malformed``, ``Untested`` or ``Diverged``."""
         match node:
-            case ast.Constant(value=value) if type(value) in (int, float):
-                return lambda scope: Value(float(value))
+            case ast.Constant(value=x) if type(x) in (int, float):
+                return Value(float(x))
             case ast.Name(id="inf"):
-                return lambda scope: Value(math.inf)
+                return Value(math.inf)
             case ast.Name(id=name) if name in self.names:
-                return self.names[name]
-            case ast.Name(id=name) if name in axes and name not in WORDS:
-
-                def bound(scope: Scope) -> Value:
-                    if name not in (axes := dict(scope.bound)):
-                        raise self.fail(node, f"{name} is a number only within each({name}=...)")
-                    return Value(float(axes[name]))
-
-                return bound
-            case ast.Name(id="target" | "tolerance" as name):
-                raise self.fail(node, f"the {name} of this claim is not a number")
+                return self.number(self.names[name])
+            case ast.Name(id=name) if type(self.bound.get(name, [""])[0]) in (int, float):
+                return Value(float(self.bound[name][0]))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
-                inner = self.number(operand, axes)
-                return lambda scope: -inner(scope)
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in self.OPERATORS:
-                a, b, do = self.number(left, axes), self.number(right, axes), self.OPERATORS[type(op)]
-                return lambda scope: do(a(scope), b(scope))
+                return -self.number(operand)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+                return OPERATORS[type(op)](self.number(left), self.number(right))
             case ast.Call(func=ast.Name(id="sqrt"), args=[operand], keywords=[]):
-                root = self.number(operand, axes)
-                return lambda scope: root(scope).sqrt()
-            case ast.Call(func=ast.Name(id=name), args=[ast.Name(id=metric)], keywords=keywords):
-                return self.statistic(node, name, metric, keywords)
-        raise self.fail(
-            node,
-            "expected a number, inf, target, tolerance, or a function of a metric: "
-            + ", ".join((*STATISTICS, "paired", "ref")),
-        )
+                return self.number(operand).sqrt()
+            case ast.Call(func=ast.Name(id="hypot"), args=[x, y], keywords=[]):
+                x, y = self.number(x), self.number(y)
+                return (x * x + y * y).sqrt()
+            case ast.Call(func=ast.Name(id=name), args=[ast.Name(id=metric)]) if name in FUNCTIONS:
+                return self.statistic(name, metric, _axes(node.keywords))
+        raise Malformed(f"{ast.unparse(node)!r} is not a number here; functions: {', '.join(FUNCTIONS)}")
 
-    def statistic(self, node: ast.expr, name: str, metric: str, keywords: list[ast.keyword]) -> Number:
-        if name not in (*STATISTICS, "paired", "ref"):
-            raise self.fail(node, f"unknown function {name}; known: {', '.join(STATISTICS)}, paired, ref, sqrt, each")
-        if name != "ref" and not self.measures:
-            raise self.fail(node, f"a {self.column} is made of published values, not of {name}()")
-        chosen = {k.arg: self.values(k, name) for k in keywords}
-        other = {k.removeprefix("minus").lstrip("_") or "rule": v for k, v in chosen.items() if k in MINUS}
-        if name == "paired" and [len(v) for v in other.values()] != [1]:
-            raise self.fail(node, "paired() needs minus=RULE, or one minus_AXIS=VALUE")
-        if name == "best":
-            chosen.setdefault("epoch", ["all"])
-        self.measured = self.measured or name != "ref"
+    def held(self, left: ast.expr, low: ast.expr | None, high: ast.expr | None, strict: bool = False) -> Verdict:
+        """A comparison: whether a number lies in an interval."""
+        try:
+            value = self.number(left)
+            low = Value(-math.inf) if low is None else self.number(low)
+            high = Value(math.inf) if high is None else self.number(high)
+        except Diverged as reason:
+            return "fails", [Part("", Value(math.nan, math.nan, 0), str(reason))]
+        if value.n == math.inf:
+            raise Malformed(f"{ast.unparse(left)!r}, the left side of a comparison, takes nothing from the record")
+        if (n := min(value.n, low.n, high.n)) < self.n_min:
+            raise Untested(f"{n:.0f} of {self.n_min} seeds")
+        excess = max(low - value, value - high, key=lambda x: x.mean)
+        if excess.mean < -EDGE if strict else excess.mean <= EDGE:
+            return "holds", [Part("", value)]
+        spread = f" ± {show(value.sd, 2)}" if math.isfinite(value.sd) else ""
+        one_sided = ("below {1}", "above {0}") if strict else ("at most {1}", "at least {0}")
+        wanted = one_sided[high.mean == math.inf] if math.inf in (-low.mean, high.mean) else "{0} to {1}"
+        why = f"{show(value.mean)}{spread}, wanted {wanted.format(show(low.mean), show(high.mean))}"
+        return "partly" if excess.mean < excess.sd else "fails", [Part("", value, why)]  # an sd of nan is never near
 
-        def compute(scope: Scope) -> Value:
-            axes = {a: [v] for a, v in scope.bound} | chosen
-            try:
-                if name == "ref":
-                    return _published(scope, metric, axes)
-                seeds = _per_seed(scope, metric, axes, STATISTICS.get(name, "mean"))
-                if name == "paired":
-                    seeds = (seeds - _per_seed(scope, metric, axes | other, "mean")).dropna()
-            except Ambiguous as error:
-                raise self.fail(node, str(error)) from None
-            value = _statistic(seeds)
-            return Value(value.sd, math.nan, value.n) if name == "sd" else value
+    def each(self, inner: ast.expr, points: list[dict[str, object]]) -> Verdict:
+        """A truth at every point of some axes."""
+        if each_of(inner):
+            raise Malformed("each() within each(); name both axes in one")
+        results = []
+        for point in points:
+            verdict, parts = self.within({a: [v] for a, v in point.items()}).truth(inner)
+            label = " ".join(v if isinstance(v, str) else f"{a}={show(v)}" for a, v in point.items())
+            results.append((verdict, [replace(part, label=label) for part in parts]))
+        found = {verdict for verdict, _ in results}
+        verdict = "holds" if found == {"holds"} else "fails" if found & {"holds", "fails"} == {"fails"} else "partly"
+        return verdict, [part for _, parts in results for part in parts]
 
-        return compute
+    def points(self, node: ast.Call | None) -> list[dict[str, object]]:
+        """Every combination of the values of an ``each``; without one a single, empty point."""
+        axes = {a: self.record.spread(a, v) for a, v in _axes(node.keywords if node else []).items()}
+        return [dict(zip(axes, values)) for values in product(*axes.values())]
 
-    def values(self, keyword: ast.keyword, function: str) -> list:
-        axis, node = keyword.arg, keyword.value
-        if axis not in (*AXES, *(MINUS if function == "paired" else [])):
-            raise self.fail(keyword, f"unknown axis {axis}; known: {', '.join(AXES)}")
-        found = [self.value(n) for n in (node.elts if isinstance(node, ast.List) else [node])]
-        words = axis in ("minus", *WORDS) or axis.removeprefix("minus_") in WORDS
-        special = {"all"} if axis not in MINUS else set()
-        if axis == "epoch" and function != "each":
-            special.add("last")
-        if not (len(found) == 1 and found[0] in special) and any(isinstance(v, str) != words for v in found):
-            kind = "words" if words else "numbers"
-            raise self.fail(node, f"{axis} takes {' or '.join([kind, *sorted(special)])}")
-        if not found:
-            raise self.fail(node, f"{axis} names no value")
-        return found
+    def steps(self, node: ast.Call) -> Verdict:
+        """``falls``, ``rises``, ``order``: short for a comparison of each value with the next."""
+        metric, axes, told = self.short(node, "over", "by", "margin")
+        ordered, axis, margin = node.func.id == "order", told.get("over", "rule"), told.get("margin", 0)
+        if ordered == ("over" in told) or len(node.args) != 1 + ordered or told.get("by", "seed") != "seed":
+            raise Malformed(f"{ast.unparse(node)!r}: falls() and rises() need over=AXIS, order() a list; by is seed")
+        values = _values(node.args[1]) if ordered else axes.pop(axis, ["every"])
+        tests = []
+        for before, after in pairwise(self.record.spread(axis, values)):
+            a, b = ([before], [after]) if ordered else ([after], [before])
+            difference = f"{_call('mean', metric, axes | {axis: a})} - {_call('mean', metric, axes | {axis: b})}"
+            if "by" in told:
+                difference = _call("paired", metric, axes | {axis: a, _minus(axis): b})
+            tests.append(difference + (f"> {margin}" if node.func.id == "rises" else f"< 0 - ({margin})"))
+        if not tests:
+            raise Malformed(f"{ast.unparse(node)!r} has no two values")
+        return self.truth(parse(" and ".join(tests)))
 
-    def value(self, node: ast.expr) -> object:
-        match node:
-            case ast.Name(id=word):
-                return word
-            case ast.Constant(value=value) if type(value) in (int, float, str):
-                return value
-        raise self.fail(node, "expected a word, a number or a text in quotes")
+    def same(self, node: ast.Call) -> Verdict:
+        """Two-sample t test, ``n_min`` seeds each: short for a paired difference within t standard errors."""
+        metric, axes, told = self.short(node, "t")
+        other = {_axis(a): axes.pop(a) for a in list(axes) if a.startswith("minus")}
+        noise = f"hypot({_call('sd', metric, axes)}, {_call('sd', metric, axes | other)}) / sqrt({self.n_min})"
+        paired = _call("paired", metric, axes | {_minus(a): v for a, v in other.items()})
+        return self.truth(parse(f"{paired} in around(0, ({told.get('t')}) * {noise})"))
 
+    def short(self, node: ast.Call, *options: str) -> tuple[str, dict[str, list], dict[str, str]]:
+        """Metric, axes and options of a call that is short for others."""
+        if not node.args or not isinstance(node.args[0], ast.Name):
+            raise Malformed(f"{ast.unparse(node)!r} names no metric")
+        told = {k.arg: ast.unparse(k.value) for k in node.keywords if k.arg in options}
+        return node.args[0].id, _axes([k for k in node.keywords if k.arg not in options]), told
 
-def _spread(scope: Scope, axis: str, wanted: list) -> list:
-    """The values of ``each(axis=...)``: those named; for ``all`` the published or else the recorded ones, in order."""
-    if wanted != ["all"]:
-        return wanted
-    order = "depth" if axis == "layer" else axis
-    for frame in (scope.reference, scope.table if scope.due is None or axis not in scope.due else scope.due):
-        rows = frame.sort_values(order, kind="stable") if order in frame else frame
-        if axis in frame and (found := [v for v in rows[axis].dropna().unique().tolist() if v != ""]):
-            return found
-    raise Untested(f"no values of {axis} are known")
+    def statistic(self, name: str, metric: str, axes: dict[str, list]) -> Value:
+        """A statistic; the axes that ``each`` and ``at`` set hold where it names no others."""
+        other = {_axis(a): v for a, v in axes.items() if name == "paired" and _minus(_axis(a)) == a != "minus_seed"}
+        own = {a: v for a, v in axes.items() if _axis(a) == a or _axis(a) not in other}
+        default = {"epoch": ["all"]} if name == "best" else {}
+        return self.record.statistic(name, metric, self.bound | default | own, other)

@@ -16,9 +16,8 @@ from typing import Any
 import pandas as pd
 
 from fa.errors import UserError
-from fa.results import records
 from fa.results.executors import pick_device, pick_workers
-from fa.results.records import Folder
+from fa.results.store import RunFolder, run_seconds, runs_root
 
 
 def clock(seconds: float) -> str:
@@ -58,7 +57,7 @@ class Progress(threading.Thread):
         started: what to say at once besides.
     """
 
-    def __init__(self, folders: Sequence[Folder], planned: int, started: str) -> None:
+    def __init__(self, folders: Sequence[RunFolder], planned: int, started: str) -> None:
         super().__init__(daemon=True)
         self.over, self.begin, self.bar, self.latest = threading.Event(), time.monotonic(), None, ""
         self.epochs = {f: 0 for f in folders}  # of each run, those behind it
@@ -131,17 +130,14 @@ class Progress(threading.Thread):
             self.bar.close()
 
 
-def forecast(
-    todo: list[Any], mode: str, budget: float | None = None, workers: str | int = "auto", device: str = "auto"
-) -> str:
-    """How long the missing runs will take, as those of the run store did on such a device, and in how many calls of
-    ``budget`` seconds.
+def forecast(todo: list[Any], budget: float | None = None, workers: str | int = "auto", device: str = "auto") -> str:
+    """How long the missing runs will take, as those of the run store did on such a device, and in how many calls of ``budget`` seconds.
 
     An epoch counts as long as the median epoch of finished runs of its kind: same rule, network, data and precision.
     """
     device = pick_device(device)
     spent: dict[Any, list[float]] = defaultdict(list)
-    for path in (records.runs_root() / mode).glob("*/*/status.json"):
+    for path in runs_root().glob("*/status.json"):
         status, config = json.loads(path.read_text()), json.loads((path.parent / "config.json").read_text())
         if bool(status["environment"]["gpu"]) == (device != "cpu") and status["state"] == "finished":
             spent[_kind(config)].append(run_seconds(status) / config.get("epochs", 1))
@@ -156,13 +152,6 @@ def forecast(
     if len(known) < len(todo):
         return f"{text}, and {len(todo) - len(known)} runs of a kind that has not been trained here yet"
     return f"{text}; {math.ceil(total / budget)} calls of {clock(budget)}" if budget else text
-
-
-def run_seconds(status: dict[str, Any]) -> float:
-    """Seconds of a finished run; in statuses of records of before, ``share`` or ``together`` tell its part of a joint
-    training.
-    """
-    return status.get("share", status["seconds"] / status.get("together", 1))
 
 
 def _kind(config: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,123 +1,54 @@
-"""Where results live: the run store, the result tables (records), and the published values beside them.
+"""Records: the committed tables of results, and the published values next to them.
 
-A run is a folder ``$FA_RUNS/MODE/EXPERIMENT/RUN`` (default ``data/runs``). A record is one long table for each experiment,
-``data/records/EXPERIMENT.csv`` with a sidecar ``.json``; a quick table goes to ``build/quick``. Everything is written under a
-temporary name, synced and renamed, so that nothing is ever half there.
+A record ``data/records/NAME.csv`` holds runs, a row a measurement, with a sidecar ``NAME.json`` of what made them; a quick table goes to
+``build/quick``. A run lies in one record. A figure's table is the union of its planned runs, wherever they lie: figures that share a
+recipe share its runs. NAME is the figure's, with ``_small`` for a figure's small mode.
 """
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import hashlib
-import io
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
+from fa import experiments
 from fa.errors import UserError
-from fa.paths import ROOT, write_bytes
-from fa.provenance import environment
+from fa.paths import ROOT, read_csv, relative, write_bytes
+from fa.results.store import RunFolder, run_seconds
+from fa.train.config import Config
+from fa.train.loop import fingerprint
 
 COLUMNS = ["run", "rule", "seed", "epoch", "layer", "depth", "metric", "value"]
-"""Columns of every record; one for each swept parameter follows ``seed``."""
+"""Columns of every record; one for each swept parameter of its figure follows ``seed``."""
 
 REFERENCE_COLUMNS = ["paper", "figure", "rule", "seed", "epoch", "layer", "metric", "value", "sd", "n", "source"]
-"""Columns of every table of published values; one for each swept parameter may stand beside them."""
+"""Columns of every table of published values; one for each swept parameter may follow."""
 
 
-# ------------------------------------------------------------------------------------ run store
+def name_of(experiment: str, mode: str) -> str:
+    """Name of a figure's record, claims and picture in a mode: ``p3_fig4``, or ``p3_fig4_small``."""
+    return f"{experiment}_small" if mode == "small" else experiment
 
 
-def runs_root() -> Path:
-    """``$FA_RUNS`` (a relative path is taken from the repository's root) or ``data/runs``."""
-    return ROOT / os.environ.get("FA_RUNS", "data/runs")
+def figure_of(name: str) -> tuple[str, str]:
+    """(experiment, mode) of a record's name; the inverse of :func:`name_of`.
 
-
-class Folder:
-    """The folder of one run: ``config.json``, and ``metrics.csv`` with ``status.json`` once finished, ``checkpoint.pt`` before."""
-
-    def __init__(self, mode: str, config: Any) -> None:
-        self.config = config
-        self.path = runs_root() / mode / config.experiment / config.run
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run is done; the status is the last file written."""
-        return (self.path / "status.json").exists()
-
-    @property
-    def status(self) -> dict[str, Any]:
-        """State, seconds, environment."""
-        return json.loads((self.path / "status.json").read_text())
-
-    def table(self, swept: Mapping[str, Any]) -> pd.DataFrame:
-        """The run's rows, with its identity and swept parameters (column -> value) as columns."""
-        rows = _read_csv(self.path / "metrics.csv")
-        for column, value in {"run": self.config.run, "rule": self.config.rule, **swept}.items():
-            rows[column] = value
-        if "seed" not in rows:
-            rows["seed"] = self.config.seed
-        return rows
-
-    def checkpoint(self) -> dict[str, Any] | None:
-        """The latest checkpoint on the CPU, or None; one that does not match its checksum raises."""
-        path = self.path / "checkpoint.pt"
-        if not path.exists():
-            return None
-        digest, _, payload = path.read_bytes().partition(b"\n")
-        if hashlib.sha256(payload).hexdigest().encode() != digest:
-            raise UserError(f"{path} does not match its checksum; delete it to train that run from its beginning")
-        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint: a line with the sha256 of what follows, then what ``torch.save`` makes of the state."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        payload = buffer.getvalue()
-        self._write_config()
-        write_bytes(self.path / "checkpoint.pt", hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
-
-    def finish(self, table: pd.DataFrame, status: dict[str, Any]) -> None:
-        """Write the run's table and status; its checkpoint goes."""
-        self._write_config()
-        write_bytes(self.path / "metrics.csv", table.to_csv(index=False, lineterminator="\n").encode())
-        status = {**status, "environment": environment()}
-        write_bytes(self.path / "status.json", json.dumps(status, indent=1).encode())
-        (self.path / "checkpoint.pt").unlink(missing_ok=True)
-
-    @contextmanager
-    def lock(self) -> Iterator[bool]:
-        """Hold the run against other processes; yields False where another one holds it. A process that dies lets go."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "w") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-                return
-            yield True
-
-    def _write_config(self) -> None:
-        write_bytes(self.path / "config.json", json.dumps(asdict(self.config), indent=1).encode())
-
-
-# ------------------------------------------------------------------------------------ records
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    """A table whose words are never missing: an empty ``layer`` or ``rule`` is ""."""
-    words = ["run", "paper", "figure", "rule", "layer", "metric", "source"]
-    table = pd.read_csv(path, dtype={w: str for w in words})
-    present = [w for w in words if w in table]
-    return table.fillna({w: "" for w in present}).astype({"depth": "Int64"} if "depth" in table else {})
+    Raises:
+        UserError: no experiment has such a record.
+    """
+    experiment, small, rest = name.partition("_small")
+    if small and not rest and experiments.find(experiment).small:
+        return experiment, "small"
+    experiments.find(name)
+    return name, "paper"
 
 
 def build(mode: str) -> Path:
@@ -125,70 +56,200 @@ def build(mode: str) -> Path:
     return ROOT / os.environ.get("FA_BUILD", "build") / mode
 
 
-def record_path(experiment: str, mode: str = "record") -> Path:
-    """Where an experiment's table is, or would be: data/records for record and paper, :func:`build` for quick."""
-    folder = build("quick") if mode == "quick" else ROOT / "data" / "records"
-    packed = folder / f"{experiment}.csv.gz"
-    return packed if packed.exists() else folder / f"{experiment}.csv"
+def folder_of(mode: str) -> Path:
+    """Where a mode's tables are: :func:`build` for quick, else data/records."""
+    return build("quick") if mode == "quick" else ROOT / "data" / "records"
 
 
-def read(experiment: str, mode: str = "record") -> pd.DataFrame:
-    """An experiment's table; ``layer`` is "" for the whole network.
+def record_path(name: str, mode: str = "paper") -> Path:
+    """Where a record is, or would be."""
+    packed = folder_of(mode) / f"{name}.csv.gz"
+    return packed if packed.exists() else folder_of(mode) / f"{name}.csv"
+
+
+def read(name: str, mode: str = "paper") -> pd.DataFrame:
+    """One record, with the runs that it holds itself; ``layer`` is "" for the whole network.
 
     Raises:
-        UserError: there is no such table, or it is not the one that its sidecar was written with.
+        UserError: there is no such table, or its checksum is not the one in its sidecar.
     """
-    path = record_path(experiment, mode)
+    path = record_path(name, mode)
     if not path.exists():
-        raise UserError(f"there is no {path.relative_to(ROOT)}; set mode='quick' or 'paper' to make it")
-    if mode != "quick" and hashlib.sha256(path.read_bytes()).hexdigest() != sidecar(experiment, mode).get("sha256"):
+        raise UserError(f"there is no {relative(path)}; set mode='quick', 'small' or 'paper' to make it")
+    if mode != "quick" and hashlib.sha256(path.read_bytes()).hexdigest() != sidecar(name, mode).get("sha256"):
         raise UserError(
-            f"{path.relative_to(ROOT)} was changed after {experiment}.json, which holds its sha256, was written; restore both, or delete both and collect again"
+            f"{relative(path)} was changed after {name}.json, which holds its sha256, was written; "
+            "restore both, or delete both and collect again"
         )
-    return _read_csv(path)
+    return read_csv(path)
 
 
-def sidecar(experiment: str, mode: str = "record") -> dict[str, Any]:
-    """What made the table: configs, statuses, environments, wall seconds, fingerprints; and the table's sha256.
+def sidecar(name: str, mode: str = "paper") -> dict[str, Any]:
+    """What made a record's own runs: configs, statuses, environments, wall seconds, fingerprints; and the table's sha256.
 
     Raises:
         UserError: there is none.
     """
-    path = record_path(experiment, mode)
-    path = path.with_name(f"{experiment}.json")
+    path = folder_of(mode) / f"{name}.json"
     if not path.exists():
-        raise UserError(f"there is no {path.relative_to(ROOT)}; set mode='quick' or 'paper' to make it")
+        raise UserError(f"there is no {relative(path)}; set mode='quick', 'small' or 'paper' to make it")
+    return _sidecar(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _sidecar(path: Path, changed: int) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def held(experiment: str, mode: str = "record") -> set[str]:
-    """Identities of the runs that an experiment's table holds; none where there is no table."""
-    return set(sidecar(experiment, mode)["configs"]) if record_path(experiment, mode).exists() else set()
+def holders(mode: str = "paper") -> dict[str, str]:
+    """Run -> name of the record that holds it."""
+    names = sorted(p.stem for p in folder_of(mode).glob("*.json"))
+    return {run: name for name in names for run in sidecar(name, mode)["configs"]}
 
 
-def reference(experiment: str) -> pd.DataFrame:
+def union(experiment: str, mode: str, configs: Sequence[Any]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A figure's table and what made it: its planned runs, wherever they lie.
+
+    Args:
+        experiment: a name of ``fa.experiments.EXPERIMENTS``; its swept columns are made from the runs' recipes.
+        mode: "quick", "small" or "paper".
+        configs: the runs, as planned.
+
+    Returns:
+        The rows of the runs that are there, and ``records`` (names), ``configs`` (run -> recipe), ``status``, ``environments`` (of the
+        records that hold them), ``planned``, ``finished``, ``partial``, ``wall_seconds``.
+
+    Raises:
+        UserError: none of the runs is there.
+    """
+    where = holders(mode)
+    if mode == "quick":
+        own = sidecar(experiment, mode)["configs"]
+        where = {run: experiment for run in own}
+    there = [c for c in configs if c.run in where]
+    names = list(dict.fromkeys(where[c.run] for c in there))
+    if not there:
+        raise UserError(f"no record holds a run of {experiment}; set mode='quick', 'small' or 'paper' to train them")
+    sides, swept = [sidecar(name, mode) for name in names], experiments.find(experiment).swept
+    columns = pd.DataFrame([{"run": c.run, **swept(c)} for c in there]).drop_duplicates("run")
+    runs, tables = set(columns.run), []
+    for name in names:  # without that record's own swept columns
+        theirs = experiments.find(figure_of(name)[0]).swept(next(c for c in there if where[c.run] == name))
+        rows = read(name, mode)
+        tables.append(rows[rows.run.isin(runs)].drop(columns=[*{*theirs, *columns} & {*rows} - {"run"}]))
+    table = pd.concat(tables, ignore_index=True).merge(columns, on="run", how="left")
+    status = {run: s for side in sides for run, s in side["status"].items() if run in runs}
+    environments = {json.dumps(e, sort_keys=True) for side in sides for e in side["environments"]}
+    return _sorted(table), {
+        "records": names,
+        "configs": {c.run: asdict(c) for c in there},
+        "status": status,
+        "environments": [json.loads(e) for e in sorted(environments)],
+        "planned": len({c.run for c in configs}),
+        "finished": len(runs),
+        "partial": len(runs) < len({c.run for c in configs}),
+        "wall_seconds": round(sum(map(run_seconds, status.values())), 1),
+    }
+
+
+def reference(name: str) -> pd.DataFrame:
     """Published values, in our names and epochs; an empty table where there are none."""
-    path = ROOT / "data" / "reference" / f"{experiment}.csv"
-    if not path.exists():
-        return pd.DataFrame(columns=REFERENCE_COLUMNS)
-    return _read_csv(path)
+    path = ROOT / "data" / "reference" / f"{name}.csv"
+    return read_csv(path) if path.exists() else pd.DataFrame(columns=REFERENCE_COLUMNS)
 
 
-def write(experiment: str, mode: str, table: pd.DataFrame, about: dict[str, Any]) -> Path:
-    """Write a table, sorted and in fixed column order, and its sidecar; ``.csv.gz`` above 2 MB. Returns the table's path."""
+def _sorted(table: pd.DataFrame) -> pd.DataFrame:
+    """Columns and rows in the order of every record."""
     swept = [c for c in table.columns if c not in COLUMNS]
     table = table[[*COLUMNS[:3], *swept, *COLUMNS[3:]]]
-    table = table.sort_values(
-        ["rule", *swept, "seed", "run", "epoch", "depth", "metric"], na_position="first", kind="stable"
-    )
-    content = table.to_csv(index=False, lineterminator="\n", float_format="%.8g").encode()
-    folder = record_path(experiment, mode).parent
-    plain, packed = folder / f"{experiment}.csv", folder / f"{experiment}.csv.gz"
+    order = ["rule", *swept, "seed", "run", "epoch", "depth", "metric"]
+    return table.sort_values(order, na_position="first", kind="stable", ignore_index=True)
+
+
+def write(name: str, mode: str, table: pd.DataFrame, about: dict[str, Any]) -> Path:
+    """Write a table, sorted and in fixed column order, and its sidecar; ``.csv.gz`` above 2 MB. Returns the table's path."""
+    content = _sorted(table).to_csv(index=False, lineterminator="\n", float_format="%.8g").encode()
+    folder = folder_of(mode)
+    plain, packed = folder / f"{name}.csv", folder / f"{name}.csv.gz"
     if len(content) > 2_000_000:
         path, stale = write_bytes(packed, gzip.compress(content, mtime=0)), plain
     else:
         path, stale = write_bytes(plain, content), packed
     stale.unlink(missing_ok=True)
     about = {**about, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    write_bytes(folder / f"{experiment}.json", (json.dumps(about, indent=1, sort_keys=True) + "\n").encode())
+    write_bytes(folder / f"{name}.json", (json.dumps(about, indent=1, sort_keys=True) + "\n").encode())
     return path
+
+
+def collect(experiment: str, mode: str, configs: list[Any], partial: bool = False) -> tuple[Path, int]:
+    """Merge the finished runs of a figure into its record, and write what made them beside it.
+
+    A run that another record holds stays there. A run that the record holds already keeps its rows. A quick table holds all runs itself.
+
+    Args:
+        experiment: a name of ``fa.experiments.EXPERIMENTS``.
+        mode: "quick" writes build/quick, "small" and "paper" data/records.
+        configs: all planned runs.
+        partial: write the table although runs are missing; it is marked, and figures made from it say so.
+
+    Returns:
+        The record's path, and how many runs are new in it. With none the record is left as it is.
+
+    Raises:
+        UserError: runs are missing and ``partial`` is not set, or none is finished; or the record holds runs of the figure that
+            ``configs`` leaves out, which would be lost.
+    """
+    name, path = name_of(experiment, mode), record_path(name_of(experiment, mode), mode)
+    where = holders(mode) if mode != "quick" else {}
+    own = {run for run, record in where.items() if record == name}
+    planned = {c.run for c in experiments.plan(experiment, mode)} if own else set()
+    if lost := planned & own - {c.run for c in configs}:
+        raise UserError(
+            f"the record of {experiment} holds {len(lost)} runs of the figure that these settings leave out; "
+            "collect it without --rules and --seeds"
+        )
+    configs = list({c.run: c for c in configs}.values())
+    new = [f for f in (RunFolder(c) for c in configs if c.run not in where) if f.finished]
+    done = [c for c in configs if c.run in where] + [f.config for f in new]
+    if not done or (len(done) < len(configs) and not partial):
+        remedy = "" if not done else ", or collect with --partial what there is"
+        raise UserError(
+            f"{len(done)} of {len(configs)} runs of {experiment} are finished; "
+            f"go on with: python -m fa run {experiment} --mode {mode}{remedy}"
+        )
+    if not new:
+        return path, 0
+    before = sidecar(name, mode) if own else {}
+    kept = [c for c in configs if c.run in own]
+    swept = experiments.find(experiment).swept
+    tables = [f.table().assign(**swept(f.config)) for f in new]
+    if kept:
+        table = read(name, mode)
+        tables.append(table[table.run.isin([c.run for c in kept])])
+    status = {c.run: before["status"][c.run] for c in kept} | {f.config.run: f.status for f in new}
+    environments = {json.dumps(e, sort_keys=True) for e in before.get("environments", [])}
+    for f in new:
+        s = status[f.config.run]
+        environments |= {json.dumps(e, sort_keys=True) for e in (s.pop("environment"), *s.pop("earlier", []))}
+    mine = [*kept, *(f.config for f in new)]
+    about = {
+        "experiment": experiment,
+        "mode": mode,
+        "configs": {c.run: asdict(c) for c in mine},
+        "status": status,
+        "environments": [json.loads(e) for e in sorted(environments)],
+        "fingerprints": _fingerprints(mine, before.get("fingerprints", {})),
+        "partial": len(done) < len(configs),
+        "wall_seconds": round(sum(map(run_seconds, status.values())), 1),
+    }
+    return write(name, mode, pd.concat(tables), about), len(new)
+
+
+def _fingerprints(configs: list[Any], known: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Run -> fingerprint, for one seed of every recipe: see :func:`fa.train.loop.fingerprint`. Those known are never made anew."""
+    by_run = {c.run: c for c in configs}
+    recipes = {replace(by_run[run], seed=0): run for run in known if run in by_run}
+    for config in configs:
+        if isinstance(config, Config):
+            recipes.setdefault(replace(config, seed=0), config.run)
+    return {run: known.get(run) or fingerprint(by_run[run]) for run in recipes.values()}

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fa.errors import UserError
+from fa.errors import UserError, did_you_mean
 
 # --------------------------------------------------------------------------------------------------- drawing
 
@@ -736,11 +736,18 @@ RULES: dict[str, type] = {
 
 
 def rule(name: str, **options: Any) -> Rule:
-    """The rule of that name with these options; an unknown name or option raises and names the known ones."""
+    """The rule of that name with these options.
+
+    Raises:
+        UserError: an unknown name or option, which names the known ones; text for an option that takes none.
+    """
     if name not in RULES:
-        raise UserError(f"unknown rule {name!r}; known rules: {', '.join(sorted(RULES))}")
-    known = [f.name for f in fields(RULES[name])]
-    for option in options:
+        raise UserError(f"unknown rule {name!r}; known rules: {', '.join(sorted(RULES))}{did_you_mean(name, RULES)}")
+    known = {f.name: str(f.type) for f in fields(RULES[name])}
+    for option, value in options.items():
         if option not in known:
-            raise UserError(f"unknown option {option!r} of rule {name!r}; known options: {', '.join(known) or 'none'}")
+            known_options = f"{', '.join(known) or 'none'}{did_you_mean(option, known)}"
+            raise UserError(f"unknown option {option!r} of rule {name!r}; known options: {known_options}")
+        if isinstance(value, str) and "str" not in known[option]:
+            raise UserError(f"{name}: {option}={value!r} is text; the option takes a value of type {known[option]}")
     return RULES[name](**options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fa.errors import UserError
@@ -23,13 +23,12 @@ def identity(config: Any) -> str:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. Its identity is a hash of all fields, see :attr:`run`.
+    """One run: its recipe and nothing else. Equal recipes are one run, whichever figure asks for it (:attr:`run`).
 
     Args:
-        experiment: the figure that it belongs to.
         rule: a name of ``fa.RULES``.
         seed: of initial weights, order of batches and feedback.
-        options: of the rule, as ``"init=xavier expansion=10"``.
+        options: of the rule, as ``"expansion=10 init=xavier"``; any order is read, names are kept in alphabetical order.
         dataset: a name of ``fa.data.SETS``.
         model: a name that ``fa.models.build`` knows.
         hidden: widths of an mlp's hidden layers, comma separated.
@@ -46,6 +45,7 @@ class Config:
         delay_epochs: so many epochs come first, all steps mirror-only; the schedule of both parts begins after them, as p2's drops do.
         augment: random crops (4 pixels of padding) and mirrored images.
         precision: "float32" (on CUDA convolutions are then made in TF32, PyTorch's default), or "bfloat16": forward and backward under autocast, weights and optimizer in float32.
+        measure: a further measurement, by its name in ``fa.train.measure.MEASURES`` ("": none).
         revision: of the recipe; raised by any fix that changes numbers.
 
     Defaults are p3's MNIST recipe (the authors' configuration).
@@ -58,7 +58,6 @@ class Config:
     learns. p2's code multiplies the epochs of the drops by k + 1; here they are what they say.
     """
 
-    experiment: str
     rule: str
     seed: int
     options: str = ""
@@ -78,12 +77,14 @@ class Config:
     delay_epochs: int = 0
     augment: bool = False
     precision: str = "float32"
+    measure: str = ""
     revision: int = 1
 
     def __post_init__(self) -> None:
         for f in fields(self):  # 1 and 1.0 are one setting, and so one run
             if f.type == "float":
                 object.__setattr__(self, f.name, float(getattr(self, f.name)))
+        object.__setattr__(self, "options", format_options(parse_options(self.options)))
         if self.precision not in ("float32", "bfloat16"):
             raise UserError(f"unknown precision {self.precision!r}; known: float32, bfloat16")
         for name in ("alternate", "delay_epochs"):
@@ -115,6 +116,21 @@ class Config:
         """``options`` as keyword arguments."""
         return parse_options(self.options)
 
+    def vary(self, **changes: Any) -> Config:
+        """The same recipe but for some fields or options of its rule; an option that is None is left out.
+
+        Args:
+            changes: name -> value. A name that is no field of :class:`Config` is an option of the rule.
+
+        Example:
+            >>> Config("pfa", 0, "expansion=10 implicit=true").vary(expansion=5, implicit=None, epochs=4).options
+            'expansion=5'
+        """
+        own = {f.name for f in fields(self)}
+        options = self.rule_options | {name: value for name, value in changes.items() if name not in own}
+        text = format_options({name: value for name, value in options.items() if value is not None})
+        return replace(self, **{"options": text, **{name: value for name, value in changes.items() if name in own}})
+
     def schedule(self, epoch: int) -> dict[str, float]:
         """Learning rate and weight decay of epoch ``epoch``, counted from 0; those of the first hold in a delay before it."""
         epoch = max(0, epoch - self.delay_epochs)
@@ -145,6 +161,17 @@ def parse_options(text: str) -> dict[str, Any]:
     if bad := [name for name, sign, _ in pairs if not sign]:
         raise UserError(f"rule options are written NAME=VALUE, separated by spaces; {bad[0]!r} has no value")
     return {name: value(word) for name, _, word in pairs}
+
+
+def format_options(options: dict[str, Any]) -> str:
+    """Keyword arguments as :func:`parse_options` reads them, in alphabetical order; a whole number has no decimal point."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return " ".join(f"{name}={text(options[name])}" for name in sorted(options))
 
 
 def integers(text: str) -> list[int]:

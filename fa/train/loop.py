@@ -16,19 +16,14 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fa import models
-from fa.layers.convert import convert
-from fa.layers.feedback import generator
-from fa.layers.hooks import converted
-from fa.metrics import alignment, gradient_angles
 from fa.provenance import environment
-from fa.rules import rule as make_rule
 from fa.train import data, stack
 from fa.train.config import Config, integers
+from fa.train.measure import ALONE, MEASURES, accuracies, layer_epochs, layer_rows, splits_to_measure
+from fa.train.network import build_network
 from fa.train.step import Stepper, numerics, sgd
 
 PROGRESS = ("epoch", "seconds", "train_loss", "train_accuracy", "val_accuracy", "test_accuracy")
@@ -41,85 +36,13 @@ class StackDiverged(Exception):
     """A run of a stack diverged, which may have touched the runs next to it; the caller retrains them one by one."""
 
 
-def build_network(config: Config, shape: Sequence[int], classes: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The untrained network of a run, with its rule on, on the CPU; ``shape``: channels, height, width of an image."""
-    net = models.build(config.model, shape, classes, integers(config.hidden)).to(dtype)
-    models.xavier_(net, generator(config.seed, "weights"))
-    return convert(net, make_rule(config.rule, **config.rule_options), seed=config.seed)
-
-
-@torch.no_grad()
-def accuracies(net: nn.Module, split: data.Split | data.DiskSplit, runs: int = 1, batch: int = 1000) -> list[float]:
-    """Percent of the split's images that each of ``runs`` runs of a network classifies right, in eval mode and the
-    weights' own precision.
-    """
-    training, device = net.training, next(net.parameters(), torch.empty(0)).device
-    batch = batch if device.type == "cpu" or runs > 1 else 5 * batch  # fewer, larger kernels
-    right = torch.zeros(runs, dtype=torch.int64, device=device)
-    net.eval()
-    for x, y in split.batches(batch):
-        out = net(x if runs == 1 else x.repeat(1, runs, 1, 1))  # (n, c, h, w) -> (n, runs * classes)
-        right += (out.unflatten(1, (runs, -1)).argmax(2) == y[:, None]).sum(0)
-    net.train(training)
-    return [100 * n / len(split) for n in right.tolist()]
-
-
-def weighted(net: nn.Module) -> dict[str, nn.Module]:
-    """Qualified name -> every linear and convolutional layer, in order from the input."""
-    return {name: m for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-
-
-def layer_epochs(epochs: int) -> set[int]:
-    """When layers are measured: epochs 0 to 10, every fifth, and the last."""
-    return {e for e in range(epochs + 1) if e <= 10 or e % 5 == 0 or e == epochs}
-
-
-def splits_to_measure(sets: data.Data, config: Config, epoch: int) -> dict[str, data.Split]:
-    """Metric -> the images on which accuracy is measured after so many epochs.
-
-    In a run of more than 100 epochs that has validation images, these at every epoch, test and training images at
-    every 25th; in other runs validation and test images at every epoch, training images, which take a third of an
-    epoch, at every tenth; all at the end. Photographs on disk are decoded for training alone.
-    """
-    long = config.epochs > 100 and sets.val is not None
-    now = epoch % (25 if long else 10) == 0 or epoch == config.epochs
-    splits = {"val_accuracy": sets.val, "test_accuracy": sets.test if now or not long else None}
-    splits["train_accuracy"] = sets.train if now and isinstance(sets.train, data.Split) else None
-    return {metric: split for metric, split in splits.items() if split is not None}
-
-
-def layer_rows(net: nn.Module, sets: data.Data, epoch: int) -> list[list[Any]]:
-    """Rows (epoch, layer, depth, metric, value) of every layer: weight norm and, where a rule is on, alignment and
-    gradient angles.
-    """
-    layers = weighted(net)
-    norms = torch.stack([torch.linalg.vector_norm(m.weight.double()) for m in layers.values()]).tolist()
-    tables = [pd.DataFrame({"layer": list(layers), "depth": range(1, len(norms) + 1), "weight_norm": norms})]
-    if converted(net):
-        tables.append(alignment(net).drop(columns="weight_norm"))
-        tables.append(gradient_angles(net, *sets.train.first(512), F.cross_entropy))
-    long = pd.concat([table.melt(["layer", "depth"], var_name="metric").dropna() for table in tables])
-    return [[epoch, r.layer, r.depth, r.metric, float(r.value)] for r in long.itertuples()]
-
-
-def extra_rows(config: Config, net: nn.Module, epoch: int) -> list[list[Any]]:
-    """Rows (epoch, layer, depth, metric, value) of what the run's figure measures besides, at epoch 0 and after every
-    epoch.
-    """
-    from fa import experiments  # ADAPTER: until Config.measure names an entry of fa.probes.MEASURES
-
-    known = experiments.EXPERIMENTS.get(config.experiment)
-    return known.extra(config, net, epoch) if known and known.extra else []
-
-
 @dataclass
 class Run:
     """One run while it is trained.
 
     Args:
         config: the run.
-        folder: keeps its checkpoints and ``progress.csv``, a :class:`fa.results.records.Folder` (default None:
-            nothing is written).
+        folder: keeps its checkpoints and ``progress.csv``, a :class:`fa.results.store.RunFolder` (default None: nothing is written).
         epoch: epochs behind it.
         rows: what was measured: [epoch, layer, depth, metric, value].
         seconds: wall time of its training; of a stack its part, as the runs share the time evenly.
@@ -163,7 +86,9 @@ class Run:
         self.rows += [[epoch, "", None, metric, value] for metric, value in whole.items()]
         if epoch in layer_epochs(self.config.epochs):
             self.rows += layer_rows(self.net, sets, epoch)
-        self.rows += extra_rows(self.config, self.net, epoch)
+        if own := self.config.measure:
+            self.rows = [] if own in ALONE else self.rows
+            self.rows += MEASURES[own](self.config, self.net, epoch, sets)
         self.epoch = epoch
 
     def report(self) -> None:
@@ -204,9 +129,8 @@ def train(
     Args:
         config: the run.
         device: a torch device; on "cpu" one thread is used, so that the numbers do not depend on the number of cores.
-        folder: a :class:`fa.results.records.Folder` to keep checkpoints in (default None: nothing is written).
-        until: ``time.monotonic()`` at which to have stopped; a checkpoint is written and None returned if an epoch
-            would not fit.
+        folder: a :class:`fa.results.store.RunFolder` to keep checkpoints in (default None: nothing is written).
+        until: ``time.monotonic()`` at which to have stopped; a checkpoint is written and None returned if an epoch would not fit.
         compiled: train through ``torch.compile`` (default False).
 
     Returns:

@@ -1,0 +1,187 @@
+"""How direct feedback alignment cuts a network's graph, and how the output error reaches every cut.
+
+Each cut leaves a :class:`Tap`, an expanded zero of the output error's shape, and the network's output passes through
+:class:`Close`, which hands the output error e to every tap; a tap sends e S to the input that was cut. Autograd itself
+delivers e, in eager and in compiled code. A tap stands in the graph where its input stands, so that the backward pass
+comes to it there, and one sent error lives at a time.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fa.errors import UserError
+from fa.layers.hooks import Converted
+
+Spread = tuple[Tensor, Tensor | None, Tensor | None]
+"""What sends an error to a tap: S (classes, in, ...) and, for a map, two index vectors. Positions inside a map are
+alike: S holds each distinct row and column once; the vectors, (h,) and (w,), say which of them a position has."""
+
+
+def send(e: Tensor, spread: Spread, shape: torch.Size) -> Tensor:
+    """e S: the error that a tap gets, in the memory format of S.
+
+    Args:
+        e: output error: (..., classes), one for each row of the input, or (n, classes), shared by a sample's tokens.
+        spread: see :data:`Spread`.
+        shape: shape of the tapped input, and of the result.
+    """
+    S, rows, columns = spread
+    if rows is None:
+        d = e @ S.flatten(1).to(e.dtype)  # (..., classes) -> (..., in)
+        if S.dim() == 2 and d.dim() < len(shape):
+            d = d.view(shape[0], *[1] * (len(shape) - 2), shape[-1]).expand(shape)  # (n, in) -> (n, tokens, in)
+        return d.reshape(shape)
+    last = not S.is_contiguous()
+    S = S.permute(0, 2, 3, 1) if last else S  # (classes, rows, columns, in) in channels_last
+    d = (e @ S.flatten(1).to(e.dtype)).view(*e.shape[:-1], *S.shape[1:])  # (n, in, rows, columns), or in last
+    if last:
+        return d.index_select(-2, columns).index_select(-3, rows).movedim(-1, -3)  # (n, h, w, in) -> (n, in, h, w)
+    return d.index_select(-1, columns).index_select(-2, rows)  # (n, in, h, w)
+
+
+def patterns(
+    n: int, padding: tuple[int, int], kernel: int, stride: int, dilation: int
+) -> tuple[list[list[bool]], list[int]]:
+    """Which of a kernel's entries cover each of the ``n`` input positions along one axis.
+
+    Returns:
+        The distinct rows of the table of coverage (positions, kernel), and for each position the index of its row.
+    """
+    before, after = padding
+    outputs = (n + before + after - dilation * (kernel - 1) - 1) // stride + 1
+    at = [[before + i - dilation * k for k in range(kernel)] for i in range(n)]
+    covered = [tuple(p % stride == 0 and 0 <= p < stride * outputs for p in row) for row in at]
+    known = list(dict.fromkeys(covered))
+    return [list(row) for row in known], [known.index(row) for row in covered]
+
+
+class Tap(torch.autograd.Function):
+    """Zeros of the output error's shape, which take no memory. Their gradient is e, and the gradient of ``x`` is e S.
+
+    Nothing is saved for the backward pass: a gradient checkpoint's second pass, which taps nothing, saves the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leading: int, spread: Spread) -> Tensor:
+        ctx.shape, ctx.spread = x.shape, spread
+        return x.new_zeros(()).expand(*x.shape[:leading], spread[0].shape[0])  # (n, classes), (n, tokens, classes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
+        return send(e, ctx.spread, ctx.shape), None, None  # e (..., classes) -> shape of x
+
+
+class Close(torch.autograd.Function):
+    """Identity on the network's output (..., classes); the error of the output goes to every tap as well."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *taps: Tensor) -> Tensor:
+        ctx.taps = len(taps)
+        return out.detach()  # no view, so that the output may be changed in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor, ...]:
+        return e, *[e] * ctx.taps
+
+
+class Tape:
+    """The taps of one forward pass of a network. Its :meth:`forward` takes the place of the network's ``forward``.
+
+    (Hooks at the network's two ends would be compiled one by one, each a graph of its own.)
+
+    Args:
+        net: the network, whose output error is sent.
+        blocks: modules whose input is cut, skip path included, with the feedback of their first converted layer.
+    """
+
+    def __init__(self, net: nn.Module, blocks: list[nn.Module]) -> None:
+        self.net, self.blocks, self.own = net, blocks, None
+        self.handles: list[Any] = []
+        self.taps: list[list[Tensor]] | None = None  # None: no pass is under way
+
+    def put_on(self) -> None:
+        """Stand between the network, whose layers are converted, and its ``forward``."""
+        self.own = vars(self.net).get("forward")  # one that somebody set on this network alone
+        self.net.forward = self.forward
+        for block in self.blocks:
+            first = next(m for m in block.modules() if isinstance(m, Converted))
+            self.handles.append(block.register_forward_pre_hook(partial(_cut, first)))
+
+    def remove(self) -> None:
+        """Step aside, unless somebody has set another ``forward`` since, which calls this one."""
+        if getattr(vars(self.net).get("forward"), "__self__", None) is self:
+            del self.net.forward
+            if self.own:
+                self.net.forward = self.own
+        for handle in self.handles:
+            handle.remove()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's forward pass; see :meth:`close` for what it raises."""
+        self.taps = []
+        try:
+            own = self.own or partial(type(self.net).forward, self.net)
+            return self.close(own(*args, **kwargs))
+        finally:  # a pass that failed, or that a checkpoint ran only in part, leaves nothing behind
+            self.taps = None
+
+    def add(self, x: Tensor, spread: Spread) -> None:
+        """Tap ``x``, (*rows, in) or (*rows, in, h, w): its gradient will be the output error, spread.
+
+        The end of the pass shows whether the output has an error for each row or for each sample; both are prepared.
+        """
+        rows = x.dim() - spread[0].dim() + 1  # number of leading axes
+        self.taps.append([Tap.apply(x, leading, spread) for leading in ((rows,) if rows < 2 else (rows, 1))])
+
+    def close(self, out: Any) -> Any:
+        """The network's output (..., classes), whose error will go to every tap.
+
+        Raises:
+            UserError: the output is not one tensor, or its last axis does not have ``classes`` entries.
+            RuntimeError: the output has an error neither for each row of a tapped input nor for each sample.
+        """
+        if not self.taps:
+            return out
+        if not isinstance(out, Tensor):
+            raise UserError(f"dfa needs a network whose output is one tensor, not {type(out).__name__}")
+        classes = self.taps[0][0].shape[-1]
+        if (last := out.shape[-1]) != classes:
+            raise UserError(
+                f"dfa: the output's last axis has {last} entries, its feedback {classes}; convert(..., classes={last})"
+            )
+        chosen = []
+        for tap in self.taps:
+            fitting = [zeros for zeros in tap if zeros.shape == out.shape]
+            if not fitting:
+                raise RuntimeError(
+                    f"dfa: an output of shape {tuple(out.shape)} has no error for each row of a layer's input, whose "
+                    f"leading axes are {tuple(tap[0].shape[:-1])}"
+                )
+            chosen.append(fitting[0])
+        return Close.apply(out, *chosen)
+
+
+def _cut(layer: nn.Module, block: nn.Module, args: tuple) -> tuple:
+    """A forward pre-hook of a block: cut the graph at its input with the B_l of ``layer``."""
+    feedback = getattr(layer, "feedback", None)
+    return (feedback.tap(args[0], layer), *args[1:]) if hasattr(feedback, "tape") else args  # or another rule by now
+
+
+def run_again() -> bool:
+    """Whether a gradient checkpoint of the non-reentrant kind runs this part of a pass again.
+
+    It does so under hooks for saved tensors. A reentrant checkpoint has none, and is refused.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("dfa: hooks for saved tensors are in use"):
+            return False
+    except RuntimeError:
+        return True

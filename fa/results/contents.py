@@ -1,0 +1,74 @@
+"""The notebooks and the figures of the repository: found by name, listed with their verdicts, cited."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fa.errors import UserError
+from fa.experiments import EXPERIMENTS
+from fa.paths import ROOT
+from fa.plot import in_order
+from fa.results import claims
+from fa.results.page import Page
+from fa.rules import RULES
+
+
+def find(names: Sequence[str] = ()) -> list[Path]:
+    """Notebooks by file name, stem or beginning of it ("32"); all of them without names.
+
+    Raises:
+        UserError: a name that fits none; the message lists the notebooks.
+    """
+    there = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    found: list[Path] = []
+    for name in names:
+        fits = [p for p in there if p.stem == Path(name).stem] or [p for p in there if name and p.stem.startswith(name)]
+        if not fits:
+            raise UserError(f"unknown notebook {name!r}; known: {', '.join(p.stem for p in there)}")
+        found += fits
+    return list(dict.fromkeys(found)) if names else there
+
+
+def index() -> str:
+    """Markdown table of the notebooks: title, runs in the record, verdicts on the claims."""
+    lines = ["| notebook | shows | record | claims |", "|---|---|---|---|"]
+    for path in find():
+        title = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()[0].lstrip("# ")
+        held, verdicts = [], []
+        for name, about in EXPERIMENTS.items():
+            if about.notebook != path.stem or not about.grid:
+                continue
+            for scale in ("small", "paper") if about.small else ("paper",):
+                page = Page(name, scale=scale)
+                runs = f"{page.table().run.nunique()} runs" if len(page.table()) else ""
+                small = "small: " if scale == "small" else ""
+                held.append(small + ", ".join(filter(None, [runs, page.partial()])))
+                verdicts.append(small + claims.counted(page.verdicts().verdict))
+        lines.append(f"| [{path.stem}]({path.name}) | {title} | {'; '.join(held)} | {'; '.join(verdicts)} |")
+    return "\n".join(lines)
+
+
+def rules() -> str:
+    """Markdown table of `fa.RULES`: name, equation, source."""
+    lines = ["| name | rule | from |", "|---|---|---|"]
+    for name in in_order(RULES):
+        equation = RULES[name].equation.replace("|", r"\|")  # a bar ends a cell, in code too
+        lines.append(f"| `{name}` | `{equation}` | {RULES[name].source} |")
+    return "\n".join(lines)
+
+
+def cite(name: str) -> str:
+    """How to cite a committed figure: its file, caption, citation and trail.
+
+    Raises:
+        UserError: no such figure; names those that are there.
+    """
+    path = ROOT / "figures" / f"{name}.json"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none yet"
+        raise UserError(f"unknown figure {name!r}; known: {known}")
+    figure = json.loads(path.read_text(encoding="utf-8"))
+    head = [f"figures/{name}.pdf", figure.pop("caption"), figure.pop("cite")]
+    return "\n\n".join([*head, "\n".join(f"{k:12s} {v}" for k, v in figure.items() if v and k != "name")])

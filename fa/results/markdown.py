@@ -1,0 +1,107 @@
+"""Markdown tables, and the claims of a figure as one: claims of one kind share a row, long lists are shortened."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from fa.plot import RULE_STYLE
+
+LABELS = {name: style.label for name, style in RULE_STYLE.items()}
+_NAMES = "|".join(sorted(map(re.escape, LABELS.values()), key=len, reverse=True))
+WORD = re.compile(rf"(?<![\w.-])({_NAMES}|\d+(?:\.\d+)?)(?![\w-])")
+"""A rule's label or a number in a claim: claims that differ in one of them share a row."""
+
+WITH_SD, LISTED = 3, 7
+"""Up to so many values a row gives each with its sd; up to so many the means; from there on their range."""
+
+
+def markdown(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+
+    def line(cells: Iterable[object]) -> str:
+        return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+    head = list(head)
+    return "\n".join([line(head), line("---" for _ in head), *map(line, rows)])
+
+
+def claims_table(rows: pd.DataFrame) -> str:
+    """The table ``claim | target | ours | verdict`` of a figure.
+
+    Args:
+        rows: columns claim, target, ours, verdict, why; a row a claim.
+    """
+    lines = []
+    for group in _alike(rows):
+        names, row = zip(*group)
+        of = [f"{name}: " if len(group) > 1 else "" for name in names]
+        claim = row[0].claim if len(group) == 1 else _put(row[0].claim, names)
+        targets = list(dict.fromkeys(r.target for r in row))
+        target = targets[0] if len(targets) == 1 else "; ".join(f"{n}{r.target}" for n, r in zip(of, row))
+        ours = "; ".join(f"{n}{_short(r.ours)}" for n, r in zip(of, row) if r.ours)
+        lines.append([claim, target, ours, _verdict(of, row)])
+    return markdown(["claim", "target", "ours", "verdict"], lines)
+
+
+def labelled(text: str) -> str:
+    """A measurement with the rules' labels in place of their names in the code."""
+    return re.sub(r"(?<![\w=])[a-z]+(?:_[a-z]+)*(?= )", lambda m: LABELS.get(m[0], m[0]), text)
+
+
+def common_start(texts: list[str]) -> tuple[str, list[str]]:
+    """What every text begins with, up to a comma or colon ("MNIST"; "" if nothing), and the texts without it."""
+    start = os.path.commonprefix(texts)
+    if len(texts) == 1 or not all(t[len(start) : len(start) + 1] in (",", ":") for t in texts):
+        start = start[: max(start.rfind(","), start.rfind(":"), 0)]
+    return start, [t[len(start) :].lstrip(",: ") for t in texts]
+
+
+def _alike(rows: pd.DataFrame) -> list[list[tuple[str, Any]]]:
+    """Claims in groups, as (what differs, row): claims whose texts are equal but for one rule, or one number."""
+
+    def keys(claim: str) -> dict[tuple[str, str, bool], str]:
+        """(text before, text after, is a number) of each rule or number in the claim, and that rule or number."""
+        return {(claim[: m.start()], claim[m.end() :], m[0][0].isdigit()): m[0] for m in WORD.finditer(claim)}
+
+    found = [keys(claim) for claim in rows.claim]
+    often = Counter(key for each in found for key in each)
+    groups: dict[object, list[tuple[str, Any]]] = {}
+    for row, each in zip(rows.itertuples(), found):
+        key = max(each, key=lambda k: often[k], default=None)
+        shared = key is not None and often[key] > 1
+        groups.setdefault(key if shared else row.Index, []).append((each.get(key, ""), row))
+    return list(groups.values())
+
+
+def _put(claim: str, names: Iterable[str]) -> str:
+    """The claim about the first of several rules or numbers, as a claim about all of them."""
+    first, *_ = names
+    place = next(m for m in WORD.finditer(claim) if m[0] == first)
+    return claim[: place.start()] + " / ".join(names) + claim[place.end() :]
+
+
+def _verdict(of: list[str], rows: Iterable[Any]) -> str:
+    """The verdict of a row; where its claims differ, or one is missed, each claim's with its reason."""
+    told = []
+    for name, r in zip(of, rows):
+        first, *more = r.why.split("; ")
+        why = f" ({first}{f', and {len(more)} more' if more else ''})" if first else ""
+        told.append((name, f"{r.verdict}{why}"))
+    verdicts = list(dict.fromkeys(text for _, text in told))
+    return verdicts[0] if len(verdicts) == 1 else "; ".join(f"{name}{text}" for name, text in told)
+
+
+def _short(measured: str) -> str:
+    """A measurement: every value with its sd, or the means, or the range of the means."""
+    parts = measured.split("; ")
+    means = [part.partition(" ± ")[0] for part in parts]
+    if len(parts) <= LISTED:
+        return measured if len(parts) <= WITH_SD else "; ".join(means)
+    values = sorted((mean.split()[-1] for mean in means), key=float)
+    return f"{len(parts)} values, {f'{values[0]} to {values[-1]}' if values[0] != values[-1] else f'all {values[0]}'}"

@@ -1,0 +1,65 @@
+"""The parameters of a notebook: which there are, and which values they may have."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fa import experiments
+from fa.errors import UserError
+
+STANDARD: dict[str, type] = {"mode": str, "seeds": int, "epochs": int, "rules": str, "dataset": str, "device": str}
+"""The parameters that every notebook has, and their types."""
+
+
+def check(values: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    """Refuse parameters that are unknown, missing, of the wrong type, or have a value that nothing here knows.
+
+    Raises:
+        UserError: names the parameter and what is known.
+    """
+    for name in values:
+        if name not in types:
+            raise UserError(f"unknown parameter {name!r}; known: {', '.join(types)}")
+    for name, kind in types.items():
+        if name not in values:
+            raise UserError(f"parameter {name!r} is missing from the cell tagged 'parameters'")
+        if type(values[name]) is not kind and not (kind is float and type(values[name]) is int):
+            raise UserError(f"parameter {name!r} must be of type {kind.__name__}, not {values[name]!r}")
+    if values["mode"] not in (modes := ("record", *experiments.MODES)):
+        raise UserError(f"unknown mode {values['mode']!r}; known: {', '.join(modes)}")
+    if values.get("scale", "") not in ("", "small", "paper"):
+        raise UserError(
+            f"unknown scale {values['scale']!r}; known: small, paper, or empty for the largest complete record"
+        )
+    experiments.check(values["rules"], values["dataset"], values["seeds"], values["epochs"])
+
+
+def given(namespace: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """The parameters in a notebook's globals.
+
+    In a kernel these are the names that the latest parameters cell assigns, and papermill's own cell after it (it starts with
+    "# Parameters"), as the kernel's input history tells. So a misspelled name is seen, and names of later cells do not matter
+    when a reader runs the cell again. Without a history, every plain scalar of the namespace counts.
+    """
+    cells = [c for c in namespace.get("In", []) if isinstance(c, str)]
+    injected = [c.startswith("# Parameters") for c in cells]
+    own = [i for i, c in enumerate(cells) if not injected[i] and {"mode", "seeds"} <= set(_assigned(c))]
+    if own:
+        after = [i for i in range(own[-1], len(cells)) if injected[i]][-1:]
+        names = [n for i in [own[-1], *after] for n in _assigned(cells[i])]
+    else:
+        names = [n for n, v in namespace.items() if type(v) in (int, float, bool, str) and not n.startswith("_")]
+    return {n: namespace[n] for n in dict.fromkeys([*names, *known]) if n in namespace}
+
+
+def _assigned(source: str) -> list[str]:
+    """Names that a cell assigns at its top level; none if it is not plain Python."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return []
+    targets = [t for s in body if isinstance(s, ast.Assign) for t in s.targets]
+    targets += [s.target for s in body if isinstance(s, ast.AnnAssign)]
+    return [t.id for t in targets if isinstance(t, ast.Name)]

@@ -1,0 +1,234 @@
+"""Numbers of a record: rows selected by their axes, one number a seed, and the statistics of the seeds.
+
+**Axes** are the columns of a table. A column of text takes words (``"layer1.*"``: all that match), any other numbers:
+whole ones agree exactly, others to half a percent, as published ones are rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import numpy as np
+import pandas as pd
+
+STATISTICS = {"mean": "mean", "sd": "mean", "min": "min", "max": "max", "best": "max"}
+NOT_AXES = {"run", "depth", "metric", "value", "paper", "figure", "sd", "n", "source"}  # all other columns are axes
+
+
+class Malformed(Exception):
+    """What is wrong with an expression."""
+
+
+class Untested(Exception):
+    """Why a claim cannot be tested."""
+
+
+class Diverged(Exception):
+    """Which run diverged."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with the sd (ddof 1) and count of the seeds behind it; the defaults are those of a constant."""
+
+    mean: float
+    sd: float = 0.0
+    n: float = math.inf
+
+    def __add__(self, other: Value) -> Value:
+        return Value(self.mean + other.mean, math.hypot(self.sd, other.sd), min(self.n, other.n))
+
+    def __neg__(self) -> Value:
+        return Value(-self.mean, self.sd, self.n)
+
+    def __sub__(self, other: Value) -> Value:
+        return self + -other
+
+    def __mul__(self, other: Value) -> Value:
+        # a constant has no sd, even times inf
+        a, b = self.sd and self.sd * other.mean, other.sd and other.sd * self.mean
+        return Value(self.mean * other.mean, math.hypot(a, b), min(self.n, other.n))
+
+    def __truediv__(self, other: Value) -> Value:
+        if other.mean == 0:
+            raise Untested("division by zero")
+        return self * Value(1 / other.mean, other.sd / other.mean**2, other.n)
+
+    def sqrt(self) -> Value:
+        """Square root; sd / (2 sqrt)."""
+        if self.mean < 0:
+            raise Untested(f"square root of {show(self.mean)}")
+        root = math.sqrt(self.mean)
+        return Value(root, self.sd and self.sd / (2 * root), self.n)
+
+
+def show(x: float, digits: int = 4) -> str:
+    """A number as the tables print it."""
+    return f"{x:.{digits}g}"
+
+
+def _words(column: pd.Series) -> bool:
+    return not pd.api.types.is_numeric_dtype(column)
+
+
+def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
+    """Blank words as "", values as numbers (what is not one becomes nan: published as unknown)."""
+    words = {c: frame[c].astype(object).where(frame[c].notna(), "") for c in frame if _words(frame[c])}
+    return frame.assign(**words | {"value": pd.to_numeric(frame.value, errors="coerce")})
+
+
+def _matches(word: object, patterns: list) -> bool:
+    return any(fnmatchcase(str(word), str(p)) for p in patterns)
+
+
+def _where(column: pd.Series, wanted: list) -> np.ndarray:
+    """Rows that take a wanted value."""
+    if _words(column):
+        return column.isin([v for v in column.unique() if _matches(v, wanted)]).to_numpy()
+    whole = (column.dropna() % 1 == 0).all()
+    there = column.to_numpy(float)[:, None]
+    return np.isclose(there, np.array(wanted, float)[None, :], rtol=0 if whole else 5e-3).any(axis=1)
+
+
+def _select(frame: pd.DataFrame, metric: str, chosen: dict, last: Callable, what: str) -> pd.DataFrame:
+    """Rows of one metric at the chosen axes. Raises where one with several values is not chosen."""
+    frame = _tidy(frame[frame.metric == metric])
+    if frame.empty:
+        raise Untested(f"{what} has no {metric}")
+    for axis, wanted in sorted(chosen.items(), key=lambda item: item[0] == "epoch"):  # ``last`` depends on the runs
+        if wanted == ["all"]:
+            continue
+        if wanted == ["last"] and axis == "epoch":
+            wanted = [last(frame)]
+        if axis in frame and any(isinstance(w, str) != _words(frame[axis]) for w in wanted):
+            kind = "words or all" if _words(frame[axis]) else "numbers, all" + " or last" * (axis == "epoch")
+            raise Malformed(f"{axis} takes {kind}, not {wanted[0]}")
+        if missing := [w for w in wanted if axis not in frame or not _where(frame[axis], [w]).any()]:
+            where = ", ".join(f"{a}={v[0]}" for a, v in chosen.items() if len(v) == 1 and a != axis)
+            raise Untested(f"{what} has no {metric} at {axis}={missing[0]}" + f" ({where})" * bool(where))
+        frame = frame[_where(frame[axis], wanted)]
+    if several := [a for a in frame if a not in {*NOT_AXES, *chosen, "seed"} and frame[a].nunique() > 1]:
+        raise Malformed(f"{metric} has several values of {several[0]}; name one, a list, or all")
+    return frame
+
+
+def _mismatch(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``mismatch``, norm of W - B_eff: weight_norm sqrt(1 + r^2 - 2 r cos a); r = norm_ratio, a = angle_deg."""
+    names = ["weight_norm", "norm_ratio", "angle_deg"]
+    rows = _tidy(table[table.metric.isin(names)])
+    keys = [c for c in rows if c not in ("metric", "value")]
+    wide = rows.set_index([*keys, "metric"]).value.unstack("metric").reindex(columns=names).dropna().reset_index()
+    r, cosine = wide.norm_ratio, np.cos(np.deg2rad(wide.angle_deg))
+    square = (1 + r**2 - 2 * r * cosine).clip(lower=0)
+    return wide[keys].assign(metric="mismatch", value=wide.weight_norm * np.sqrt(square))
+
+
+@dataclass(frozen=True)
+class Record:
+    """A table and what is published and known about it.
+
+    Args:
+        table: the record, long form; None where there is none.
+        reference: the published values; None only checks the form of an expression: every statistic is then 1.
+        sidecar: configs and statuses of the record's runs; by default all are finished.
+        planned: of a partial record every planned run: its axes, and in ``there`` whether the record has it.
+    """
+
+    table: pd.DataFrame | None = None
+    reference: pd.DataFrame | None = None
+    sidecar: dict = field(default_factory=dict)
+    planned: pd.DataFrame | None = None
+
+    def statistic(self, name: str, metric: str, axes: dict[str, list], minus: dict[str, list]) -> Value:
+        """A statistic of one metric at some axes; of ``paired`` ``minus`` has the axis that differs on the other side."""
+        known = {c for frame in (self.table, self.reference) if frame is not None for c in frame} - NOT_AXES
+        if unknown := [a for a in axes | minus if known and a not in known or a.startswith("minus")]:
+            raise Malformed(f"unknown axis {unknown[0]}; known: {', '.join(sorted(known))}")
+        if every := [a for a, v in axes.items() if "every" in v]:
+            raise Malformed(f"{every[0]}=every is for each(), falls() and rises(); a statistic takes all")
+        if (name == "paired") != (len(minus) == 1) or any(len(v) != 1 for v in minus.values()):
+            raise Malformed("paired() needs minus=RULE, or one minus_AXIS=VALUE")
+        if self.reference is None:
+            return Value(1.0, 0.0, math.inf if name == "ref" else 1e9)
+        if name == "ref":
+            return self.published(metric, axes)
+        seeds = self.seeds(metric, axes, STATISTICS.get(name, "mean"))
+        if minus:
+            seeds = (seeds - self.seeds(metric, axes | minus, "mean")).dropna()
+        mean, sd = float(seeds.mean()), float(seeds.std(ddof=1))
+        return Value(sd, math.nan, len(seeds)) if name == "sd" else Value(mean, sd, len(seeds))
+
+    def spread(self, axis: str, wanted: list) -> list:
+        """The values of an axis one by one: those named; for ``every`` and patterns the recorded ones, in order."""
+        if wanted == ["all"]:
+            raise Malformed(f"{axis}=all is for statistics; say every")
+        if wanted != ["every"] and not any("*" in str(w) for w in wanted):
+            return wanted
+        if self.reference is None:
+            return [1.0, 2.0]
+        order = "depth" if axis == "layer" else axis
+        record = self.planned if self.planned is not None and axis in self.planned else self.table
+        for frame in (record, self.reference):
+            if frame is not None and axis in frame:
+                rows = frame.sort_values(order, kind="stable") if order in frame else frame
+                found = [v for v in rows[axis].dropna().unique().tolist() if v != ""]
+                if found := [v for v in found if wanted == ["every"] or _matches(v, wanted)]:
+                    return found
+        raise Untested(f"no values of {axis} are known")
+
+    def seeds(self, metric: str, axes: dict[str, list], how: str) -> pd.Series:
+        """One number per seed. A seed with fewer rows than the fullest is left out; one lost to divergence raises."""
+        self.complete(axes)
+        configs = self.sidecar.get("configs", {})
+
+        def last(frame: pd.DataFrame) -> float:
+            planned = [configs[run]["epochs"] for run in frame.run.unique() if "epochs" in configs.get(run, {})]
+            return max(planned, default=frame.epoch.max())
+
+        try:
+            table = _mismatch(self.table) if metric == "mismatch" else self.table
+            rows = _select(table, metric, axes, last, "the record")
+        except Untested:
+            self.survived(axes, pd.Index([]))
+            raise
+        rows = rows[np.isfinite(rows.value)]
+        counts = rows.groupby("seed").size()
+        rows = rows[rows.seed.isin(counts.index[counts == counts.max()])]
+        seeds = rows.groupby("seed").value.agg(how)
+        self.survived(axes, seeds.index)
+        return seeds
+
+    def survived(self, axes: dict[str, list], have: pd.Index) -> None:
+        """Raises where a run at these axes diverged and its seed is not among those at hand."""
+        for run in (r for r, status in self.sidecar.get("status", {}).items() if status["state"] == "diverged"):
+            config = self.sidecar.get("configs", {}).get(run, {})
+            shared = {a: v for a, v in axes.items() if a in config and a != "epoch" and v != ["all"]}
+            asked = all(_where(pd.Series([config[a]]), v)[0] for a, v in shared.items())
+            if asked and config.get("seed") not in have:
+                raise Diverged(f"{config.get('rule', 'run')} diverged with seed {config.get('seed', run)}")
+
+    def complete(self, axes: dict[str, list]) -> None:
+        """Raises where a partial record lacks a run at these axes: of a whole one the statistic could be another."""
+        if self.planned is None:
+            return
+        asked = {a: v for a, v in axes.items() if a in self.planned and v != ["all"]}
+        due = self.planned
+        for axis, wanted in asked.items():
+            due = due[_where(due[axis], wanted)]
+        if not due.there.all():
+            whole = f"partial record: {self.planned.there.sum()} of {len(self.planned)} runs"
+            where = ", ".join(f"{a}={v[0] if len(v) == 1 else v}" for a, v in asked.items())
+            raise Untested(f"{whole} ({due.there.sum()} of {len(due)} at {where})" if where else whole)
+
+    def published(self, metric: str, axes: dict[str, list]) -> Value:
+        """The published value; of per-seed rows the mean, unless the mean itself was published."""
+        rows = _select(self.reference, metric, axes, lambda frame: frame.epoch.max(), "the reference table")
+        rows = rows[rows.seed.isna()] if rows.seed.isna().any() else rows
+        if rows.seed.isna().any() and len(rows) > 1 or rows.seed.duplicated().any():
+            raise Malformed(f"{metric} is published more than once at these axes")
+        if rows.value.isna().any():
+            raise Untested(f"the published {metric} is unknown")
+        return Value(float(rows.value.mean()))
