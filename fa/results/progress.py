@@ -131,7 +131,8 @@ class Progress(threading.Thread):
 
 
 def forecast(todo: list[Any], budget: float | None = None, workers: str | int = "auto", device: str = "auto") -> str:
-    """How long the missing runs will take, as those of the run store did on such a device, and in how many calls of ``budget`` seconds.
+    """How long the missing runs will take, as those of the run store did on such a device, and in how many calls of
+    ``budget`` seconds.
 
     An epoch counts as long as the median epoch of finished runs of its kind: same rule, network, data and precision.
     """

@@ -163,7 +163,8 @@ def run(
         workers: processes; "auto": one for each core, and on CUDA one. A single one is this process itself.
         device: "auto", "cpu" or "cuda".
         progress: show it.
-        together: runs of a stack on CUDA (default 0: :data:`STACK`; 1: no stacks). On the CPU every run is trained alone.
+        together: runs of a stack on CUDA (default 0: :data:`STACK`; 1: no stacks). On the CPU every run is trained
+            alone.
         compiled: train through ``torch.compile`` (default None: on CUDA where there is a compiler).
         executor: calls :func:`run_one` in place of processes of this machine, e.g. Dask's ``client.get_executor()``;
             all jobs are submitted at once, and ``workers`` does not matter. Its machines must share the run store.

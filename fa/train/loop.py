@@ -42,7 +42,8 @@ class Run:
 
     Args:
         config: the run.
-        folder: keeps its checkpoints and ``progress.csv``, a :class:`fa.results.store.RunFolder` (default None: nothing is written).
+        folder: keeps its checkpoints and ``progress.csv``, a :class:`fa.results.store.RunFolder` (default None:
+            nothing is written).
         epoch: epochs behind it.
         rows: what was measured: [epoch, layer, depth, metric, value].
         seconds: wall time of its training; of a stack its part, as the runs share the time evenly.
@@ -73,9 +74,8 @@ class Run:
                     state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
         if environment() not in self.environments:
             self.environments.append(environment())
-        if (
-            self.folder and (path := self.folder.path / "progress.csv").exists()
-        ):  # epochs after the checkpoint come again
+        # Epochs after the checkpoint come again.
+        if self.folder and (path := self.folder.path / "progress.csv").exists():
             head, *lines = path.read_text().splitlines(keepends=True)
             path.write_text(head + "".join(line for line in lines if int(line.partition(",")[0]) <= self.epoch))
 
@@ -130,7 +130,8 @@ def train(
         config: the run.
         device: a torch device; on "cpu" one thread is used, so that the numbers do not depend on the number of cores.
         folder: a :class:`fa.results.store.RunFolder` to keep checkpoints in (default None: nothing is written).
-        until: ``time.monotonic()`` at which to have stopped; a checkpoint is written and None returned if an epoch would not fit.
+        until: ``time.monotonic()`` at which to have stopped; a checkpoint is written and None returned if an epoch
+            would not fit.
         compiled: train through ``torch.compile`` (default False).
 
     Returns:
