@@ -18,7 +18,6 @@ from fa.experiments import p3_table1
 from fa.layers.feedback import generator
 from fa.metrics import linear_layers
 from fa.results import claims, records
-from fa.train import loop
 from fa.train.config import Config
 from fa.train.loop import Run, train_runs
 
@@ -77,9 +76,9 @@ def test_the_twin_stores_the_r_that_was_left_out(rule):
     assert p3_table1.explicit(replace(config, rule="kp", options=""), nets["explicit"]) is nets["explicit"]
 
 
-def test_rows_of_symmetry_stand_beside_the_trainers(monkeypatch):
+def test_rows_of_symmetry_stand_beside_the_trainers():
     (config,) = [c for c in p3_table1.grid("quick", ("pfa",), 1, 2, "") if isinstance(c, Config)]
-    table = train(config)
+    table = p3_table1.run(config)
     rows = table[table.metric.str.match("[BR]_")]
     assert set(rows.epoch) == {0, 2} and set(rows.layer) == {"fc1", "fc2", "fc"}
     assert set(rows.metric) == {f"{m}_{n}" for m in "BR" for n in ("match", "mixed", "chance", "excess")}, (
@@ -92,7 +91,6 @@ def test_rows_of_symmetry_stand_beside_the_trainers(monkeypatch):
         < 0.1
         < (wide.R_match.loc[2] - wide.R_chance.loc[2]).min()
     )
-    monkeypatch.setattr(loop, "extra_rows", lambda *args: [])
     plain = train(config)
     pd.testing.assert_frame_equal(
         table[~table.index.isin(rows.index)].reset_index(drop=True), plain
@@ -100,7 +98,7 @@ def test_rows_of_symmetry_stand_beside_the_trainers(monkeypatch):
 
 
 def test_a_probe_asks_every_layer():
-    table = p3_table1.probe(p3_table1.Probe("p3_table1", "sa", 0, "", "circuit", epochs=1))
+    table = p3_table1.run(p3_table1.Probe("p3_table1", "sa", 0, "", "circuit", epochs=1))
     wide = table.pivot_table(index="layer", columns="metric", values="value")
     assert set(table.epoch) == {1} and table.attrs["status"]["state"] == "finished"
     layers = wide.loc[["fc1", "fc2", "fc"]]
