@@ -1,19 +1,22 @@
-"""Whether captured and stacked training steps are what they should be on this GPU; the first thing to run on a new machine. Needs no data.
+"""Whether captured and stacked training steps are what they should be on this GPU; the first thing to run on a new
+machine. Needs no data.
 
     python benchmarks/check_cuda.py --stack 3              # every rule of p3's Figure 4, ResNet-20
     python benchmarks/check_cuda.py --rules pfa --precision bfloat16 --compile
     python benchmarks/check_cuda.py --rules wm --alternate 1    # mirror and task phases, a graph for each
 
-For every rule the same steps are taken twice, captured as a graph and eagerly, over a change of the schedule where there is one, and with
-measurements between: the losses must agree, no step may wait for the device, and a measurement may alter nothing. With ``--stack`` so many
-seeds are also trained as one network, captured, and eagerly one by one, and their losses must agree too. Printed: the largest relative
-gap of the losses; milliseconds of a step, seconds of a measurement, and memory reserved, with the engine's own choice of convolutions.
+For every rule the same steps are taken twice, captured as a graph and eagerly, over a change of the schedule where
+there is one, and with measurements between: the losses must agree, no step may wait for the device, and a measurement
+may alter nothing. With ``--stack`` so many seeds are also trained as one network, captured, and eagerly one by one,
+and their losses must agree too. Printed: the largest relative gap of the losses; milliseconds of a step, seconds of a
+measurement, and memory reserved, with the engine's own choice of convolutions.
 
-All are held to the same deterministic convolutions, for left to themselves they choose different ones, and training at the recipe's
-learning rate amplifies the rounding of TF32 (1e-3) to gaps of some percent within 16 steps. Then only a mistake can part captured and
-eager steps: 1e-5 is allowed. Compiled and stacked steps round otherwise by their nature, so these are compared at a hundredth of the
-learning rate, or 1e-4 if that is more (under dfa), where losses differ by little more than the rounding of one forward pass: 1e-2 is
-allowed. (ResNet-20 by backprop there, batches of 32 on a CPU: bfloat16 is 2e-3 from float32, a learning rate lower by a tenth 1.4e-2, none 0.4.)
+All are held to the same deterministic convolutions, for left to themselves they choose different ones, and training
+at the recipe's learning rate amplifies the rounding of TF32 (1e-3) to gaps of some percent within 16 steps. Then only
+a mistake can part captured and eager steps: 1e-5 is allowed. Compiled and stacked steps round otherwise by their
+nature, so these are compared at a hundredth of the learning rate, or 1e-4 if that is more (under dfa), where losses
+differ by little more than the rounding of one forward pass: 1e-2 is allowed. (ResNet-20 by backprop there, batches of
+32 on a CPU: bfloat16 is 2e-3 from float32, a learning rate lower by a tenth 1.4e-2, none 0.4.)
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from train import images, network, seconds, stepping, wait
+from train import seconds, sets, started, stepping, wait
 
 from fa import experiments
 from fa.train import data, stack
@@ -36,31 +39,27 @@ SAME, ROUNDED = 1e-5, 1e-2  # largest relative gaps of losses: by the same kerne
 
 def losses(configs: list[Config], device: str, captured: bool, compiled: bool) -> Tensor:
     """Losses (16, runs) of two epochs of eight steps, by deterministic convolutions; several runs are a stack."""
-    config, runs = configs[0], len(configs)
-    split = data.Split(*images(config.dataset, device).first(20 * config.batch))
-    sets, made = data.Data(config.dataset, 10, split, split, split), []
+    config = configs[0]
+    split, made = few(config, device), []
+    images = data.Data(config.dataset, 10, split, split, split)
     wait(device)
     same = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
-    with engine.on(device), same, engine.stream(device):
-        net, opt, nets = network(configs, device)
-        stepper = engine.Stepper(
-            net, opt, config, split, compiled, captured and device == "cuda", [c.seed for c in configs]
-        )
-        kept = [*net.parameters(), *(p for own in nets for p in own.parameters())]
+    with engine.numerics(device), same:
+        net, opt, members = started(configs, device)
+        captured = captured and device == "cuda"
+        stepper = engine.Stepper(net, opt, config, split, compiled, captured, [c.seed for c in configs])
+        kept = [*net.parameters(), *(p for run in members for p in run.net.parameters())]
         for epoch in (0, 1):
-            run = stepper.epoch(epoch)
+            stepper.begin(epoch)
             for i in range(8):
                 if device == "cuda" and not captured and epoch and i:
                     torch.cuda.set_sync_debug_mode("error")  # a step that waits raises
-                next(run)
+                stepper.step()
                 if device == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
             made.append(stepper.losses[:8].clone())
             before = [p.detach().clone() for p in kept]
-            if runs > 1:
-                stack.accuracies(net, runs, split)
-            for own in nets:
-                train.measure(own, config, sets, 5, found={} if runs > 1 else None)
+            train.measure(members, net, images, 5, [{} for _ in members])
             assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, kept)), (
                 "a measurement altered the network"
             )
@@ -70,15 +69,20 @@ def losses(configs: list[Config], device: str, captured: bool, compiled: bool) -
 def times(config: Config, device: str, compiled: bool) -> tuple[float, float, float]:
     """Seconds of a captured step, of an eager one, and of a measurement, by the engine's own choice of convolutions."""
     steps = []
-    with engine.on(device):
+    with engine.numerics(device):
         for captured in (True, False):
             take = stepping([config], device, compiled and captured, captured and device == "cuda")
             take((engine.WARM + 1) * (config.alternate + 1))  # every phase is captured by then
             steps.append(seconds(lambda: take(10)) / 10)
-        split = data.Split(*images(config.dataset, device).first(20 * config.batch))
-        net, sets = network([config], device)[0], data.Data(config.dataset, 10, split, split, split)
-        train.measure(net, config, sets, 5)
-        return *steps, seconds(lambda: train.measure(net, config, sets, 5))
+        split, (net, _, members) = few(config, device), started([config], device)
+        images = data.Data(config.dataset, 10, split, split, split)
+        measuring = [seconds(lambda: train.measure(members, net, images, 5, [{}])) for _ in range(2)]
+        return *steps, measuring[1]
+
+
+def few(config: Config, device: str) -> data.Split:
+    """Twenty batches of random images."""
+    return data.Split(*sets(config.dataset, device).train.first(20 * config.batch))
 
 
 def main() -> None:

@@ -1,34 +1,36 @@
-"""What training costs: images a second, seconds a run, and how much of the device that uses; for one run and for several at once.
+"""What training costs: images a second, seconds a run, and how much of the device that uses; for one run and for
+several at once.
 
-    python benchmarks/train.py                                   # on a GPU p3's Figure 4 (CIFAR-10, ResNet-20), else its Figure 2 (MNIST)
+    python benchmarks/train.py        # on a GPU p3's Figure 4 (CIFAR-10, ResNet-20), else its Figure 2 (MNIST)
     python benchmarks/train.py --rules bp,bp+fa+usf --together 1,5,15 --precision float32,bfloat16 --compile no,yes
     python benchmarks/train.py --experiment p3_fig4 --device cpu --steps 4
 
-The runs are those of an experiment's paper mode, trained on random images of the data set's size: time does not depend on what they show.
-On CUDA runs at once share a process, as in a campaign: those that can be stacked (:mod:`fa.train.stack`) are one network, the others take
-their steps in turn, each on a stream of its own. On the CPU each run has a process and one thread. Rules joined by "+" share the runs of a
-row evenly; what is counted of them, FLOPs, traffic and measurements, is the first one's. Beside them, in the same rounds, a plain
-PyTorch loop trains the same network by backprop: DataLoader, eager, float32, no feedback.
+The runs are those of an experiment's paper mode, trained on random images of the data set's size: time does not
+depend on what they show. On CUDA runs at once are one network, as in a campaign (:mod:`fa.train.stack`); runs that
+cannot be stacked take their steps one after another. On the CPU each run has a process and one thread. Rules joined
+by "+" share the runs of a row evenly; FLOPs, traffic and measurements are counted for the first rule. In the same
+rounds a plain PyTorch loop trains the same network by backprop: DataLoader, eager, float32, no feedback.
 
-Utilisation is of ceilings measured here: the fastest large matrix product, and the fastest copy of a large tensor. *FLOPs* are those of
-backprop's forward and backward pass, whatever the rule. *Traffic* is every byte that the operations of a plain step would read and write
-if none were fused and nothing stayed in a cache; it may therefore exceed the ceiling. *A run* is all epochs of the recipe,
-where several are trained at once its share of the time; its measurements (accuracies, and at some epochs angles, as
-:func:`fa.train.loop.watched` and :func:`fa.train.loop.layer_epochs` say) are timed apart and added in the last column.
+Utilisation is of ceilings measured here: the fastest large matrix product, and the fastest copy of a large tensor.
+*FLOPs* are those of backprop's forward and backward pass, whatever the rule. *Traffic* is every byte that the
+operations of a plain step would read and write if none were fused and nothing stayed in a cache; it may therefore
+exceed the ceiling. *A run* is all epochs of the recipe, where several are trained at once its share of the time; its
+measurements (accuracies, and at some epochs angles, as :func:`fa.train.loop.splits_to_measure` and
+:func:`fa.train.loop.layer_epochs` say) are timed apart and added in the last column.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
+from itertools import chain, product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -40,39 +42,41 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fa import experiments
 from fa.provenance import environment
-from fa.results import runs as campaign
+from fa.results import executors
 from fa.train import data, stack
 from fa.train import loop as train
 from fa.train import step as engine
 from fa.train.config import Config
 
 SIZES = {
-    "mnist": (60_000, 0, 10_000, (1, 28, 28)), "cifar10": (45_000, 5_000, 10_000, (3, 32, 32)), "digits": (1_437, 0, 360, (1, 8, 8))
-}  # fmt: skip
+    "mnist": (60_000, 0, 10_000, (1, 28, 28)),
+    "cifar10": (45_000, 5_000, 10_000, (3, 32, 32)),
+    "digits": (1_437, 0, 360, (1, 8, 8)),
+}
 """Data set -> images to train, to validate and to test with, and the shape of one."""
 
 
-# -------------------------------------------------------------------------------------------------------------- one pack of runs
+# -------------------------------------------------------------------------------- one pack of runs
 
 
 @lru_cache(maxsize=2)
-def images(dataset: str, device: str) -> data.Split:
-    """Random images of the data set's number and shape."""
-    n, _, _, shape = SIZES[dataset]
+def sets(dataset: str, device: str) -> data.Data:
+    """Random images of the data set's numbers and shape; validation and test images are the first training images."""
+    n, n_val, n_test, shape = SIZES[dataset]
     gen = torch.Generator().manual_seed(0)
-    return data.Split(
-        torch.randn(n, *shape, generator=gen).to(device), torch.randint(10, (n,), generator=gen).to(device)
-    )
+    x, y = torch.randn(n, *shape, generator=gen).to(device), torch.randint(10, (n,), generator=gen).to(device)
+    val, test = (data.Split(x[:k], y[:k]) if k else None for k in (n_val, n_test))
+    return data.Data(dataset, 10, data.Split(x, y), val, test)
 
 
-def network(configs: Sequence[Config], device: str) -> tuple[nn.Module, torch.optim.SGD, list[nn.Module]]:
-    """The untrained network of a run, or the stack of several; its optimizer; and each run's own network."""
-    shape = SIZES[configs[0].dataset][3]
-    nets = [train.seed_network(config, shape, 10).to(device) for config in configs]
-    if device != "cpu":
-        nets = [net.to(memory_format=torch.channels_last) for net in nets]
-    opts = [train.sgd(net, config) for net, config in zip(nets, configs)]
-    return *train.combined(configs, nets, opts, shape, 10), nets
+def started(configs: Sequence[Config], device: str) -> tuple[nn.Module, torch.optim.SGD, list[train.Run]]:
+    """The untrained network of a run, or the stack of several; its optimizer; and the runs."""
+    runs, images = [train.Run(config) for config in configs], sets(configs[0].dataset, device)
+    for run in runs:
+        run.start(images, device)
+    if len(runs) > 1:
+        return *stack.join(runs, images.shape, images.classes), runs
+    return runs[0].net, runs[0].opt, runs
 
 
 def pack(recipes: Sequence[Config], n: int) -> list[Config]:
@@ -81,30 +85,25 @@ def pack(recipes: Sequence[Config], n: int) -> list[Config]:
 
 
 def groups(configs: Sequence[Config], device: str) -> list[tuple[Config, ...]]:
-    """What takes its steps as one: on CUDA the runs that can be stacked, and else every run."""
-    alike = [[i] for i in range(len(configs))] if device == "cpu" else stack.groups(configs, [0] * len(configs))
-    return [tuple(configs[i] for i in group) for group in alike]
+    """The runs that take their steps as one network: stacks on CUDA, and else every run."""
+    return [tuple(group) for group in stack.groups(configs, 1 if device == "cpu" else len(configs))]
 
 
 def stepping(
     configs: Sequence[Config], device: str, compiled: bool, capture: bool | None = None
 ) -> Callable[[int], None]:
-    """A function that takes so many steps of every run, its groups in turn, and waits for the device."""
-    split, crew = images(configs[0].dataset, device), []
+    """A function that takes so many steps of every run, one group after another, and waits for the device."""
+    split, steppers = sets(configs[0].dataset, device).train, []
     for group in groups(configs, device):
-        own, seeds = engine.stream(device), [config.seed for config in group]
-        with own:
-            net, opt, _ = network(group, device)
-            crew.append(
-                (own, endless(partial(engine.Stepper(net, opt, group[0], split, compiled, capture, seeds).epoch, 1)))
-            )
-    wait(device)
+        net, opt, runs = started(group, device)
+        seeds = [run.config.seed for run in runs]
+        steppers.append(engine.Stepper(net, opt, group[0], split, compiled, capture, seeds))
 
     def steps(n: int) -> None:
-        for _ in range(n):
-            for own, run in crew:
-                with own:
-                    next(run)
+        for stepper in steppers:
+            left = n
+            while left:
+                left -= len(stepper.epoch(1, left))
         wait(device)
 
     return steps
@@ -112,7 +111,7 @@ def stepping(
 
 def plain(config: Config, device: str, workers: int) -> Callable[[int], None]:
     """The loop that most people would write, for backprop."""
-    split = images(config.dataset, "cpu")
+    split = sets(config.dataset, "cpu").train
 
     class Images(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -129,9 +128,9 @@ def plain(config: Config, device: str, workers: int) -> Callable[[int], None]:
 
     loader = torch.utils.data.DataLoader(Images(), config.batch, shuffle=True, drop_last=True, num_workers=workers,
                                          pin_memory=device == "cuda", persistent_workers=workers > 0)  # fmt: skip
-    net = train.seed_network(replace(config, rule="bp", options=""), SIZES[config.dataset][3], 10).to(device)
+    net = train.build_network(replace(config, rule="bp", options=""), SIZES[config.dataset][3], 10).to(device)
     opt = torch.optim.SGD(net.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    batches = endless(lambda: loader)
+    batches = chain.from_iterable(repeat(loader))
 
     def steps(n: int) -> None:
         for _ in range(n):
@@ -142,12 +141,6 @@ def plain(config: Config, device: str, workers: int) -> Callable[[int], None]:
         wait(device)
 
     return steps
-
-
-def endless(epoch: Callable[[], Iterable[Any]]) -> Iterator[Any]:
-    """Epoch after epoch."""
-    while True:
-        yield from epoch()
 
 
 def wait(device: str) -> None:
@@ -163,47 +156,38 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - begin
 
 
-# --------------------------------------------------------------------------------------------------- several processes on a CPU
+# -------------------------------------------------------------------------------- several processes on a CPU
 
 
-def _member(config: Config, compiled: bool, steps: int, rounds: int, barrier: Any, times: Any) -> None:
-    campaign.keep_pages()
-    with engine.on("cpu"):
-        go = stepping([config], "cpu", compiled)
-        go(engine.WARM)
-        for _ in range(rounds):
-            barrier.wait()
-            times.put(seconds(lambda: go(steps)))
+def prepare(config: Config, compiled: bool) -> None:
+    """In a worker process: make what :func:`timed` steps."""
+    torch.set_num_threads(1)
+    timed.go = stepping([config], "cpu", compiled)
+    timed.go(engine.WARM)
+
+
+def timed(steps: int) -> float:
+    """In a worker process: seconds of so many steps."""
+    return seconds(lambda: timed.go(steps))
 
 
 @contextmanager
-def crew(configs: list[Config], compiled: bool, steps: int, rounds: int) -> Iterator[Callable[[], float]]:
+def crew(configs: list[Config], compiled: bool, steps: int) -> Iterator[Callable[[], float]]:
     """Processes that wait; the function yielded lets each take its steps and says how long the slowest took."""
-    context = multiprocessing.get_context("spawn")
-    barrier, times = context.Barrier(len(configs) + 1), context.Queue()
-    members = [
-        context.Process(target=_member, args=(c, compiled, steps, rounds, barrier, times), daemon=True) for c in configs
-    ]
-    for member in members:
-        member.start()
-
-    def go() -> float:
-        barrier.wait()
-        return max(times.get() for _ in members)
-
-    try:
-        yield go
-    finally:
-        for member in members:
-            member.terminate()
-            member.join()
+    with executors.processes() as new:
+        workers = [new() for _ in configs]
+        for made in [worker.submit(prepare, config, compiled) for worker, config in zip(workers, configs)]:
+            made.result()
+        yield lambda: max(took.result() for took in [worker.submit(timed, steps) for worker in workers])
 
 
-# ------------------------------------------------------------------------------------------------------------------- ceilings
+# -------------------------------------------------------------------------------- ceilings
 
 
 def ceilings(device: str, precision: str) -> tuple[float, float]:
-    """FLOP/s of the fastest large matrix product in that precision (one thread on a CPU), and bytes/s of a copy, read and written."""
+    """FLOP/s of the fastest large matrix product in that precision (one thread on a CPU), and bytes/s of a copy, read
+    and written.
+    """
     n = 8192 if device == "cuda" else 1024
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -239,7 +223,7 @@ class Traffic(TorchDispatchMode):
 def work_of(config: Config) -> tuple[float, float]:
     """FLOPs and bytes an image of a backprop step, counted on the CPU."""
     bp = replace(config, rule="bp", options="", precision="float32")
-    net, opt, _ = network([bp], "cpu")
+    net, opt, _ = started([bp], "cpu")
     x, y = torch.randn(config.batch, *SIZES[config.dataset][3]), torch.zeros(config.batch, dtype=torch.int64)
     with FlopCounterMode(display=False) as flops, Traffic() as traffic:
         F.cross_entropy(net(x), y).backward()
@@ -251,24 +235,25 @@ def work_of(config: Config) -> tuple[float, float]:
 @cache
 def measuring(group: tuple[Config, ...], device: str) -> float:
     """Seconds that the measurements of a whole run take, the first of a group of :func:`groups`."""
-    config, runs = group[0], len(group)
-    net, _, nets = network(group, device)
-    train_images, (_, val, test, _) = images(config.dataset, device), SIZES[config.dataset]
-    val, test = (data.Split(*train_images.first(n)) if n else None for n in (val, test))
-    sets = data.Data(config.dataset, 10, train_images, val, test)
+    config, images = group[0], sets(group[0].dataset, device)
+    net, _, runs = started(group, device)
 
-    def timed(work: Callable[[], Any]) -> float:
+    def warm(work: Callable[[], Any]) -> float:
         work()
         return seconds(work)
 
-    with engine.on(device):
-        evaluation = timed(lambda: stack.accuracies(net, runs, test) if runs > 1 else train.accuracy(net, test)) / runs
-        layers = timed(lambda: train.measure(nets[0], config, sets, 0, found={}))
-    seen = sum(len(split) for e in range(config.epochs + 1) for split in train.watched(sets, config, e).values())
-    return seen * evaluation / len(test) + len(train.layer_epochs(config.epochs)) * layers
+    with engine.numerics(device):
+        evaluation = warm(lambda: train.accuracies(net, images.test, len(runs))) / len(runs)
+        layers = warm(lambda: train.layer_rows(runs[0].net, images, 0))
+    epochs = (train.splits_to_measure(images, config, e) for e in range(config.epochs + 1))
+    seen = sum(len(split) for splits in epochs for split in splits.values())
+    return seen * evaluation / len(images.test) + len(train.layer_epochs(config.epochs)) * layers
 
 
-# ------------------------------------------------------------------------------------------------------------------------ main
+# -------------------------------------------------------------------------------- main
+
+
+HEAD = ("rule", "precision", "compiled", "at once", "images/s", "to plain", "FLOPs", "traffic", "s a run", "measured")
 
 
 def words(text: str) -> list[str]:
@@ -276,80 +261,79 @@ def words(text: str) -> list[str]:
     return [w.strip() for w in text.split(",") if w.strip()]
 
 
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--experiment", default="", help="whose runs (default: p3_fig4 on a GPU, p3_fig2 on a CPU)")
+    add("--mode", default="paper", choices=("quick", "paper"), help="of the experiment (default paper)")
+    add("--rules", default="", help="comma separated; bp+fa: such runs side by side (default: the experiment's)")
+    add(
+        "--together",
+        default="",
+        help="runs at once, comma separated (default: 1,5,15 on a GPU, 1 and the cores on a CPU)",
+    )
+    add("--precision", default="", help="float32, bfloat16, or both (default: the experiment's)")
+    add("--compile", default="no", help="no, yes, or both (default no)")
+    add("--steps", type=int, default=0, help="of every run in a round (default: 200 on a GPU, 40 on a CPU)")
+    add("--rounds", type=int, default=5)
+    add("--device", default="auto")
+    add("--json", type=Path, help="write the results here")
+    return parser.parse_args()
+
+
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", default="", help="whose runs (default: p3_fig4 on a GPU, p3_fig2 on a CPU)")
-    parser.add_argument("--mode", default="paper", choices=("quick", "paper"), help="of the experiment (default paper)")
-    parser.add_argument(
-        "--rules", default="", help="comma separated; bp+fa: such runs side by side (default: the experiment's)"
-    )
-    parser.add_argument("--together", default="", help="runs at once, comma separated; fewer than a row's rules are left out "
-                        "(default: 1,5,15 on a GPU, 1 and the cores on a CPU)")  # fmt: skip
-    parser.add_argument("--precision", default="", help="float32, bfloat16, or both (default: the experiment's)")
-    parser.add_argument("--compile", default="no", help="no, yes, or both (default no)")
-    parser.add_argument(
-        "--steps", type=int, default=0, help="steps of every run in a round (default: 200 on a GPU, 40 on a CPU)"
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="write the results here")
-    args = parser.parse_args()
-    device = campaign.pick_device(args.device)
+    args, cores = parsed(), executors.pick_workers("auto")
+    device = executors.pick_device(args.device)
     name = args.experiment or ("p3_fig4" if device == "cuda" else "p3_fig2")
-    steps, cores = args.steps or (200 if device == "cuda" else 40), campaign.pick_workers("auto")
+    steps = args.steps or (200 if device == "cuda" else 40)
     numbers = [int(n) for n in words(args.together)] or ([1, 5, 15] if device == "cuda" else sorted({1, cores}))
     entries = [[rule.strip() for rule in entry.split("+")] for entry in words(args.rules)]
+    rules = ",".join(dict.fromkeys(rule for entry in entries for rule in entry))
     first: dict[str, Config] = {}
-    for config in experiments.plan(
-        name, args.mode, rules=",".join(dict.fromkeys(rule for entry in entries for rule in entry))
-    ):
+    for config in experiments.plan(name, args.mode, rules=rules):
         first.setdefault(config.rule, config)
     entries = entries or [[rule] for rule in first]
     base, width = next(iter(first.values())), max(8, *(len("+".join(entry)) for entry in entries))
-    results: list[dict[str, Any]] = []
-    where = {**environment(), "device": device, "experiment": name, "mode": args.mode, "steps": steps, "rounds": args.rounds,
-             "cores": cores}  # fmt: skip
-    print(f"{name}: {base.model} on {base.dataset}, batch {base.batch}; torch {where['torch']}, "
-          f"{where['gpu'] or where['cpu']}; medians of {args.rounds} rounds of {steps} steps")  # fmt: skip
-    head = (
-        "rule",
-        "precision",
-        "compiled",
-        "at once",
-        "images/s",
-        "to plain",
-        "FLOPs",
-        "traffic",
-        "s a run",
-        "measured",
-    )
-    print(f"{{:{width}}} {{:9}} {{:8}} {{:>7}} {{:>10}} {{:>8}} {{:>6}} {{:>7}} {{:>8}} {{:>9}}".format(*head))
-    with engine.on(device):
+    about = {
+        "device": device,
+        "experiment": name,
+        "mode": args.mode,
+        "steps": steps,
+        "rounds": args.rounds,
+        "cores": cores,
+    }
+    where, results = {**environment(), **about}, []
+    machine = f"torch {where['torch']}, {where['gpu'] or where['cpu']}"
+    print(f"{name}: {base.model} on {base.dataset}, batch {base.batch}; {machine}; "
+          f"medians of {args.rounds} rounds of {steps} steps")  # fmt: skip
+    print(f"{{:{width}}} {{:9}} {{:8}} {{:>7}} {{:>10}} {{:>8}} {{:>6}} {{:>7}} {{:>8}} {{:>9}}".format(*HEAD))
+    with engine.numerics(device):
         ordinary = plain(base, device, workers=min(8, cores) if device == "cuda" else 0)
         ordinary(2)
         for precision in words(args.precision) or [base.precision]:
             ceiling, copy = ceilings(device, precision)
             where[f"ceiling_{precision}"] = {"flops": ceiling, "bytes": copy}
-            for compiled in (word == "yes" for word in words(args.compile)):
-                flops, traffic = work_of(replace(base, precision=precision))
-                for entry in entries:
-                    rule, recipes = "+".join(entry), [replace(first[rule], precision=precision) for rule in entry]
-                    config = recipes[0]
-                    for n in (n for n in numbers if n >= len(entry)):
-                        runs = pack(recipes, n)
-                        extra = measuring(groups(runs, device)[0], device)
-                        speed, ratio = rates(runs, ordinary, device, compiled, steps, args.rounds)
-                        busy = min(n, cores) if device == "cpu" else 1
-                        alone = SIZES[config.dataset][0] // config.batch * config.batch * config.epochs / speed
-                        row = {
-                            "rule": rule, "precision": precision, "compiled": compiled, "together": n, "images_per_s": speed,
-                            "to_plain": ratio, "flops": speed * flops / ceiling / busy, "traffic": speed * traffic / copy,
-                            "seconds_per_run": alone, "seconds_per_run_measured": alone + extra / (1 if device == "cuda" else n),
-                        }  # fmt: skip
-                        results.append(row)
-                        print(f"{rule:{width}} {precision:9} {'yes' if compiled else 'no':8} {n:7} {speed:10.0f} {ratio:8.2f} {row['flops']:6.1%} "
-                              f"{row['traffic']:7.1%} {alone:8.1f} {row['seconds_per_run_measured']:9.1f}", flush=True)  # fmt: skip
+            flops, traffic = work_of(replace(base, precision=precision))
+            for compiled, entry, n in product((w == "yes" for w in words(args.compile)), entries, numbers):
+                if n < len(entry):  # one run cannot be of two rules
+                    continue
+                runs = pack([replace(first[rule], precision=precision) for rule in entry], n)
+                extra = measuring(groups(runs, device)[0], device) / (1 if device == "cuda" else n)
+                speed, ratio = rates(runs, ordinary, device, compiled, steps, args.rounds)
+                busy = min(n, cores) if device == "cpu" else 1
+                alone = len(sets(base.dataset, device).train) // base.batch * base.batch * base.epochs / speed
+                row = {
+                    "rule": "+".join(entry), "precision": precision, "compiled": compiled, "together": n,
+                    "images_per_s": speed, "to_plain": ratio, "flops": speed * flops / ceiling / busy,
+                    "traffic": speed * traffic / copy, "seconds_per_run": alone,
+                    "seconds_per_run_measured": alone + extra,
+                }  # fmt: skip
+                results.append(row)
+                print(f"{row['rule']:{width}} {precision:9} {'yes' if compiled else 'no':8} {n:7} {speed:10.0f} "
+                      f"{ratio:8.2f} {row['flops']:6.1%} {row['traffic']:7.1%} {alone:8.1f} {alone + extra:9.1f}",
+                      flush=True)  # fmt: skip
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"where": where, "results": results}, indent=1) + "\n")
@@ -368,7 +352,7 @@ def rates(
             ratios.append(speeds[-1] * other / (runs[0].batch * max(steps // 4, 2)))
 
     if device == "cpu":
-        with crew(runs, compiled, steps, rounds) as go:
+        with crew(runs, compiled, steps) as go:
             race(go)
     else:
         take = stepping(runs, device, compiled)

@@ -1,8 +1,8 @@
 """The papers' networks, as plain PyTorch: no rule is mentioned here, ``fa.convert`` puts one on.
 
-Parameter counts, asserted by the tests: ``mlp(784)`` 669,706 (p3's MNIST network, authors' ``ffn2``); ``resnet(20)`` 269,722,
-``resnet(32)`` 464,154, ``resnet(56)`` 853,018, ``resnet(110)`` 1,727,962 for ten classes (He et al. 2016, section 4.2);
-``build("resnet18", ...)``, torchvision's, 11,689,512 for a thousand.
+Parameter counts, asserted by the tests: ``mlp(784)`` 669,706 (p3's MNIST network, authors' ``ffn2``); ``resnet(20)``
+269,722, ``resnet(32)`` 464,154, ``resnet(56)`` 853,018, ``resnet(110)`` 1,727,962 for ten classes (He et al. 2016,
+section 4.2); ``build("resnet18", ...)``, torchvision's, 11,689,512 for a thousand.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from fa.rules import fans, uniform
 
 
 class MLP(nn.Module):
-    """Fully connected ReLU network with biases; layers ``fc1``, ``fc2``, ..., and ``fc`` at the output, as p3 names them."""
+    """Fully connected ReLU network with biases; layers ``fc1``, ``fc2``, ..., and ``fc`` at the output, as p3 names
+    them.
+    """
 
     def __init__(self, inputs: int, hidden: Sequence[int], classes: int) -> None:
         super().__init__()
@@ -107,7 +109,8 @@ def is_cifar_resnet(name: str) -> bool:
 
 
 def resnet18(classes: int = 1000) -> nn.Module:
-    """torchvision's ResNet-18, p3's network for ImageNet: 7x7 convolution of stride 2, 8 blocks, 1x1 convolutions where a shortcut widens.
+    """torchvision's ResNet-18, p3's network for ImageNet: 7x7 convolution of stride 2, 8 blocks, 1x1 convolutions
+    where a shortcut widens.
 
     Raises:
         UserError: torchvision is not installed.
@@ -140,8 +143,8 @@ def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] =
 def xavier_(net: nn.Module, gen: torch.Generator) -> nn.Module:
     """Xavier-uniform weights and zero biases for every linear and convolutional layer, in place, drawn from ``gen``.
 
-    Source: p3 (authors' option ``init: xavier``, used for every rule). Entries are drawn in float64, so that networks of
-    any dtype start alike.
+    Source: p3 (authors' option ``init: xavier``, used for every rule). Entries are drawn in float64, so that
+    networks of any dtype start alike.
     """
     for m in net.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):

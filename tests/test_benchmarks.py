@@ -208,11 +208,11 @@ def test_a_stack_is_stepped_and_measured_as_one(benchmark, monkeypatch):
     train = benchmark("train")
     recipes = experiments.plan("p3_fig4", "quick", rules="bp,fa")
     runs, groups, seen = train.pack(recipes, 4), train.groups, []
-    step, accuracies = train.engine.Stepper.step, train.stack.accuracies
+    step, accuracies = train.engine.Stepper.step, train.train.accuracies
     monkeypatch.setattr(train, "groups", lambda configs, device: groups(configs, "cuda"))
     monkeypatch.setattr(train.engine.Stepper, "step", lambda self: seen.append(self.seeds) or step(self))
     monkeypatch.setattr(
-        train.stack, "accuracies", lambda net, n, split: seen.append((n, len(split))) or accuracies(net, n, split)
+        train.train, "accuracies", lambda net, split, n: seen.append((n, len(split))) or accuracies(net, split, n)
     )
     train.stepping(runs, "cpu", False)(2)
     assert seen == [(0, 1, 2, 3)] * 2
@@ -226,13 +226,13 @@ def test_long_trainings_are_mostly_validated(benchmark, monkeypatch):
     train = benchmark("train")
     config = replace(experiments.plan("p3_fig4", "quick")[0], epochs=150)
     monkeypatch.setitem(train.SIZES, "digits", (1_000, 100, 200, (1, 8, 8)))
-    monkeypatch.setattr(train.train, "accuracy", lambda *args: None)
-    monkeypatch.setattr(train.train, "measure", lambda *args, **named: None)
+    monkeypatch.setattr(train.train, "accuracies", lambda *args: None)
+    monkeypatch.setattr(train.train, "layer_rows", lambda *args: None)
     monkeypatch.setattr(train, "seconds", lambda work: work() or 2.0)
-    train.images.cache_clear()  # of another number
+    train.sets.cache_clear()  # of another number
     # validation at 151 epochs, all images at 7, layers at 39: 0 to 10, then every fifth
     assert train.measuring((config,), "cpu") == pytest.approx(2 / 200 * (151 * 100 + 7 * 1_200) + 39 * 2)
-    train.images.cache_clear()
+    train.sets.cache_clear()
 
 
 def test_the_check_of_a_gpu_runs_on_a_cpu(benchmark, capsys):

@@ -14,6 +14,7 @@ import torch
 from fa import experiments, theory
 from fa.experiments import p3_beyond, p3_beyond_cifar
 from fa.results import claims
+from fa.train import measure
 from fa.train.loop import build_network, train
 
 
@@ -48,14 +49,16 @@ KINDS = [("pfa", True), ("pfa", False), ("pfa_o", True), ("pfa_o", False), ("kp"
 
 @pytest.mark.parametrize("rule, implicit", KINDS)
 @pytest.mark.parametrize("decay", [0.0, 0.02, 0.2])
-def test_what_is_left_of_the_mismatch_follows_the_recurrence(rule: str, decay: float, implicit: bool) -> None:
+def test_what_is_left_of_the_mismatch_follows_the_recurrence(
+    rule: str, decay: float, implicit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On digits, in every layer; c where R is implicit, else R - B^T W (for kp B - W) itself."""
     config = next(c for c in experiments.plan("p3_beyond", "quick", seeds=1, rules=rule) if c.epochs == 4)
     options = config.options.replace(" implicit=true", "").replace("=10", "=3") + " implicit=true" * implicit
-    config = replace(config, options=options, epochs=2, first_weight_decay=decay, hidden="32")
+    config = replace(config, options=options, epochs=2, first_weight_decay=decay, hidden="32", measure="mismatch")
     first, seen = {}, {}
 
-    def extra(net, epoch):
+    def measured(config, net, epoch, sets):
         for name, layer in net.named_children():
             fb, W = layer.feedback, layer.weight.detach()
             if implicit:
@@ -65,9 +68,10 @@ def test_what_is_left_of_the_mismatch_follows_the_recurrence(rule: str, decay: f
                 first.setdefault(name, D)
                 share = ((D * first[name]).sum() / first[name].square().sum()).item()
             seen.setdefault(name, []).append(share)
-        return p3_beyond.left(config, net, epoch)
+        return measure.mismatch(config, net, epoch, sets)
 
-    table = train(config, extra=extra)
+    monkeypatch.setitem(measure.MEASURES, "mismatch", measured)
+    table = train(config)
     expected = recurrence(config, 1437 // config.batch)
     for name, shares in seen.items():
         assert shares == pytest.approx(expected, abs=2e-5)

@@ -16,7 +16,7 @@ import torch
 
 from fa.errors import UserError
 from fa.paths import ROOT
-from fa.train import data
+from fa.train import data, sources
 
 
 def md5(content: bytes) -> str:
@@ -114,7 +114,7 @@ def test_splits_never_change():
     """Pinned: another split would be another data set under every record that is committed."""
     pins = {(1797, 360): "7d1b5e3bf691eb04eba3e1d769a8bc75", (50000, 5000): "4dc11defda8279c3d3a6a162bd17a8d6"}
     for (n, k), pin in pins.items():
-        held, kept = data._held_out(n, k)
+        held, kept = sources._held_out(n, k)
         assert md5(np.array(held, "<i4").tobytes()) == pin
         assert sorted([*held, *kept]) == list(range(n))
         state = random.getstate()
@@ -151,7 +151,7 @@ def test_on_the_device():
     assert torch.allclose(d.train.x.cpu(), data.load("digits").train.x, rtol=0, atol=1e-6)
     g = [torch.Generator().manual_seed(1) for _ in range(2)]
     x = d.train.x[:64]
-    assert torch.equal(data.augment(x, g[0], 2, (0.0,)).cpu(), data.augment(x.cpu(), g[1], 2, (0.0,)))
+    assert torch.equal(augmented(x, g[0], 2, (0.0,)).cpu(), augmented(x.cpu(), g[1], 2, (0.0,)))
 
 
 def test_digits_without_scikit_learn(monkeypatch, tmp_path):
@@ -187,10 +187,10 @@ def test_mnist_is_read_from_gz(small_mnist):
     assert torch.allclose(data.load("mnist", root=folder).train.x.double(), normalised(x, "mnist"), atol=1e-6)
     packed = paths[0].with_name(paths[0].name + ".gz")
     packed.write_bytes(packed.read_bytes()[:-20])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not the published file"):
         data.load("mnist", root=folder)
     packed.write_bytes(b"no gzip")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not the published file"):
         data.load("mnist", root=folder)
 
 
@@ -225,9 +225,11 @@ def test_a_pickle_with_a_wrong_checksum_is_never_opened(small_cifar, monkeypatch
     trap = folder / "trap"
     content = pickle.dumps(Malicious(trap))
     opened = []
-    monkeypatch.setattr(data.pickle, "loads", lambda *a, **k: opened.append(a))
+    monkeypatch.setattr(sources.pickle, "loads", lambda *a, **k: opened.append(a))
     paths[which].write_bytes(content)
-    with pytest.raises(UserError, match=f"{paths[which].name} is not the published file .*python -m fa data cifar10"):
+    with pytest.raises(
+        UserError, match=f"{paths[which].name} is damaged or not the published file; .*python -m fa data cifar10"
+    ):
         data.load("cifar10", root=folder)
     assert not trap.exists() and not opened  # not even the sound files before it
     monkeypatch.undo()
@@ -240,7 +242,7 @@ def test_a_changed_byte_is_noticed(small_mnist):
     for path in paths:
         good = path.read_bytes()
         path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        with pytest.raises(UserError, match=f"{path.name} is not the published file"):
+        with pytest.raises(UserError, match=f"{path.name} is damaged or not the published file"):
             data.load("mnist", root=folder)
         path.write_bytes(good)
     assert len(data.load("mnist", root=folder).test) == 3
@@ -318,6 +320,7 @@ def test_describe(small_mnist):
         "digits": "yes",
         "mnist": "yes",
         "cifar10": "no",
+        "cifar10-16": "no",
         "imagenet": "no",
         "tiny-imagenet-20": "no",
     }
@@ -325,10 +328,16 @@ def test_describe(small_mnist):
     paths[0].write_bytes(b"other")
     assert data.describe(root=folder).set_index("name").present["mnist"] == "damaged"
     paths[0].unlink()
-    assert data.describe(root=folder).set_index("name").present["mnist"] == "incomplete"
+    assert data.describe(root=folder).set_index("name").present["mnist"] == "damaged"
 
 
 # ---- augmentation
+
+
+def augmented(x, generator, pad=4, fill=None):
+    """A batch cropped and mirrored as the trainer does it; the border is black in normalised CIFAR-10, or ``fill``."""
+    border = torch.tensor(data.SETS["cifar10"].black if fill is None else fill, device=x.device)
+    return data.crop(x, data.draw_crops(len(x), generator, pad).to(x.device), border, pad)
 
 
 def one_by_one(x, down, right, mirrored, pad, fill):
@@ -342,42 +351,37 @@ def one_by_one(x, down, right, mirrored, pad, fill):
 
 
 @pytest.mark.parametrize("shape, pad", [((40, 3, 32, 32), 4), ((9, 3, 8, 12), 2), ((5, 3, 6, 6), 0), ((0, 3, 8, 8), 4)])
-def test_augment_equals_the_per_image_reference(shape, pad):
+def test_augmentation_equals_the_per_image_reference(shape, pad):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     kept = x.clone()
     g = torch.Generator().manual_seed(7)
     down, right = torch.randint(2 * pad + 1, (2, len(x)), generator=g)
     mirrored = torch.randint(2, (len(x),), generator=g)
-    made = data.augment(x, torch.Generator().manual_seed(7), pad)
+    made = augmented(x, torch.Generator().manual_seed(7), pad)
     assert made.shape == x.shape and torch.equal(x, kept)
     if len(x):
         assert torch.equal(made, one_by_one(x, down, right, mirrored, pad, np.float32(data.SETS["cifar10"].black)))
 
 
-def test_augment_draws_every_shift_and_both_mirrorings_for_each_image():
+def test_augmentation_draws_every_shift_and_both_mirrorings_for_each_image():
     """A picture of its own coordinates: every one of 9 x 9 x 2 views turns up, none much more often than another."""
     n = 20_000
     x = torch.arange(1.0, 65).view(1, 1, 8, 8).expand(n, 1, 8, 8)
-    made = data.augment(x, torch.Generator().manual_seed(0), fill=(0.0,))
+    made = augmented(x, torch.Generator().manual_seed(0), fill=(0.0,))
     views, counts = made.flatten(1).unique(dim=0, return_counts=True)
     assert len(views) == 9 * 9 * 2
     expected = n / 162
     assert ((counts - expected) ** 2 / expected).sum() < 161 + 5 * (2 * 161) ** 0.5  # chi square, 5 sd
 
 
-def test_augment_depends_on_the_generator_alone():
+def test_augmentation_depends_on_the_generator_alone():
     x = torch.randn(16, 3, 32, 32)
     a, b = (torch.Generator().manual_seed(2) for _ in range(2))
-    first = data.augment(x, a)
+    first = augmented(x, a)
     torch.manual_seed(99)
-    assert torch.equal(first, data.augment(x, b))
-    assert not torch.equal(first, data.augment(x, a))  # the generator has moved on
-    assert torch.equal(data.augment(x, a), (data.augment(x, b), data.augment(x, b))[1])
-
-
-def test_augment_refuses_a_fill_for_other_channels():
-    with pytest.raises(UserError, match=r"3 values for 1 channels.*SETS"):
-        data.augment(torch.zeros(2, 1, 8, 8), torch.Generator())
+    assert torch.equal(first, augmented(x, b))
+    assert not torch.equal(first, augmented(x, a))  # the generator has moved on
+    assert torch.equal(augmented(x, a), (augmented(x, b), augmented(x, b))[1])
 
 
 # ---- photographs on disk
@@ -455,7 +459,7 @@ def test_a_crop_depends_on_seed_epoch_and_image_alone(album):
     views()
     assert torch.equal(before, torch.random.get_rng_state())  # the global generator is given back
     source = data.SETS[name]
-    with_workers = data.DiskSplit(source.samples(folder, "train"), 8, source.mean, source.sd, workers=2)
+    with_workers = data.DiskSplit(source, folder, "train", workers=2)
     served = torch.cat([x for x, _ in with_workers.feed(index, 0, 0, True)])
     assert all(torch.equal(x, first[i]) for i, x in zip(index.flatten().tolist(), served))
 
@@ -478,20 +482,20 @@ def test_an_album_that_is_not_whole_is_refused(album, monkeypatch):
         data.load(name, root=folder / "nowhere")
     assert whole.state(folder) == "yes" and data.download(name, root=folder) == folder.resolve()
     monkeypatch.setitem(data.SETS, name, replace(whole, sha256="0" * 64))
-    with pytest.raises(UserError, match="does not have the published sha256"):
+    with pytest.raises(UserError, match="is damaged or not whole"):
         data.load(name, root=folder)
     monkeypatch.setitem(data.SETS, name, replace(whole, sha256=whole.digest(folder)))
     assert len(data.load(name, root=folder).train) == 12
     next((folder / "photos" / "train" / "n01").iterdir()).unlink()
-    with pytest.raises(UserError, match=r"is not whole \(train: 11 images of 3 classes, val: 6 images of 3 classes\)"):
+    with pytest.raises(UserError, match="is damaged or not whole; put 12 images into"):
         data.load(name, root=folder)
-    assert data.describe(root=folder).set_index("name").present[name] == "incomplete"
+    assert data.describe(root=folder).set_index("name").present[name] == "damaged"
 
 
 @pytest.mark.parametrize("name", ["imagenet", "tiny-imagenet-20"])
 def test_photographs_are_not_downloaded(tmp_path, name):
     with pytest.raises(
-        UserError, match=f"{name} cannot be downloaded from here; put .* images into .*{name}.train and"
+        UserError, match=f"{name} cannot be downloaded: .* is not there; put .* images into .*{name}.train and"
     ):
         data.download(name, root=tmp_path)
 

@@ -18,7 +18,7 @@ from fa.train import step as engine
 from fa.train.config import Config
 from fa.train.step import Stepper
 
-MLP = Config("e", "bp", 0, dataset="digits", hidden="32,32", epochs=3, lr=0.05, lr_drops="2", first_weight_decay=0.01)
+MLP = Config("bp", 0, dataset="digits", hidden="32,32", epochs=3, lr=0.05, lr_drops="2", first_weight_decay=0.01)
 CONV = replace(MLP, model="resnet8", hidden="", epochs=2, batch=128, lr=0.1, augment=True)
 OPTIONS = {"pfa": "implicit=true", "pfa_o": "implicit=true"}
 

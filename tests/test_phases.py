@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from fa import UserError
 from fa.layers.feedback import generator
 from fa.metrics import linear_layers
-from fa.results.records import Folder
+from fa.results.store import RunFolder
 from fa.train import data
 from fa.train import loop as train
 from fa.train import step as engine
 from fa.train.config import Config, parse_options
+from fa.train.measure import MEASURES
 from fa.train.step import Stepper
 
 RATES = {"wm": "amp=0.3 decay=0.2", "ia": "amp=0.3 null=0.05 decay=0.2"}
-BASE = Config("e", "wm", 0, RATES["wm"], dataset="digits", hidden="16,12", epochs=3, batch=400, lr=0.05, lr_drops="1", weight_decay=1e-2,
+BASE = Config("wm", 0, RATES["wm"], dataset="digits", hidden="16,12", epochs=3, batch=400, lr=0.05, lr_drops="1", weight_decay=1e-2,
               first_weight_decay=0.1, feedback_lr=0.08)  # fmt: skip
 NOISY = replace(BASE, options="amp=0.5 decay=0.25 input=uniform", batch=64, epochs=4, alternate=2, delay_epochs=1)
 # three steps an epoch; m: mirror-only, t: task-only, j: joint
@@ -130,12 +131,12 @@ def test_what_rests_does_not_move_at_all(alternate, delay):
 def test_feedback_aligns_in_a_delay_during_which_the_network_does_not_change(monkeypatch):
     weights = []
 
-    def keep(config, net, epoch):
+    def keep(config, net, epoch, sets):
         weights.append([m.weight.detach().clone() for m in linear_layers(net).values()])
         return []
 
-    monkeypatch.setattr(train, "extra_rows", keep)
-    table = train.train(replace(NOISY, alternate=0, epochs=3))
+    monkeypatch.setitem(MEASURES, "weights", keep)
+    table = train.train(replace(NOISY, alternate=0, epochs=3, measure="weights"))
     angles = table[table.metric == "angle_deg"].pivot(index="epoch", columns="layer", values="value")
     assert (angles.loc[0] > 75).all() and (angles.loc[1] < 30).all()
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1]))
@@ -145,7 +146,7 @@ def test_feedback_aligns_in_a_delay_during_which_the_network_does_not_change(mon
 
 
 def test_a_run_with_phases_that_is_stopped_equals_one_that_is_not(monkeypatch):
-    want, folder, reached = train.train(NOISY), Folder("quick", NOISY), []
+    want, folder, reached = train.train(NOISY), RunFolder(NOISY), []
     while True:
         clock = iter(range(10**6))
         with monkeypatch.context() as patch:

@@ -13,7 +13,7 @@ import torch
 import fa
 from fa import UserError, experiments, models
 from fa.results import runs as campaign
-from fa.results.records import Folder
+from fa.results.store import RunFolder
 from fa.train import data, stack
 from fa.train import loop as train
 from fa.train import step as engine
@@ -21,7 +21,7 @@ from fa.train.config import Config
 from fa.train.loop import Run
 from fa.train.step import Stepper
 
-BASE = Config("p3_fig4", "bp", 0, dataset="digits", model="resnet8", hidden="", epochs=2, batch=128, lr=0.1, lr_drops="2",
+BASE = Config("bp", 0, dataset="digits", model="resnet8", hidden="", epochs=2, batch=128, lr=0.1, lr_drops="2",
               first_weight_decay=0.01, augment=True)  # fmt: skip
 RULES = [
     ("bp", ""), ("fa", ""), ("fa", "density=0.5"), ("usf", ""), ("frsf", ""), ("kp", ""), ("kp", "density=0.5"), ("pfa", ""),
@@ -177,13 +177,13 @@ def test_a_campaign_that_stacks_gives_the_tables_of_one_that_does_not(here):
     ]
     want = [train.train(c) for c in configs]
     plain = {"workers": 1, "progress": False, "compiled": False}
-    stopped = campaign.run(configs, "quick", **plain, budget=1e-9)
+    stopped = campaign.run(configs, **plain, budget=1e-9)
     assert stopped.left == len(configs) and here == [4, 1, 1]
-    assert campaign.run(configs, "quick", **plain).left == 0
+    assert campaign.run(configs, **plain).left == 0
     assert here[3:] == [4, 1, 1]
     for config, table in zip(configs, want):
-        folder = Folder("quick", config)
-        close(folder.table({}), table)
+        folder = RunFolder(config)
+        close(folder.table(), table)
         assert folder.status["state"] == "finished"
 
 
@@ -215,7 +215,7 @@ def test_a_stack_whose_last_step_spoilt_a_weight_is_taken_apart_before_it_is_sav
 @pytest.mark.parametrize("error", [RuntimeError("out of memory, say"), train.StackDiverged()])
 def test_what_fails_as_a_stack_is_tried_apart_and_a_broken_checkpoint_is_its_runs_own(error, here, monkeypatch, capsys):
     configs = [replace(c, epochs=1) for c in runs([("bp", "")], (0, 1, 2))]
-    folders = [Folder("quick", c) for c in configs]
+    folders = [RunFolder(c) for c in configs]
     broken = folders[2].path / "checkpoint.pt"
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"nothing")
@@ -229,7 +229,7 @@ def test_what_fails_as_a_stack_is_tried_apart_and_a_broken_checkpoint_is_its_run
 
     monkeypatch.setattr(campaign, "train_runs", failing)
     with pytest.raises(UserError, match="delete it"):
-        campaign.run_one(configs, "quick", "meta")
+        campaign.run_one(configs, "meta")
     assert here == [2, 1, 1] and [f.finished for f in folders] == [True, True, False]
     assert ("out of memory, say" in capsys.readouterr().err) is isinstance(error, RuntimeError)
 
@@ -238,7 +238,7 @@ def test_a_stack_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
     """Bit for bit as a stack; its runs alone but for float32's rounding. Their seconds add up."""
     monkeypatch.setenv("FA_RUNS", str(tmp_path))
     configs = [replace(c, lr=0.001) for c in runs([("bp", ""), ("kp", ""), ("pfa_o", "implicit=true")], (0, 1))]
-    folders = [Folder("quick", c) for c in configs]
+    folders = [RunFolder(c) for c in configs]
     want = train.train_runs([Run(c) for c in configs])
     now = [0.0]
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -17,13 +17,13 @@ import fa
 from fa.layers.feedback import generator
 from fa.metrics import linear_layers
 from fa.results import records
-from fa.results.records import Folder
+from fa.results.store import RunFolder
 from fa.train import data
 from fa.train import loop as train
 from fa.train import step as engine
 from fa.train.config import Config, parse_options
 
-TINY = Config("p3_fig2", "pfa", 0, "init=xavier implicit=true", "digits", hidden="16,16", epochs=5, batch=64, lr=0.05, lr_drops="2,4",
+TINY = Config("pfa", 0, "init=xavier implicit=true", "digits", hidden="16,16", epochs=5, batch=64, lr=0.05, lr_drops="2,4",
               weight_decay=1e-3, first_weight_decay=0.1)  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def same(a, b):
 @pytest.mark.parametrize("rule", ["bp", "pfa", "kp", "brsf"])
 def test_a_run_that_is_stopped_several_times_equals_one_that_is_not(rule, undisturbed, monkeypatch):
     config = replace(TINY, rule=rule, options=OPTIONS[rule])
-    want, folder, stops = undisturbed(rule), Folder("quick", config), 0
+    want, folder, stops = undisturbed(rule), RunFolder(config), 0
     while True:
         torch.manual_seed(stops)  # the state of the global generator is none of a run's business
         clock = Clock(1.0)
@@ -106,13 +106,13 @@ def deadly(self, epoch):
 if kill:
     engine.Stepper.begin = deadly
 train.time = Clock(31.0)  # a checkpoint after every epoch
-summary = campaign.run([TINY], "quick", workers=1, device="cpu", progress=False)
+summary = campaign.run([TINY], workers=1, device="cpu", progress=False)
 print(summary.done, summary.left)
 """
 
 
 def test_a_process_that_is_killed_and_started_again_ends_with_the_same_numbers(undisturbed, tmp_path):
-    folder = Folder("quick", TINY)
+    folder = RunFolder(TINY)
     for kill, epochs in ((3, 3), (0, None)):
         code = KILLED.format(tests=os.path.dirname(__file__), kill=kill, signal=int(signal.SIGKILL))
         done = subprocess.run([sys.executable, "-c", code], cwd=fa.ROOT, capture_output=True, text=True, timeout=300)
@@ -124,7 +124,7 @@ def test_a_process_that_is_killed_and_started_again_ends_with_the_same_numbers(u
             assert done.stdout.split() == ["1", "0"]
     assert folder.finished and folder.status["state"] == "finished"
     assert not (folder.path / "checkpoint.pt").exists()
-    table, want = folder.table({}), undisturbed("pfa")
+    table, want = folder.table(), undisturbed("pfa")
     assert set(table.columns) == set(records.COLUMNS)
     want = want.assign(depth=want.depth.astype("Int64"))
     same(table[want.columns], want)
@@ -148,7 +148,7 @@ def test_the_number_of_threads_does_not_matter_and_is_restored(undisturbed):
 
 
 def test_a_damaged_checkpoint_raises():
-    folder = Folder("quick", TINY)
+    folder = RunFolder(TINY)
     assert folder.checkpoint() is None
     folder.save({"epoch": 1, "rows": [], "seconds": 0.0, "net": {}, "optimizer": {}})
     assert folder.checkpoint()["epoch"] == 1
@@ -168,7 +168,7 @@ def test_a_run_that_diverges_is_recorded_as_such():
     status = table.attrs["status"]
     assert status["state"] == "diverged" and status["epoch"] == 1
     assert set(table.epoch) == {0} and table.value.notna().all()
-    folder = Folder("quick", config)
+    folder = RunFolder(config)
     folder.finish(table, status)
     assert folder.finished and folder.status["state"] == "diverged"
 
@@ -176,7 +176,7 @@ def test_a_run_that_diverges_is_recorded_as_such():
 def test_progress_is_written_after_every_epoch(monkeypatch):
     """A line an epoch, in the run's folder; epochs that a killed process trained after its last checkpoint are written once."""
     config = replace(TINY, epochs=3)
-    folder = Folder("quick", config)
+    folder = RunFolder(config)
     table = train.train(config, folder=folder)
     lines = pd.read_csv(folder.path / "progress.csv")
     assert lines.columns.tolist() == list(train.PROGRESS) and lines.epoch.tolist() == [1, 2, 3]
@@ -263,7 +263,7 @@ def test_schedule():
     assert [s["weight_decay"] for s in told] == [0.1, 1e-3, 1e-3, 1e-3, 1e-3]
     constant = replace(TINY, lr_drops="", first_weight_decay=0.0)
     assert all(constant.schedule(e) == {"lr": 0.05, "weight_decay": 1e-3} for e in range(5))
-    paper = Config("p3_fig2", "pfa", 0, weight_decay=9e-5, first_weight_decay=0.03)  # the authors' configuration
+    paper = Config("pfa", 0, weight_decay=9e-5, first_weight_decay=0.03)  # the authors' configuration
     assert paper.schedule(0) == {"lr": 0.01, "weight_decay": 0.03}
     assert paper.schedule(1) == {"lr": 0.01, "weight_decay": 9e-5}
     assert paper.schedule(20) == {"lr": 0.005, "weight_decay": 9e-5}
@@ -274,7 +274,7 @@ def test_what_is_measured_when():
     assert train.layer_epochs(40) == {*range(11), 15, 20, 25, 30, 35, 40}
     assert train.layer_epochs(12) == {*range(11), 12}
     assert train.layer_epochs(3) == {0, 1, 2, 3}
-    mnist, sets = Config("p3_fig2", "bp", 0), data.load("digits")  # 40 epochs, no validation images
+    mnist, sets = Config("bp", 0), data.load("digits")  # 40 epochs, no validation images
     looked = {e: set(train.splits_to_measure(sets, mnist, e)) for e in range(41)}
     assert all("test_accuracy" in found for found in looked.values())
     assert [e for e, found in looked.items() if "train_accuracy" in found] == [0, 10, 20, 30, 40]
@@ -310,17 +310,15 @@ def test_accuracy_by_hand():
 
 
 def test_identity_is_the_hash_of_the_canonical_json():
-    digest = hashlib.sha256(b'{"experiment":"e","lr":0.5,"rule":"bp","seed":3}').hexdigest()
-    assert Config("e", "bp", 3, lr=0.5).run == digest[:12]
+    digest = hashlib.sha256(b'{"lr":0.5,"rule":"bp","seed":3}').hexdigest()
+    assert Config("bp", 3, lr=0.5).run == digest[:12]
 
 
 def test_identity_does_not_know_how_a_default_was_said():
-    plain = Config("e", "bp", 0)
-    said = Config(
-        "e", "bp", 0, **{f.name: f.default for f in fields(Config) if f.name not in ("experiment", "rule", "seed")}
-    )
+    plain = Config("bp", 0)
+    said = Config("bp", 0, **{f.name: f.default for f in fields(Config) if f.name not in ("rule", "seed")})
     assert said.run == plain.run
-    assert Config(seed=0, rule="bp", experiment="e").run == plain.run
+    assert Config(seed=0, rule="bp").run == plain.run
 
 
 CHANGED = dict(
@@ -336,7 +334,13 @@ PHASES, MIRROR = (
 def test_identity_knows_every_field():
     names = {f.name for f in fields(Config)}
     other = CHANGED | dict(
-        experiment="e", dataset="mnist", model="cnn", hidden="16,17", revision=2, feedback_lr=0.1, precision="bfloat16"
+        measure="symmetry",
+        dataset="mnist",
+        model="cnn",
+        hidden="16,17",
+        revision=2,
+        feedback_lr=0.1,
+        precision="bfloat16",
     )
     assert {*other, *PHASES} == names  # a new field must be listed here, and thought about
     runs = {replace(TINY, **{name: value}).run for name, value in other.items()} | {TINY.run}
@@ -347,9 +351,7 @@ def test_identity_knows_every_field():
 def test_fingerprint_is_stable_and_knows_every_field_of_the_recipe():
     first = train.fingerprint(TINY)
     assert train.fingerprint(TINY) == first and len(first) == 20
-    assert (
-        train.fingerprint(replace(TINY, hidden="512,512", dataset="mnist", experiment="e")) == first
-    )  # it is narrowed
+    assert train.fingerprint(replace(TINY, hidden="512,512", dataset="mnist")) == first  # it is narrowed
     for name, value in CHANGED.items():
         changed = {name: value} | ({"options": ""} if name == "rule" else {})
         assert train.fingerprint(replace(TINY, **changed)) != first, name
@@ -424,10 +426,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_numbers_survive_the_store_to_the_last_bit():
-    folder = Folder("quick", TINY)
+    folder = RunFolder(TINY)
     table = train.train(replace(TINY, epochs=1))
     folder.finish(table, table.attrs["status"])
-    back = folder.table({})
+    back = folder.table()
     assert (back.value.to_numpy() == table.value.to_numpy()).all()
     assert back.layer.tolist() == table.layer.tolist()
     assert set(back.run) == {TINY.run} and set(back.rule) == {"pfa"} and set(back.seed) == {0}
@@ -439,13 +441,13 @@ def test_modules_under_test_are_the_real_ones():
 
 
 def test_equal_configs_are_one_run():
-    a, b = Config("e", "bp", 0, lr=1), Config("e", "bp", 0, lr=1.0)
+    a, b = Config("bp", 0, lr=1), Config("bp", 0, lr=1.0)
     assert a == b and a.run == b.run
 
 
 @pytest.mark.parametrize("rule", ["sa", "kp"])
 def test_the_schedule_of_the_decay_leaves_feedback_with_its_own_alone(rule):
-    config = Config("e", rule, 0, dataset="digits", hidden="8,8", weight_decay=0.01, first_weight_decay=0.5)
+    config = Config(rule, 0, dataset="digits", hidden="8,8", weight_decay=0.01, first_weight_decay=0.5)
     digits = data.load("digits").train
     net = train.build_network(config, (1, 8, 8), 10)
     opt = train.sgd(net, config)

@@ -60,7 +60,8 @@ class Here(Executor):
 
 @contextmanager
 def processes() -> Iterator[Callable[[], Executor]]:
-    """Yields a function that starts a worker process, as an executor of one; a worker that dies then takes no other one with it.
+    """Yields a function that starts a worker process, as an executor of one; a worker that dies then takes no other
+    one with it.
 
     The processes end when this one leaves the block or is killed, for then a pipe closes that each of them waits for.
     """
@@ -100,7 +101,8 @@ def _prepare(pipe: Any) -> None:
 
 
 def keep_pages() -> None:
-    """Let glibc keep freed memory: a fresh 1.6 MB gradient at every step costs more in page faults than its matrix product.
+    """Let glibc keep freed memory: a fresh 1.6 MB gradient at every step costs more in page faults than its matrix
+    product.
 
     It holds for the rest of the process, so that only processes which do nothing but train should call it.
     """

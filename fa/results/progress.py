@@ -48,7 +48,8 @@ def in_words(config: Any) -> str:
 
 
 class Progress(threading.Thread):
-    """Shows how far a campaign is, from the run folders: a bar in a terminal or a notebook, else a line every half minute and at the end.
+    """Shows how far a campaign is, from the run folders: a bar in a terminal or a notebook, else a line every half
+    minute and at the end.
 
     Args:
         folders: of the runs to train.
@@ -80,15 +81,15 @@ class Progress(threading.Thread):
             total = getattr(folder.config, "epochs", 1)
             if epoch == total:
                 continue
-            path = folder.path / "progress.csv"
-            if folder.finished:  # a run that diverged has no further epochs
-                self.epochs[folder] = total
-            elif path.exists() and len(lines := path.read_text().splitlines()) > 1:
+            path, finished = folder.path / "progress.csv", folder.finished
+            if path.exists() and len(lines := path.read_text().splitlines()) > 1:
                 line = dict(zip(lines[0].split(","), lines[-1].split(",")))
                 if int(line["epoch"]) > epoch:
                     self.epochs[folder] = int(line["epoch"])
                     test = f": {float(line['test_accuracy']):.2f} %" if line["test_accuracy"] else ""
                     self.latest = f"{in_words(folder.config)} epoch {line['epoch']}{test}"
+            if finished:  # also a run that diverged, which has no further epochs
+                self.epochs[folder] = total
 
     def run(self) -> None:
         """Look every second; write when there is something to show."""
@@ -111,7 +112,7 @@ class Progress(threading.Thread):
                 self.bar.set_postfix_str(f"{runs}/{len(self.epochs)} runs, {self.latest}")
             return
         fresh = epochs - self.before
-        left = f", {clock(spent * (self.total - epochs) / fresh)} left" if fresh else ""
+        left = f", {clock(spent * (self.total - epochs) / fresh)} left" if fresh and epochs < self.total else ""
         sys.stderr.write(
             f"{runs}/{len(self.epochs)} runs, {epochs}/{self.total} epochs, {clock(spent)}{left}  {self.latest}\n"
         )
@@ -130,7 +131,8 @@ class Progress(threading.Thread):
 
 
 def forecast(todo: list[Any], budget: float | None = None, workers: str | int = "auto", device: str = "auto") -> str:
-    """How long the missing runs will take, as those of the run store did on such a device, and in how many calls of ``budget`` seconds.
+    """How long the missing runs will take, as those of the run store did on such a device, and in how many calls of
+    ``budget`` seconds.
 
     An epoch counts as long as the median epoch of finished runs of its kind: same rule, network, data and precision.
     """

@@ -1,8 +1,9 @@
 """Campaigns: train the runs that are missing, in several processes, within a time budget.
 
-A finished run is never trained twice; one that was stopped, or killed, goes on from its checkpoint. The unit of work is a plain function,
-:func:`run_one`, which any ``concurrent.futures.Executor`` can call. On the CPU each run has one process and one thread, so that its numbers
-do not depend on how many runs are trained at the same time; on CUDA runs that share a recipe are one network (:mod:`fa.train.stack`).
+A finished run is never trained twice; one that was stopped, or killed, goes on from its checkpoint. The unit of work
+is a plain function, :func:`run_one`, which any ``concurrent.futures.Executor`` can call. On the CPU each run has one
+process and one thread, so that its numbers do not depend on how many runs are trained at the same time; on CUDA runs
+that share a recipe are one network (:mod:`fa.train.stack`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from fa.train.loop import Run, StackDiverged, train_runs
 from fa.train.step import can_compile, numerics
 
 STACK = 15
-"""Runs of a stack: three rules of five seeds. Fewer would leave a GPU idle, and more finish late, for they end together."""
+"""Runs of a stack: three rules of five seeds.
+
+Fewer would leave a GPU idle, and more finish late, for they end together.
+"""
 
 ATTEMPTS = 3  # of a job whose worker dies
 
@@ -48,7 +52,8 @@ class Summary:
     seconds: float
 
     def __str__(self) -> str:
-        text = f"{self.before + self.done} of {self.before + self.done + self.left} runs are finished, {self.done} of them now"
+        finished = self.before + self.done
+        text = f"{finished} of {finished + self.left} runs are finished, {self.done} of them now"
         return f"{text}, in {clock(self.seconds)}"
 
 
@@ -73,8 +78,8 @@ def run_one(
         compiled: train through ``torch.compile`` (default False).
 
     Returns:
-        A status for each run. Its ``state`` is "finished" or "diverged", as in the run's ``status.json``; "stopped" where time was up; "busy"
-        where another process trains the run; or "failed", with ``error``.
+        A status for each run. Its ``state`` is "finished" or "diverged", as in the run's ``status.json``; "stopped"
+        where time was up; "busy" where another process trains the run; or "failed", with ``error``.
 
     Raises:
         UserError: from a run that has one, e.g. a damaged checkpoint; after the other runs were trained.
@@ -158,10 +163,11 @@ def run(
         workers: processes; "auto": one for each core, and on CUDA one. A single one is this process itself.
         device: "auto", "cpu" or "cuda".
         progress: show it.
-        together: runs of a stack on CUDA (default 0: :data:`STACK`; 1: no stacks). On the CPU every run is trained alone.
+        together: runs of a stack on CUDA (default 0: :data:`STACK`; 1: no stacks). On the CPU every run is trained
+            alone.
         compiled: train through ``torch.compile`` (default None: on CUDA where there is a compiler).
-        executor: calls :func:`run_one` in place of processes of this machine, e.g. Dask's ``client.get_executor()``; all jobs are
-            submitted at once, and ``workers`` does not matter. Its machines must share the run store.
+        executor: calls :func:`run_one` in place of processes of this machine, e.g. Dask's ``client.get_executor()``;
+            all jobs are submitted at once, and ``workers`` does not matter. Its machines must share the run store.
 
     Raises:
         UserError: from the first run that has one, e.g. a data set that is not there.

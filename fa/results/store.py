@@ -1,4 +1,5 @@
-"""The run store: a folder for each run, ``$FA_RUNS/RUN`` (default ``data/runs``), named by the run's identity and by nothing else.
+"""The run store: a folder for each run, ``$FA_RUNS/RUN`` (default ``data/runs``), named by the run's identity and by
+nothing else.
 
 Everything is written under a temporary name, synced and renamed, so that nothing is ever half there.
 """
@@ -30,7 +31,9 @@ def runs_root() -> Path:
 
 
 class RunFolder:
-    """The folder of one run: ``config.json``, and ``metrics.csv`` with ``status.json`` once finished, ``checkpoint.pt`` before."""
+    """The folder of one run: ``config.json``, and ``metrics.csv`` with ``status.json`` once finished,
+    ``checkpoint.pt`` before.
+    """
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -66,7 +69,9 @@ class RunFolder:
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint: a line with the sha256 of the rest, then the bytes that ``torch.save`` makes of the state."""
+        """Write a checkpoint: a line with the sha256 of the rest, then the bytes that ``torch.save`` makes of the
+        state.
+        """
         buffer = io.BytesIO()
         torch.save(state, buffer)
         payload = buffer.getvalue()
@@ -83,7 +88,10 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[bool]:
-        """Hold the run against other processes; yields False where another one holds it. A process that dies lets go."""
+        """Hold the run against other processes; yields False where another one holds it.
+
+        A process that dies lets go.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "lock", "w") as f:
             try:
@@ -98,5 +106,7 @@ class RunFolder:
 
 
 def run_seconds(status: dict[str, Any]) -> float:
-    """Seconds of a finished run; in statuses of records of before, ``share`` or ``together`` tell its part of a joint training."""
+    """Seconds of a finished run; in statuses of records of before, ``share`` or ``together`` tell its part of a joint
+    training.
+    """
     return status.get("share", status["seconds"] / status.get("together", 1))

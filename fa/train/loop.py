@@ -1,8 +1,9 @@
 """The training loop: ``train(config) -> table``, with checkpoint and resume; its steps are :mod:`fa.train.step`'s.
 
-A run is a frozen dataclass of scalars. Everything random in it has a generator of its own, made of the seed and a word: the initial
-weights, the order of the batches in each epoch, the feedback. The same seed therefore gives the same initial weights and the same
-batches under every rule, and a run that is stopped and resumed equals one that was not, bit for bit on the CPU.
+A run is a frozen dataclass of scalars. Everything random in it has a generator of its own, made of the seed and a
+word: the initial weights, the order of the batches in each epoch, the feedback. The same seed therefore gives the
+same initial weights and the same batches under every rule, and a run that is stopped and resumed equals one that was
+not, bit for bit on the CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CHECKPOINT_EVERY = 30.0  # seconds
 
 
 class StackDiverged(Exception):
-    """A run of a stack diverged, which may have touched the runs next to it; the caller retrains the runs one by one."""
+    """A run of a stack diverged, which may have touched the runs next to it; the caller retrains them one by one."""
 
 
 @dataclass
@@ -41,7 +42,8 @@ class Run:
 
     Args:
         config: the run.
-        folder: keeps its checkpoints and ``progress.csv``, a :class:`fa.results.store.RunFolder` (default None: nothing is written).
+        folder: keeps its checkpoints and ``progress.csv``, a :class:`fa.results.store.RunFolder` (default None:
+            nothing is written).
         epoch: epochs behind it.
         rows: what was measured: [epoch, layer, depth, metric, value].
         seconds: wall time of its training; of a stack its part, as the runs share the time evenly.
@@ -72,14 +74,15 @@ class Run:
                     state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
         if environment() not in self.environments:
             self.environments.append(environment())
-        if (
-            self.folder and (path := self.folder.path / "progress.csv").exists()
-        ):  # epochs after the checkpoint come again
+        # Epochs after the checkpoint come again.
+        if self.folder and (path := self.folder.path / "progress.csv").exists():
             head, *lines = path.read_text().splitlines(keepends=True)
             path.write_text(head + "".join(line for line in lines if int(line.partition(",")[0]) <= self.epoch))
 
     def measure(self, sets: data.Data, epoch: int, whole: dict[str, float]) -> None:
-        """Add the rows of an epoch: those of the whole network (metric -> value), and at some epochs those of its layers."""
+        """Add the rows of an epoch: those of the whole network (metric -> value), and at some epochs those of its
+        layers.
+        """
         self.rows += [[epoch, "", None, metric, value] for metric, value in whole.items()]
         if epoch in layer_epochs(self.config.epochs):
             self.rows += layer_rows(self.net, sets, epoch)
@@ -127,13 +130,15 @@ def train(
         config: the run.
         device: a torch device; on "cpu" one thread is used, so that the numbers do not depend on the number of cores.
         folder: a :class:`fa.results.store.RunFolder` to keep checkpoints in (default None: nothing is written).
-        until: ``time.monotonic()`` at which to have stopped; a checkpoint is written and None returned if an epoch would not fit.
+        until: ``time.monotonic()`` at which to have stopped; a checkpoint is written and None returned if an epoch
+            would not fit.
         compiled: train through ``torch.compile`` (default False).
 
     Returns:
-        The run's table: ``epoch, layer, depth, metric, value``; epoch 0 is the untrained network. Its ``attrs["status"]`` says ``state``
-        ("finished", or "diverged" with the ``epoch`` at which the loss was no longer finite), ``seconds``, and ``earlier``, the environments
-        of other machines that trained the run's first epochs, if there were any.
+        The run's table: ``epoch, layer, depth, metric, value``; epoch 0 is the untrained network. Its
+        ``attrs["status"]`` says ``state`` ("finished", or "diverged" with the ``epoch`` at which the loss was no
+        longer finite), ``seconds``, and ``earlier``, the environments of other machines that trained the run's first
+        epochs, if there were any.
     """
     return train_runs([Run(config, folder)], device, until, compiled)[0]
 
@@ -216,9 +221,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def fingerprint(config: Config, batches: int = 20) -> list[str]:
     """The first losses of the same recipe, narrowed: digits, float64, one CPU thread; 10 digits each.
 
-    An mlp has 32 units a layer, every other network is the ResNet of 8 layers. A record whose fingerprint moved was made by a recipe
-    that is no longer this one. The first half of the batches are trained with the first epoch's schedule, the second half with the
-    last epoch's.
+    An mlp has 32 units a layer, every other network is the ResNet of 8 layers. A record whose fingerprint moved was
+    made by a recipe that is no longer this one. The first half of the batches are trained with the first epoch's
+    schedule, the second half with the last epoch's.
     """
     hidden = ",".join("32" for _ in integers(config.hidden))
     model = "mlp" if config.model == "mlp" else "resnet8"

@@ -1,4 +1,6 @@
-"""The measurements of a run: accuracies, layers, and further ones that its recipe asks for by name (``Config.measure``)."""
+"""The measurements of a run: accuracies, layers, and further ones that its recipe asks for by name
+(``Config.measure``).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ Rows = list[list[Any]]
 
 @torch.no_grad()
 def accuracies(net: nn.Module, split: data.Split | data.DiskSplit, runs: int = 1, batch: int = 1000) -> list[float]:
-    """Percent of the split's images that each of ``runs`` runs of a network classifies right, in eval mode and the weights' own precision."""
+    """Percent of the split's images that each of ``runs`` runs of a network classifies right, in eval mode and the
+    weights' own precision.
+    """
     training, device = net.training, next(net.parameters(), torch.empty(0)).device
     batch = batch if device.type == "cpu" or runs > 1 else 5 * batch  # fewer, larger kernels
     right = torch.zeros(runs, dtype=torch.int64, device=device)
@@ -46,9 +50,9 @@ def layer_epochs(epochs: int) -> set[int]:
 def splits_to_measure(sets: Data, config: Config, epoch: int) -> dict[str, data.Split]:
     """Metric -> the images on which accuracy is measured after so many epochs.
 
-    In a run of more than 100 epochs that has validation images, these at every epoch, test and training images at every 25th; in other
-    runs validation and test images at every epoch, training images, which take a third of an epoch, at every tenth; all at the end.
-    Photographs on disk are decoded for training alone.
+    In a run of more than 100 epochs that has validation images, these at every epoch, test and training images at
+    every 25th; in other runs validation and test images at every epoch, training images, which take a third of an
+    epoch, at every tenth; all at the end. Photographs on disk are decoded for training alone.
     """
     long = config.epochs > 100 and sets.val is not None
     now = epoch % (25 if long else 10) == 0 or epoch == config.epochs
@@ -58,7 +62,9 @@ def splits_to_measure(sets: Data, config: Config, epoch: int) -> dict[str, data.
 
 
 def layer_rows(net: nn.Module, sets: Data, epoch: int) -> list[list[Any]]:
-    """Rows (epoch, layer, depth, metric, value) of every layer: weight norm and, where a rule is on, alignment and gradient angles."""
+    """Rows (epoch, layer, depth, metric, value) of every layer: weight norm and, where a rule is on, alignment and
+    gradient angles.
+    """
     layers = linear_layers(net)
     norms = torch.stack([torch.linalg.vector_norm(m.weight.double()) for m in layers.values()]).tolist()
     tables = [pd.DataFrame({"layer": list(layers), "depth": range(1, len(norms) + 1), "weight_norm": norms})]
@@ -83,7 +89,9 @@ def mismatch(config: Config, net: nn.Module, epoch: int, sets: Data) -> Rows:
 
 
 def symmetries(config: Config, net: nn.Module, epoch: int, sets: Data) -> Rows:
-    """Rows of :func:`fa.symmetry.symmetry` before and after training: ``B_match``, ``R_mixed``, ..., and ``B_excess`` = match - mixed."""
+    """Rows of :func:`fa.symmetry.symmetry` before and after training: ``B_match``, ``R_mixed``, ..., and ``B_excess``
+    = match - mixed.
+    """
     if epoch not in (0, config.epochs) or not converted(net):
         return []
     rows = []
@@ -125,7 +133,9 @@ MEASURES: dict[str, Callable[[Config, nn.Module, int, Data], Rows]] = {
     "symmetry": symmetries,
     "interventions": interventions,
 }
-"""Name -> (run, network, epoch, data) -> rows; called whenever the network is measured, at epoch 0 and after every epoch."""
+"""Name -> (run, network, epoch, data) -> rows; called whenever the network is measured, at epoch 0 and after every
+epoch.
+"""
 
 ALONE = {"interventions"}
 """Measurements that a run is made for: its table holds nothing else."""

@@ -1,14 +1,13 @@
 """Photographs that stay on disk, a folder of JPEGs a class: decoded, cropped and mirrored as they are needed.
 
-Sets of this kind do not fit on a device, so that training is fed from disk: by worker processes on CUDA, which are ahead of it by a few
-batches, and by the run's own process on the CPU. Decoding and cropping are torchvision's and Pillow's, which are imported when the first
-image is read. Pixels travel as bytes and are normalised on the device.
+Sets of this kind do not fit on a device, so that training is fed from disk: by worker processes on CUDA, which are
+ahead of it by a few batches, and by the run's own process on the CPU. Decoding and cropping are torchvision's and
+Pillow's, which are imported when the first image is read. Pixels travel as bytes and are normalised on the device.
 """
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,8 +34,8 @@ class ImageFolderSource:
         folder: below the data folder; holds a folder for every split, which holds one for every class.
         counts: split -> number of its images.
         size: height and width in pixels of what the network sees.
-        sha256: of the lines that ``find . -name '*.JPEG' | LC_ALL=C sort | xargs sha256sum`` prints in ``folder``; "" where only
-            the images are counted, for reading the whole set takes too long.
+        sha256: of the lines that ``find . -name '*.JPEG' | LC_ALL=C sort | xargs sha256sum`` prints in ``folder``; ""
+            where only the images are counted, for reading the whole set takes too long.
         mean, sd: per channel, of pixels scaled to [0, 1] (default: ImageNet's, as torchvision documents them).
     """
 
@@ -55,7 +54,9 @@ class ImageFolderSource:
         return tuple(-mean / sd for mean, sd in zip(self.mean, self.sd))
 
     def samples(self, root: Path, split: str) -> list[tuple[str, int]]:
-        """(path, class) of every image of a split, by class and then by name; classes are numbered in the order of their names."""
+        """(path, class) of every image of a split, by class and then by name; classes are numbered in the order of
+        their names.
+        """
         folder = root / self.folder / split
         classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
         files = [sorted(os.listdir(folder / name)) for name in classes]
@@ -63,14 +64,23 @@ class ImageFolderSource:
         return [(f"{folder}/{c}/{f}", i) for i, c in enumerate(classes) for f in files[i] if f.lower().endswith(kinds)]
 
     def state(self, root: Path) -> str:
-        """yes, no, incomplete (another number of images or classes) or damaged (another sha256)."""
+        """yes, no, or damaged: another number of images or classes, or another sha256."""
         found = {split: self.samples(root, split) for split in self.counts}
         if not any(found.values()):
             return "no"
-        for split, n in self.counts.items():
-            if len(found[split]) != n or len({label for _, label in found[split]}) != self.classes:
-                return "incomplete"
-        return "yes" if not self.sha256 or self.digest(root) == self.sha256 else "damaged"
+        whole = all(len(found[split]) == n for split, n in self.counts.items())
+        whole = whole and all(len({label for _, label in of}) == self.classes for of in found.values())
+        return "yes" if whole and (not self.sha256 or self.digest(root) == self.sha256) else "damaged"
+
+    def check(self, name: str, root: Path) -> None:
+        """Raise a UserError that says what to put where, unless every image is there."""
+        if (state := self.state(root)) != "yes":
+            what = "is not there" if state == "no" else "is damaged or not whole"
+            parts = " and ".join(f"{n:,} images into {root / self.folder / split}" for split, n in self.counts.items())
+            raise UserError(
+                f"data set {name}: {root / self.folder} {what}; put {parts}, "
+                f"a folder for each of {self.classes:,} classes"
+            )
 
     def digest(self, root: Path) -> str:
         """The sha256 of the folder as it is; see ``sha256``."""
@@ -79,52 +89,51 @@ class ImageFolderSource:
             lines.update(f"{hashlib.sha256((folder / path).read_bytes()).hexdigest()}  {path}\n".encode())
         return lines.hexdigest()
 
-    def remedy(self, root: Path) -> str:
-        """What to put where, in words."""
-        parts = " and ".join(f"{n:,} images into {root / self.folder / split}" for split, n in self.counts.items())
-        return f"put {parts}, a folder for each of {self.classes:,} classes"
-
 
 class DiskSplit:
     """One split of an :class:`ImageFolderSource`, on disk.
 
-    Its images have an order of their own, drawn once and the same for every run, so that the first of them are a fair sample and not a
-    class or two.
+    Its images have an order of their own, drawn once and the same for every run, so that the first of them are a fair
+    sample and not a class or two.
 
     Args:
-        samples: (path, class) of every image.
-        size: height and width in pixels of what the network sees.
-        mean, sd: per channel, of pixels scaled to [0, 1].
+        source: the set.
+        root: the data folder.
+        part: "train" or "val".
         device: where batches shall be.
         dtype: floating type of the images.
-        workers: processes that decode (default None: on CUDA one for each core, on the CPU none, which leaves the run one process).
+        workers: processes that decode (default None: on CUDA one for each core, on the CPU none, which leaves the run
+            one process).
     """
 
     def __init__(
         self,
-        samples: Sequence[tuple[str, int]],
-        size: int,
-        mean: Sequence[float],
-        sd: Sequence[float],
+        source: ImageFolderSource,
+        root: Path,
+        part: str,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         workers: int | None = None,
     ) -> None:
+        samples = source.samples(root, part)
         order = torch.randperm(len(samples), generator=generator(0, "photos")).tolist()
         # One array, not a million strings: a forked worker that counts references would copy every page of those.
         self.paths = np.array([os.fsencode(samples[i][0]) for i in order])
         self.labels = np.array([samples[i][1] for i in order])
-        self.size, self.device, self.dtype = size, torch.device(device), dtype
+        self.size, self.device, self.dtype = source.size, torch.device(device), dtype
         wide = torch.promote_types(dtype, torch.float32)
-        self.mean, self.sd = (torch.tensor(v, dtype=wide, device=device).view(-1, 1, 1) for v in (mean, sd))
-        alone = self.device.type == "cpu" or multiprocessing.current_process().daemon  # a daemon may have no children
-        self.workers = (0 if alone else len(os.sched_getaffinity(0))) if workers is None else workers
+        mean_sd = (torch.tensor(v, dtype=wide, device=device).view(-1, 1, 1) for v in (source.mean, source.sd))
+        self.mean, self.sd = mean_sd  # (3, 1, 1) each
+        cores = len(os.sched_getaffinity(0)) if self.device.type == "cuda" else 0
+        self.workers = cores if workers is None else workers
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def first(self, n: int) -> tuple[Tensor, Tensor]:
-        """The first ``n`` images (n, 3, size, size), normalised, and their classes (n,), on the device; cut from the middle."""
+        """The first ``n`` images (n, 3, size, size), normalised, and their classes (n,), on the device; cut from the
+        middle.
+        """
         return next(self._serve([range(min(n, len(self)))], None))
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -139,9 +148,10 @@ class DiskSplit:
 
         Args:
             index: numbers of the images (steps, batch), int64.
-            seed, epoch: what the augmentation is drawn from, with the number of the image: neither the order of the images nor the
-                number of workers matters.
-            augment: a random part of each image (8 to 100 % of its area, sides 3:4 to 4:3), scaled to the size, half of them mirrored.
+            seed, epoch: what the augmentation is drawn from, with the number of the image: neither the order of the
+                images nor the number of workers matters.
+            augment: a random part of each image (8 to 100 % of its area, sides 3:4 to 4:3), scaled to the size, half
+                of them mirrored.
         """
         return self._serve(index.tolist(), (seed, epoch) if augment else None)
 
@@ -150,9 +160,13 @@ class DiskSplit:
 
         cuda, workers = self.device.type == "cuda", min(self.workers, len(batches))
         loader = DataLoader(
-            DecodedImages(self.paths, self.labels, self.size, key), batch_sampler=batches, num_workers=workers, pin_memory=cuda,
-            prefetch_factor=4 if workers else None, generator=torch.Generator(),  # else it draws from the global generator
-        )  # fmt: skip
+            DecodedImages(self.paths, self.labels, self.size, key),
+            batch_sampler=batches,
+            num_workers=workers,
+            pin_memory=cuda,
+            prefetch_factor=4 if workers else None,
+            generator=torch.Generator(),  # else it draws from the global generator
+        )
         for x, y in loader:
             x = x.to(self.device, non_blocking=True).to(self.mean.dtype)
             yield x.div_(255).sub_(self.mean).div_(self.sd).to(self.dtype), y.to(self.device, non_blocking=True)

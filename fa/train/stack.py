@@ -1,8 +1,9 @@
 """Several runs as one network: the same layers side by side, as groups of channels that never meet.
 
-The kernels of a small network leave a GPU waiting; a stack of fifteen takes a few times as long as one network, in as many kernels. Its runs
-share a recipe; seed and rule are each run's own. Every run keeps a network of its own, whose tensors are slices of the stack's, so that
-measurements and checkpoints of one run see nothing of the others. Only this module knows how a stack is made.
+The kernels of a small network leave a GPU waiting; a stack of fifteen takes a few times as long as one network, in as
+many kernels. Its runs share a recipe; seed and rule are each run's own. Every run keeps a network of its own, whose
+tensors are slices of the stack's, so that measurements and checkpoints of one run see nothing of the others. Only
+this module knows how a stack is made.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ RULES = (BP, FA, USF, FRSF, KP, PFA, PFAo)
 def key(config: Any) -> Config | None:
     """The settings that stacked runs have in common: all but seed and rule. None for a run that cannot be stacked.
 
-    A run can be stacked if it trains a CIFAR ResNet on images that lie on the device, under one of :data:`RULES`, with options that take
-    no norm or mean over a whole layer (as ``norm="track"`` does). In float32 the stack's output layer, a convolution, uses TF32.
+    A run can be stacked if it trains a CIFAR ResNet on images that lie on the device, under one of :data:`RULES`,
+    with options that take no norm or mean over a whole layer (as ``norm="track"`` does). In float32 the stack's
+    output layer, a convolution, uses TF32.
     """
     if not isinstance(config, Config) or not models.is_cifar_resnet(config.model):
         return None
@@ -51,7 +53,8 @@ def key(config: Any) -> Config | None:
 
 
 def groups(configs: Sequence[Any], most: int) -> list[list[Any]]:
-    """Runs that train as one: at most ``most`` with one :func:`key`, those of a rule side by side; a run that cannot be stacked is alone.
+    """Runs that train as one: at most ``most`` with one :func:`key`, those of a rule side by side; a run that cannot
+    be stacked is alone.
 
     The stacks come first, each where its first run stood.
     """
@@ -68,7 +71,8 @@ class Stacked(Rule):
     """The rules of a stack's runs, on a grouped layer.
 
     Args:
-        parts: (rule, number of its runs), in the order of the groups. The tensor that rule number j calls ``B`` is ``j_B`` here.
+        parts: (rule, number of its runs), in the order of the groups. The tensor that rule number j calls ``B`` is
+            ``j_B`` here.
     """
 
     name = "stacked"
@@ -156,9 +160,11 @@ class ZeroChannels(nn.Module):
 
 
 def grouped(net: nn.Module, runs: int) -> nn.Module:
-    """The network with ``runs`` groups in every layer, by module surgery; it takes and returns ``runs`` times the channels.
+    """The network with ``runs`` groups in every layer, by module surgery; it takes and returns ``runs`` times the
+    channels.
 
-    Every group of a convolution gets as many inputs as outputs, by channels of zeros whose weights start as zeros and stay zeros: cuDNN has
+    Every group of a convolution gets as many inputs as outputs, by channels of zeros whose weights start as zeros and
+    stay zeros: cuDNN has
     no fast kernel otherwise. A linear layer becomes a 1x1 convolution. Names of modules stay.
     """
     for name, m in list(net.named_modules()):
@@ -207,8 +213,9 @@ def join(runs: Sequence[Run], shape: Sequence[int], classes: int) -> tuple[nn.Mo
     """The stack of several runs and its optimizer, which share the memory of the runs' networks and optimizers.
 
     Args:
-        runs: started runs with one :func:`key`. Parameters, running statistics and momenta of their networks and optimizers become
-            slices of the stack's; fixed feedback is copied. Only the returned optimizer may step from now on.
+        runs: started runs with one :func:`key`. Parameters, running statistics and momenta of their networks and
+            optimizers become slices of the stack's; fixed feedback is copied. Only the returned optimizer may step
+            from now on.
         shape: channels, height and width of an image.
         classes: number of classes.
     """
@@ -258,8 +265,9 @@ def join(runs: Sequence[Run], shape: Sequence[int], classes: int) -> tuple[nn.Mo
 def _join(parts: Sequence[Tensor], size: Sequence[int], rows: int, between_channels: bool) -> Tensor:
     """One tensor of the stack from one tensor of each run.
 
-    Matrices between channels (mid, out) become (runs, mid, out); a single number of a layer becomes ``rows`` numbers a run; all else is
-    joined along the first axis, (out, in, ...) -> (runs * out, in + zeros, ...), as wide as ``size``.
+    Matrices between channels (mid, out) become (runs, mid, out); a single number of a layer becomes ``rows`` numbers
+    a run; all else is joined along the first axis, (out, in, ...) -> (runs * out, in + zeros, ...), as wide as
+    ``size``.
     """
     if between_channels:
         return torch.stack([p.detach() for p in parts])

@@ -1,7 +1,8 @@
 """One training step: forward, loss, backward, optimizer, with nothing read back from the device within an epoch.
 
-On the CPU a step is a step. On CUDA the first steps of a run are eager; then one step is captured as a graph, from the gathering of the
-batch to the optimizer, and replayed. A change of the schedule captures anew, and every phase has a graph of its own.
+On the CPU a step is a step. On CUDA the first steps of a run are eager; then one step is captured as a graph, from
+the gathering of the batch to the optimizer, and replayed. A change of the schedule captures anew, and every phase has
+a graph of its own.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ class Stepper:
         config: the run; of a stack any of its runs, for they share all that is read here.
         train: the training split, on the same device, or one that feeds batches from disk.
         compiled: forward and backward through ``torch.compile`` (default False).
-        capture: replay steps as a CUDA graph (default: on CUDA, unless a rule acts between steps, the data come from disk, or
-            ``$FA_CAPTURE`` is 0).
-        seeds: one seed for each run of a stack; each run has its own order of batches and its own loss (default: ``config.seed``).
+        capture: replay steps as a CUDA graph (default: on CUDA, unless a rule acts between steps, the data come from
+            disk, or ``$FA_CAPTURE`` is 0).
+        seeds: one seed for each run of a stack; each run has its own order of batches and its own loss (default:
+            ``config.seed``).
     """
 
     def __init__(
@@ -80,7 +82,8 @@ class Stepper:
     def begin(self, epoch: int) -> None:
         """Set the schedule, the order of the batches and the augmentation of an epoch (from 0).
 
-        All three are functions of (seed, epoch), drawn on the CPU, so that a resumed run and another device draw the same.
+        All three are functions of (seed, epoch), drawn on the CPU, so that a resumed run and another device draw the
+        same.
         """
         config, now = self.config, self.config.schedule(epoch)
         if now != self.now:
@@ -175,8 +178,9 @@ class Stepper:
 def numerics(device: str | torch.device) -> Iterator[None]:
     """Settings for training on a device.
 
-    On the CPU one thread, so that sums are made in one order. On CUDA cuDNN's fastest convolutions, in float32 through TF32 as PyTorch does by
-    default (linear layers are not), and a stream of its own, for steps cannot be captured on the default stream.
+    On the CPU one thread, so that sums are made in one order. On CUDA cuDNN's fastest convolutions, in float32
+    through TF32 as PyTorch does by default (linear layers are not), and a stream of its own, for steps cannot be
+    captured on the default stream.
     """
     if torch.device(device).type != "cpu":
         caller, own = torch.cuda.current_stream(device), torch.cuda.Stream(device)
@@ -200,7 +204,7 @@ def sgd(net: nn.Module, config: Config) -> torch.optim.SGD:
 
 
 def compile_(net: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """``torch.compile`` of a whole network; a network whose rule draws noise as it is, since a graph cannot hold a generator.
+    """``torch.compile`` of a whole network; a network whose rule draws noise stays as it is, for a graph holds no generator.
 
     The networks of a process share their code, and with it the number of its versions.
     """
