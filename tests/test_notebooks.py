@@ -166,7 +166,8 @@ def figure(monkeypatch, tmp_path):
     """A figure of two rules and three seeds whose committed table this test writes; nothing is trained."""
 
     def plan(experiment, mode, seeds=0, epochs=0, rules="", dataset="", **own):
-        return [SimpleNamespace(run=f"{r}-{s}-{epochs or 4}", rule=r, seed=s, epochs=epochs or 4, dataset=dataset or "mnist")
+        fixed = {"epochs": epochs or 4, "dataset": dataset or "mnist"}
+        return [SimpleNamespace(run=f"{r}-{s}-{epochs or 4}", rule=r, seed=s, **fixed)
                 for r in (rules.split(",") if rules else ("bp", "pfa")) for s in range(seeds or 3)]  # fmt: skip
 
     def table(runs):
@@ -198,7 +199,8 @@ def test_record_mode_redraws_and_says_so(figure):
     cfg = figure.open()
     assert len(cfg.table()) == 6 * 5 and cfg.partial() == ""
     assert re.match(
-        r"Nothing was trained: this page redraws data/records/p3_fig2.csv, 6 runs \(BP, PFA; 3 seeds\), made with torch 9.9, G",
+        r"Nothing was trained: this page redraws data/records/p3_fig2.csv, "
+        r"6 runs \(BP, PFA; 3 seeds\), made with torch 9.9, G",
         cfg.banner(),
     )
     assert set(figure.open(rules=["pfa"], seeds=2).table().run) == {"pfa-0-4", "pfa-1-4"}

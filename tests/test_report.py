@@ -28,7 +28,8 @@ def test_nothing_generated_is_stale(rendered: dict[Path, str]) -> None:
         assert path.exists(), f"{path.name} is missing; run python -m fa report"
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale; run python -m fa report"
     assert len(rendered[report.ROOT / "REPORT.md"].encode()) <= 40_000
-    assert len(rendered[report.ROOT / "README.md"].splitlines()) <= 130
+    by_hand = [line for line in rendered[report.ROOT / "README.md"].splitlines() if not line.startswith("| [")]
+    assert len(by_hand) <= 118
 
 
 def test_rendering_depends_on_nothing_but_the_files(rendered: dict[Path, str], monkeypatch) -> None:
@@ -83,8 +84,7 @@ def test_without_records_every_claim_is_not_tested(site: Path) -> None:
     assert readme.startswith("# Title\n") and "\nkept\n" in readme and "outdated" not in readme
     assert "[![p3_fig2](p3_fig2.png)](p3_fig2.pdf)" in gallery and "(../notebooks/32_x.ipynb)" in gallery
     assert "What | one sees. More." in gallery and "\nWhat | one sees ([PDF](p9_new.pdf)" in gallery
-    assert report.render() == {site / name: (site / name).read_text(encoding="utf-8")
-                               for name in ("REPORT.md", "REPORT_details.md", "README.md", "figures/README.md")}  # fmt: skip
+    assert all(path.read_text(encoding="utf-8") == again for path, again in report.render().items())
 
 
 def test_a_figure_without_a_text_of_its_own_has_its_title(site: Path) -> None:

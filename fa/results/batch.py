@@ -93,9 +93,8 @@ def reproduce(
                 name = futures[done].name
                 broken = isinstance(done.exception(), BrokenProcessPool)
                 seconds, error = (0.0, "its process was killed") if broken else done.result()
-                say(
-                    f"[{i:>{len(str(len(work)))}}/{len(work)}] {'FAILED' if error else 'ok':6s} {seconds:6.0f} s  {name}"
-                )
+                place = f"[{i:>{len(str(len(work)))}}/{len(work)}]"
+                say(f"{place} {'FAILED' if error else 'ok':6s} {seconds:6.0f} s  {name}")
                 if error:
                     failed.append(name)
                     say(f"         {error}")
