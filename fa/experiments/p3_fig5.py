@@ -93,8 +93,8 @@ arccos(1/sqrt(1 + 1/10)). One seed a rule, so that there are no error bars."""
 
 def stand_in_of(page: Notebook) -> Notebook:
     """The stand-in on the page of Figure 5: trained in paper mode where its photographs are, else as recorded."""
-    photographs = SETS["tiny-imagenet-20"].state(data.root()) == "yes"
-    return page.part("p3_fig5_standin", mode="paper" if page.mode == "paper" and photographs else "record")
+    trained = page.mode == "paper" and SETS["tiny-imagenet-20"].state(data.root()) == "yes"
+    return page.part("p3_fig5_standin", mode="paper" if trained else "record")
 
 
 @plot.style()
