@@ -5,15 +5,16 @@
     python benchmarks/step.py --net resnet18 --batch 32 --device cuda
     python benchmarks/step.py --read benchmarks/results/step_resnet20_eager_cpu.json --markdown
 
-A step is forward, loss, backward, optimizer and zero_grad. All networks live in one process; in every round each takes its turn, in an
-order drawn anew, and its time is divided by backprop's in the same round, so that a machine whose speed drifts favours nobody. A second
-backprop, ``bp_again``, shows the noise. Reported: median and quartiles over rounds. Idle threads sleep (``OMP_WAIT_POLICY``, unless it
-is set), so that CPU time is work and not waiting, and freed memory is kept, as ``fa run`` does: page faults took from nothing to a sixth
-of a step, by chance.
+A step is forward, loss, backward, optimizer and zero_grad. All networks live in one process; in every round each takes
+its turn, in an order drawn anew, and its time is divided by backprop's in the same round, so that a machine whose speed
+drifts favours nobody. A second backprop, ``bp_again``, shows the noise. Reported: median and quartiles over rounds.
+Idle threads sleep (``OMP_WAIT_POLICY``, unless it is set), so that CPU time is work and not waiting, and freed memory
+is kept, as ``fa run`` does: page faults took from nothing to a sixth of a step, by chance.
 
-Peak memory is that of the tensors, parameters, feedback, optimizer state and batch included, and of what kernels take for themselves:
-on a GPU the allocator's own peak; on a CPU every allocation and release of one step, as the profiler reports them, on top of what lived
-before it. Both are exact, and the same in every run; the resident set, which holds the interpreter and the allocator's leftovers, is not.
+Peak memory is that of the tensors, parameters, feedback, optimizer state and batch included, and of what kernels take
+for themselves: on a GPU the allocator's own peak; on a CPU every allocation and release of one step, as the profiler
+reports them, on top of what lived before it. Both are exact, and the same in every run; the resident set, which holds
+the interpreter and the allocator's leftovers, is not.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def held() -> int:
 
 
 def peak_of(step: Callable[[], object]) -> int:
-    """Most bytes that one call holds beyond what lived before it, on the CPU: allocations and releases in their order."""
+    """Most bytes that one call holds beyond what lived before it, on the CPU: allocations and releases in their
+    order."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         step()
@@ -141,7 +143,8 @@ def peak(args: argparse.Namespace, rule: str) -> float:
 
 
 def table(where: dict, results: dict, markdown: bool = False) -> str:
-    """The results as text, or as a table in markdown. Ratios to backprop; CPU time and wall time with their quartiles."""
+    """The results as text, or as a table in markdown. Ratios to backprop; CPU time and wall time with their
+    quartiles."""
     head = (f"{where['net']}, batch {where['batch']}{' of ' + str(where['size']) + ' px' if where['size'] else ''}, "
             f"{'compiled' if where['compile'] else 'eager'}{', bf16' if where['bf16'] else ''}, {where['rounds']} rounds; "
             f"torch {where['torch']}, {where['gpu'] or where['cpu']}, {where['threads']} threads; ratios to bp in the same round")  # fmt: skip

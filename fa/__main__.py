@@ -10,7 +10,8 @@ from fa.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 where something failed on the way, 2 for bad input (one sentence on stderr)."""
+    """Run one command; returns the exit status: 0, 1 where something failed on the way, 2 for bad input (one sentence
+    on stderr)."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     if rest:
@@ -151,8 +152,8 @@ def _run(args: argparse.Namespace) -> int:
     for name in sorted({c.dataset for c in runs.missing(configs) if hasattr(c, "dataset")}):
         data.load(name)  # a data set that is missing or damaged is found before any process starts
     executors.keep_pages()  # this process trains, or waits
-    summary = runs.run(configs, budget, args.workers, args.device,
-                       together=args.together, compiled={"auto": None}.get(args.compile, args.compile == "yes"))  # fmt: skip
+    compiled = {"auto": None}.get(args.compile, args.compile == "yes")
+    summary = runs.run(configs, budget, args.workers, args.device, together=args.together, compiled=compiled)
     print(summary)
     for failure in summary.failed:
         sys.stderr.write(f"fa: failed: {failure}\n")

@@ -1,9 +1,9 @@
 """One look for every figure: the style, a colour and a marker per rule, the panels that figures share, and the saver.
 
 Nothing here changes matplotlib when it is imported: draw inside ``with fa.plot.style():``, or in a function under
-``@fa.plot.style()``; the settings are in ``fa.mplstyle``. Colours are Okabe and Ito's
-(Wong, Nature Methods 2011, doi 10.1038/nmeth.1618) for the rules of the main figures and Tol's "muted" for the others; both
-are safe for colour-blind readers, and the markers tell the rules apart in black and white.
+``@fa.plot.style()``; the settings are in ``fa.mplstyle``. Colours are Okabe and Ito's (Wong, Nature Methods 2011, doi
+10.1038/nmeth.1618) for the rules of the main figures and Tol's "muted" for the others; both are safe for colour-blind
+readers, and the markers tell the rules apart in black and white.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ _STYLE = Path(__file__).with_name("fa.mplstyle")
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib's settings for every figure here, within a ``with`` block or a decorated function; none stays changed."""
+    """Matplotlib's settings for every figure here, within a ``with`` block or a decorated function; none stays
+    changed."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 
@@ -139,7 +140,8 @@ def letters(axes: Sequence[Axes], first: str = "a") -> None:
 
 
 def curves(ax: Axes, data: pd.DataFrame, x: str, hue: str, palette: Mapping, value: str = "value", **kwargs) -> None:
-    """Mean line and a band of ± 1 sd (ddof 1) over the rows that share `x` and `hue`: seeds, repeats. No rows, no line."""
+    """Mean line and a band of ± 1 sd (ddof 1) over the rows that share `x` and `hue`: seeds, repeats. No rows, no
+    line."""
     import seaborn as sns
 
     if data.empty:
@@ -208,7 +210,8 @@ def note(ax: Axes, text: str) -> None:
 
 
 def repeats(table: pd.DataFrame, by: Sequence[str] = ("rule",)) -> str:
-    """What an error bar is, for `note`: "mean ± 1 sd, n = 3–5 seeds"; fewest and most of the groups `by`, "" for none."""
+    """What an error bar is, for `note`: "mean ± 1 sd, n = 3–5 seeds"; fewest and most of the groups `by`, "" for
+    none."""
     n = table.groupby(list(by)).seed.nunique()
     return f"mean ± 1 sd, n = {'–'.join(str(v) for v in sorted({n.min(), n.max()}))} seeds" if len(n) else ""
 

@@ -38,12 +38,14 @@ def _cpu() -> str:
 
 
 def commit() -> str:
-    """``$FA_COMMIT``, or the repository's commit, with "+" where tracked files differ from it; "" outside a repository."""
+    """``$FA_COMMIT``, or the repository's commit, with "+" where tracked files differ from it; "" outside a
+    repository."""
     if told := os.environ.get("FA_COMMIT"):  # for a copy of the files without their history
         return told
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "fa")

@@ -1,4 +1,5 @@
-"""How much a feedback matrix mirrors the forward weight: entry by entry, and unit by unit against the forward neurons."""
+"""How much a feedback matrix mirrors the forward weight: entry by entry, and unit by unit against the forward
+neurons."""
 
 from __future__ import annotations
 

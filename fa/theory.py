@@ -23,7 +23,8 @@ def path_angle(expansion: ArrayLike, density: ArrayLike = 1.0, n_out: float = ma
 
     Args:
         expansion: λ, units of the population per output; any shape.
-        density: d, fraction of the entries of B and of R that exist (default 1); a shape that broadcasts with `expansion`.
+        density: d, fraction of the entries of B and of R that exist (default 1); a shape that broadcasts with
+            `expansion`.
         n_out: outputs of the layer (default: the limit of many).
     """
     λ, d = np.asarray(expansion, dtype=float), np.asarray(density, dtype=float)
@@ -67,7 +68,8 @@ def concordant_angle(weights: str, magnitudes: str) -> float:
     .. math:: \cos\theta = \frac{E|w|}{\sqrt{E w^2}} \cdot \frac{E|b|}{\sqrt{E b^2}}
 
     Args:
-        weights: distribution of W around 0: "uniform", "normal", or "truncated" (normal, cut at two standard deviations).
+        weights: distribution of W around 0: "uniform", "normal", or "truncated" (normal, cut at two standard
+            deviations).
         magnitudes: distribution whose absolute values are the feedback's magnitudes, or "constant".
 
     Source: our derivation.

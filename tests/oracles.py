@@ -1,7 +1,9 @@
-"""Second formulations that the tests hold the package against: forward passes and autograd, no backward formula of ours.
+"""Second formulations that the tests hold the package against: forward passes and autograd, no backward formula of
+ours.
 
-The oracle of a rule is the stop-gradient composition y = f(x.detach(), W, b) + [g(x, K) - g(x, K).detach()]: its value is the
-layer's output, its gradients by W and b are the layer's own, and the error goes down through K alone. Slow and plain.
+The oracle of a rule is the stop-gradient composition y = f(x.detach(), W, b) + [g(x, K) - g(x, K).detach()]: its value
+is the layer's output, its gradients by W and b are the layer's own, and the error goes down through K alone. Slow and
+plain.
 """
 
 import copy
@@ -32,7 +34,8 @@ def apart(a, b):
 
 
 def plain(layer):
-    """The layer's linear map as stock PyTorch: (x, K) -> K x, bias left out, padding and its mode left to ``nn.Conv2d``."""
+    """The layer's linear map as stock PyTorch: (x, K) -> K x, bias left out, padding and its mode left to
+    ``nn.Conv2d``."""
     if isinstance(layer, nn.Linear):
         return lambda x, K: nn.functional.linear(x, K)
     stock = nn.Conv2d(
@@ -97,8 +100,10 @@ def gradients(layer, x, dy, K):
 def drawn_path(layer, x, dy):
     """PFA as it is drawn: the error goes to a population through B, from there to the layer below through R.
 
-    Two stock layers in the forward direction, R first and then B; autograd walks them backwards. Returns what arrives below, and the
-    gradient of R: population activity times presynaptic activity. Entries of R that a mask removes carry no error, but learn.
+    Two stock layers in the forward direction, R first and then B; autograd walks them backwards. Returns what arrives
+    below, and the
+    gradient of R: population activity times presynaptic activity. Entries of R that a mask removes carry no error, but
+        learn.
     """
     fb, f = layer.feedback, plain(layer)
     x, mask = x.detach().clone().requires_grad_(), getattr(fb, "mask", torch.ones((), dtype=x.dtype))

@@ -1,4 +1,5 @@
-"""The shape of the package: chapters import downward only, without a cycle; modules and lines stay short; documentation is whole."""
+"""The shape of the package: chapters import downward only, without a cycle; modules and lines stay short;
+documentation is whole."""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def test_a_step_leaves_nothing_behind():
 
 
 def test_peak_memory_of_a_linear_step_by_hand():
-    """One linear layer, 100 -> 50, on 20,000 rows: logits, their log-softmax and its gradient, two or three of them at a time."""
+    """One linear layer, 100 -> 50, on 20,000 rows: logits, their log-softmax and its gradient, two or three of them
+    at a time."""
     rows, inputs, out = 20_000, 100, 50
     x, y = torch.randn(rows, inputs), torch.zeros(rows, dtype=torch.long)
     layer = torch.nn.Linear(inputs, out)
@@ -93,7 +94,8 @@ def test_fixed_feedback_needs_at_most_5_percent_more_memory_than_backprop(peaks,
 
 @pytest.mark.parametrize("rule", ["kp", "pfa_o"])
 def test_learned_feedback_needs_its_tensors_their_gradients_and_momenta_and_little_more(peaks, rule):
-    """B, its gradient and its momentum, each of the weights' size (270896 in ResNet-20's layers), and for pfa_o the fixed matrices."""
+    """B, its gradient and its momentum, each of the weights' size (270896 in ResNet-20's layers), and for pfa_o the
+    fixed matrices."""
     weights = sum(
         m.weight.numel() for m in step.network("resnet20")[0].modules() if hasattr(m, "weight") and m.weight.dim() > 1
     )
@@ -170,7 +172,8 @@ def test_a_measurement_from_end_to_end(tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """Runs a benchmark with arguments, on the CPU, and returns its module. Processes that it starts import it by its name."""
+    """Runs a benchmark with arguments, on the CPU, and returns its module. Processes that it starts import it by its
+    name."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 

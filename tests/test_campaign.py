@@ -1,4 +1,5 @@
-"""Campaigns: what is trained, what is not trained again, when they stop; what collect refuses; bad input on the command line."""
+"""Campaigns: what is trained, what is not trained again, when they stop; what collect refuses; bad input on the
+command line."""
 
 import contextlib
 import json

@@ -1,4 +1,5 @@
-"""Circuits: the interventions against what is known of each rule, and the drawing against the code that it claims to show."""
+"""Circuits: the interventions against what is known of each rule, and the drawing against the code that it claims to
+show."""
 
 from __future__ import annotations
 

@@ -237,7 +237,8 @@ def test_not_tested_says_why(case: dict, why: str) -> None:
 
 
 def test_a_partial_record_judges_the_claims_whose_runs_it_has() -> None:
-    """The verdict is the one that the whole record will give; what a statistic of one seed asks for is that seed's run."""
+    """The verdict is the one that the whole record will give; what a statistic of one seed asks for is that seed's
+    run."""
     for criterion in (f"{BP_END} > 0", "mean(test_accuracy, rule=fa, epoch=last, seed=[1, 2]) > 0"):
         row = judge(criterion, n_min="2", **lacking("fa0"))
         assert row == judge(criterion, n_min="2") and row["verdict"] == "holds"

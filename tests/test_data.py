@@ -389,7 +389,8 @@ def test_augmentation_depends_on_the_generator_alone():
 
 @pytest.fixture
 def album(tmp_path, monkeypatch):
-    """An album of three classes, 4 + 2 photographs each of 20x14 and 14x20 pixels, all of different colours -> (folder, name)."""
+    """An album of three classes, 4 + 2 photographs each of 20x14 and 14x20 pixels, all of different colours ->
+    (folder, name)."""
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("torchvision")
     rng = np.random.default_rng(0)
@@ -405,7 +406,8 @@ def album(tmp_path, monkeypatch):
 
 
 def test_photos_are_what_torchvision_makes_of_them(album):
-    """Every image of a split once, with the class that ImageFolder gives it: scaled, cut from the middle, normalised."""
+    """Every image of a split once, with the class that ImageFolder gives it: scaled, cut from the middle,
+    normalised."""
     folder, name = album
     from torchvision import datasets, transforms
 

@@ -73,7 +73,8 @@ def test_fingerprints_tell_recipes_apart() -> None:
 
 @pytest.mark.parametrize("rule", ["pfa", "pfa_o"])
 def test_implicit_feedback_of_a_resnet_is_exact(rule: str) -> None:
-    """The recipe's SGD, momentum and both decays, in float64: with R stored and without, the losses are those of one network."""
+    """The recipe's SGD, momentum and both decays, in float64: with R stored and without, the losses are those of one
+    network."""
     sets = data.load("digits", dtype=torch.float64)
     (c,) = experiments.plan("p3_fig4", "quick", seeds=1, rules=rule)
     losses = []

@@ -1,4 +1,5 @@
-"""Figure 5: its grid is the paper's, photographs are trained on from disk, stopped and resumed, and the stand-in is what it says."""
+"""Figure 5: its grid is the paper's, photographs are trained on from disk, stopped and resumed, and the stand-in is
+what it says."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Paper 2's rules against the published regularisers and their fixed points; the sign rules, frozen feedback and dense feedback.
+"""Paper 2's rules against the published regularisers and their fixed points; the sign rules, frozen feedback and dense
+feedback.
 
-The regularisers are written out here as p2 states them (products of W x, B x and B^T W x, summed over units and positions, averaged
-over the batch, no factor 1/2), with stock operations only, and differentiated by autograd.
+The regularisers are written out here as p2 states them (products of W x, B x and B^T W x, summed over units and
+positions, averaged over the batch, no factor 1/2), with stock operations only, and differentiated by autograd.
 """
 
 import copy
@@ -160,7 +161,8 @@ def test_rectified_projection(rule, shape):
 
 
 def centred(x, normalize):
-    """Every sample minus the mean of its features, and then of length 1 if asked for; a loop over samples, tokens are such."""
+    """Every sample minus the mean of its features, and then of length 1 if asked for; a loop over samples, tokens
+    are such."""
     samples = x.reshape(-1, x.shape[-1]) if x.dim() == 3 else x
     out = torch.stack([s - s.sum() / s.numel() for s in samples])
     return (torch.stack([s / s.square().sum().sqrt() for s in out]) if normalize else out).view_as(x)
@@ -545,7 +547,8 @@ def test_evaluation_draws_no_noise():
 
 @pytest.mark.parametrize("kind, half", [("normal", True), ("uniform", False)])
 def test_compiled_steps_draw_the_same_noise(kind, half):
-    """Layers that draw noise stay out of the compiled graphs; they draw from their own generators, and leave the global one alone."""
+    """Layers that draw noise stay out of the compiled graphs; they draw from their own generators, and leave the
+    global one alone."""
     torch.compiler.reset()
 
     def gradients(net):

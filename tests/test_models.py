@@ -37,7 +37,8 @@ def test_the_docstring_counts_all_networks():
 
 @pytest.mark.parametrize("depth", [8, 20, 32])
 def test_parameter_count_from_the_layer_table(depth):
-    """He et al. 4.2: 3 -> 16 channels, then 2 n convolutions of each of 16, 32, 64 channels, and a read-out; no shortcut has any."""
+    """He et al. 4.2: 3 -> 16 channels, then 2 n convolutions of each of 16, 32, 64 channels, and a read-out; no
+    shortcut has any."""
     n = (depth - 2) // 6
     channels = [3, 16] + [w for w in (16, 32, 64) for _ in range(2 * n)]
     convs = sum(9 * a * b + 2 * b for a, b in zip(channels, channels[1:]))  # a kernel, and batch norm's two
@@ -115,7 +116,8 @@ def test_build():
 
 
 def test_resnet18_is_torchvision_s() -> None:
-    """p3's network for ImageNet: 21 layers with its three widening shortcuts, and the published number of parameters."""
+    """p3's network for ImageNet: 21 layers with its three widening shortcuts, and the published number of
+    parameters."""
     pytest.importorskip("torchvision")
     net = models.build("resnet18", (3, 224, 224), 1000)
     assert size(net) == 11_689_512 and "11,689,512" in models.__doc__

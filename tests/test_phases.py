@@ -1,4 +1,5 @@
-"""Mirror phases and delay epochs: what moves in which step, against two optimizers and autograd; stopped and captured."""
+"""Mirror phases and delay epochs: what moves in which step, against two optimizers and autograd; stopped and
+captured."""
 
 from __future__ import annotations
 
@@ -106,7 +107,8 @@ def test_phases_are_two_optimizers_that_take_turns(rule, alternate, delay):
 
 @pytest.mark.parametrize("alternate, delay", PATTERNS)
 def test_what_rests_does_not_move_at_all(alternate, delay):
-    """Weights, affine parameters of batch norm, feedback and every momentum; statistics of activity are followed throughout."""
+    """Weights, affine parameters of batch norm, feedback and every momentum; statistics of activity are followed
+    throughout."""
     config = replace(BASE, options="", model="resnet8", hidden="", alternate=alternate, delay_epochs=delay)
     stepper, pattern = made(config), iter(PATTERNS[alternate, delay])
 

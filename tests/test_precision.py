@@ -56,7 +56,8 @@ def test_quick_mode_trains_every_rule_in_both_precisions_on_digits() -> None:
 
 
 def test_resnet_20_is_figure_4s_in_both_precisions() -> None:
-    """One seed; every run is one of that figure, which takes it by its ``precision``, and a pair differs in nothing else."""
+    """One seed; every run is one of that figure, which takes it by its ``precision``, and a pair differs in nothing
+    else."""
     full, half = ([c for c in DEEP if c.precision == p] for p in x_precision.PRECISIONS)
     of = dict(seeds=1, rules=",".join(x_precision.CIFAR_RULES))
     assert half == experiments.plan("p3_fig4", "paper", **of) and full == experiments.plan(
@@ -78,7 +79,8 @@ def test_resnet_20_is_figure_4s_in_both_precisions() -> None:
 
 @pytest.mark.parametrize("rule", x_precision.RULES)
 def test_only_the_arithmetic_of_a_step_is_in_bfloat16(rule: str) -> None:
-    """Weights, feedback, their gradients and the momenta stay in float32; the first losses are those of float32, rounded."""
+    """Weights, feedback, their gradients and the momenta stay in float32; the first losses are those of float32,
+    rounded."""
     full, half = experiments.plan("x_precision", "quick", rules=rule)[:2]
     sets, losses = data.load("digits"), []
     with engine.numerics("cpu"):
@@ -251,7 +253,8 @@ def test_seeds_are_paired_along_any_axis() -> None:
 
 
 def deep(run: str = "", metric: str = "", shift: float = 0.0) -> dict[str, dict]:
-    """What the claims about ResNet-20 make of runs that all end alike, one metric of one run shifted (of one layer among 20)."""
+    """What the claims about ResNet-20 make of runs that all end alike, one metric of one run shifted (of one layer
+    among 20)."""
     ends = [("val_accuracy", "", 90.0), *(("angle_deg", f"layer{i}", 20.0) for i in range(20))]
     rows = [{"run": c.run, "rule": c.rule, "seed": 0, "epoch": 250, "layer": layer, "metric": m, "precision": c.precision, "value": v}
             for c in DEEP for m, layer, v in ends if c.rule != "bp" or not layer]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Every layer-wise rule against autograd of its definition, and in the settings where it must equal something known exactly."""
+"""Every layer-wise rule against autograd of its definition, and in the settings where it must equal something known
+exactly."""
 
 import copy
 import math
@@ -385,7 +386,8 @@ SGD = {
 @pytest.mark.parametrize("density, kind", [(1, True), (0.5, True), (0.5, "first")])
 @pytest.mark.parametrize("name", ["pfa", "pfa_o"])
 def test_implicit_training_equals_explicit_training(name, density, kind, sgd):
-    """100 steps with a schedule and the gradient's norm clipped; clipped by the norm of what both have, the forward parameters'."""
+    """100 steps with a schedule and the gradient's norm clipped; clipped by the norm of what both have, the forward
+    parameters'."""
 
     def run(implicit):
         torch.manual_seed(0)

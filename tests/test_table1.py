@@ -1,4 +1,5 @@
-"""Table 1 measured: its plan, the twin that stores R, the symmetry of matrices, and that cells and claims say the same."""
+"""Table 1 measured: its plan, the twin that stores R, the symmetry of matrices, and that cells and claims say the
+same."""
 
 from __future__ import annotations
 
@@ -289,7 +290,8 @@ def test_a_record_that_meets_every_tick_agrees_and_every_claim_holds(ticks):
     ("test_accuracy", "fa", 98.3, "bp_level", "below"),
 ])  # fmt: skip
 def test_cells_and_claims_turn_together(metric, rule, value, prop, claim, ticks):
-    """One number past its limit: that cell disagrees with the paper, no cell of another rule does, and the claim no longer holds."""
+    """One number past its limit: that cell disagrees with the paper, no cell of another rule does, and the claim no
+    longer holds."""
     table = perfect()
     table.loc[(table.metric == metric) & (table.rule == rule), "value"] = value
     cells = p3_table1.cells(table, ticks)

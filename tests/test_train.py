@@ -174,7 +174,8 @@ def test_a_run_that_diverges_is_recorded_as_such():
 
 
 def test_progress_is_written_after_every_epoch(monkeypatch):
-    """A line an epoch, in the run's folder; epochs that a killed process trained after its last checkpoint are written once."""
+    """A line an epoch, in the run's folder; epochs that a killed process trained after its last checkpoint are
+    written once."""
     config = replace(TINY, epochs=3)
     folder = RunFolder(config)
     table = train.train(config, folder=folder)
@@ -233,7 +234,8 @@ def test_an_epoch_sees_every_image_once():
 
 
 def test_first_steps_by_hand():
-    """SGD with momentum and decay as torch documents it, on the network that ``build_network`` makes, without ``fa.train``'s loop."""
+    """SGD with momentum and decay as torch documents it, on the network that ``build_network`` makes, without
+    ``fa.train``'s loop."""
     config = replace(TINY, rule="bp", options="")
     digits = data.load("digits", dtype=torch.float64).train
     net = train.build_network(config, (1, 8, 8), 10, torch.float64)

@@ -1,7 +1,8 @@
 """One file a figure, found by its name: the grid of its runs in each mode, and its drawing.
 
-The name of a file is the name of its experiment, figure, record and claims alike. :func:`plan` turns a mode and the few parameters of
-a notebook into runs; :mod:`fa.results.runs` trains the missing ones. Adding a figure means adding a file here; no list names it.
+The name of a file is the name of its experiment, figure, record and claims alike. :func:`plan` turns a mode and the few
+parameters of a notebook into runs; :mod:`fa.results.runs` trains the missing ones. Adding a figure means adding a file
+here; no list names it.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ class Experiment:
         paper: "p1", "p2" or "p3"; "x": the figure compares papers.
         notebook: stem of the file in notebooks/.
         rules: the figure's rules, in the order of its legend.
-        grid: (mode, rules, seeds, epochs, dataset, own parameters) -> runs; 0 and "" stand for the mode's own. None: the figure is drawn
-            from the code alone.
+        grid: (mode, rules, seeds, epochs, dataset, own parameters) -> runs; 0 and "" stand for the mode's own. None:
+            the figure is drawn from the code alone.
         own: parameters of the notebook besides the common ones, with their defaults.
         small: whether the figure has a mode ``small``, for two CPU cores.
-        swept: run -> the columns of the figure's table that name a run's place in a sweep, alike for every run of the figure.
+        swept: run -> the columns of the figure's table that name a run's place in a sweep, alike for every run of the
+            figure.
     """
 
     title: str

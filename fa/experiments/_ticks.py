@@ -30,8 +30,8 @@ NUMBERS = [
 
 LIMITS = {"change": 0.05, "correlation": 0.05, "excess": 0.05, "angle": 30.0, "gap": -0.1}
 """What counts as a tick, fixed before the runs, as in the claims: a relative change below ``change``; no reciprocal
-synapses correlated with W by ``correlation`` and no matrix that matches forward neurons by ``excess`` more than mixtures
-of them do; every layer's angle below ``angle`` degrees; an accuracy of at least BP's plus ``gap`` points."""
+synapses correlated with W by ``correlation`` and no matrix that matches forward neurons by ``excess`` more than
+mixtures of them do; every layer's angle below ``angle`` degrees; an accuracy of at least BP's plus ``gap`` points."""
 
 
 def cells(table: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
@@ -42,8 +42,8 @@ def cells(table: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
         reference: the paper's ticks (1 tick, 0 cross, 0.5 a footnote's letter); may be empty.
 
     Returns:
-        ``property``, ``rule``, ``ours`` (one or two numbers as text, "" where nothing is measured), ``met`` (1, 0, nan),
-        ``paper`` (1, 0.5, 0, nan), ``note`` (the footnote's letter), ``verdict`` ("agrees", "disagrees", "not
+        ``property``, ``rule``, ``ours`` (one or two numbers as text, "" where nothing is measured), ``met`` (1, 0,
+        nan), ``paper`` (1, 0.5, 0, nan), ``note`` (the footnote's letter), ``verdict`` ("agrees", "disagrees", "not
         comparable") and ``evidence`` (the metrics of the record).
     """
     rows = []
@@ -68,7 +68,8 @@ def _met(tick: bool, *values: float) -> float:
 
 
 def _measured(table: pd.DataFrame, rule: str) -> dict[str, tuple[str, float, str]]:
-    """Property -> (numbers as text, met, evidence) of one rule, from the last epoch of every metric, means over seeds."""
+    """Property -> (numbers as text, met, evidence) of one rule, from the last epoch of every metric, means over
+    seeds."""
     last = table[table.rule == rule]
     last = last[last.epoch == last.groupby("metric").epoch.transform("max")]
     last = last.groupby(["layer", "metric"], as_index=False).value.mean()

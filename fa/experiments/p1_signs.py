@@ -1,4 +1,5 @@
-"""p1, sign-concordant feedback before any training: its angle to W, by the distribution of W and by the share of concordant signs."""
+"""p1, sign-concordant feedback before any training: its angle to W, by the distribution of W and by the share of
+concordant signs."""
 
 from __future__ import annotations
 
@@ -57,10 +58,11 @@ class StartAngle:
     run = property(identity)
 
     def table(self) -> pd.DataFrame:
-        """``seed`` (the repeat), ``share`` of concordant signs, ``epoch`` (0), ``layer``, ``depth``, ``metric``, ``value``.
+        """``seed`` (the repeat), ``share`` of concordant signs, ``epoch`` (0), ``layer``, ``depth``, ``metric``,
+        ``value``.
 
-        ``angle_deg``: angle of W to the feedback; ``sign_concordance``: share of equal signs as drawn; ``law_deg``: the angle that
-        follows from the share and the draw's own angle at share 1, cos = (2 share - 1) cos(angle at 1).
+        ``angle_deg``: angle of W to the feedback; ``sign_concordance``: share of equal signs as drawn; ``law_deg``: the
+        angle that follows from the share and the draw's own angle at share 1, cos = (2 share - 1) cos(angle at 1).
         """
         rows = []
         for repeat in range(self.repeats):

@@ -259,7 +259,8 @@ def levels(ax: Axes, rows: pd.DataFrame, rules: Sequence[str]) -> None:
 
 
 def angles_text(page: Page) -> str:
-    """Text table: the four angles after the last epoch, mean over seeds, one step of the error's way down after another."""
+    """Text table: the four angles after the last epoch, mean over seeds, one step of the error's way down after
+    another."""
     of, steps = tidy(page), []
     for lower, upper in UPPER.items():
         for name, (metric, above, _) in ANGLES.items():
@@ -271,7 +272,8 @@ def angles_text(page: Page) -> str:
 
 
 def decay_text(page: Page) -> str:
-    """Text table: share of the mismatch after the first epoch, theory and measured; `worst`: farthest from theory ever."""
+    """Text table: share of the mismatch after the first epoch, theory and measured; `worst`: farthest from theory
+    ever."""
     of = tidy(page)
     if of.decayed.empty:
         return "nothing yet"
@@ -292,7 +294,8 @@ def cost_text(page: Page) -> str:
 
 
 def expansion_text(page: Page) -> str:
-    """Text tables of pfa after ten epochs: path angle, theory and gradient angle by layer; accuracy, sd, n; BP's and FA's."""
+    """Text tables of pfa after ten epochs: path angle, theory and gradient angle by layer; accuracy, sd, n; BP's and
+    FA's."""
     of = tidy(page)
     if of.ten.empty:
         return "nothing yet"

@@ -1,4 +1,5 @@
-"""Beyond p3, on CIFAR-10: how small the expansion may be before accuracy falls; ResNet-20 for a GPU, and, small, ResNet-8 for a CPU."""
+"""Beyond p3, on CIFAR-10: how small the expansion may be before accuracy falls; ResNet-20 for a GPU, and, small,
+ResNet-8 for a CPU."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ EXPANSIONS = {"paper": (1, 2, 3, 5, 10, 20, 50), "small": (0.25, 1, 2, 5, 10, 50
 def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str) -> list[Config]:
     """Figure 4's recipe in 100 epochs in place of 250, drops to scale; quick: Figure 2's on digits.
 
-    Small: 8 layers in place of 20, in 10 epochs, drops to scale. The 351 steps of an epoch and the decay of the first epoch are the
-    paper's, so that the first epoch leaves the paper's share of the mismatch.
+    Small: 8 layers in place of 20, in 10 epochs, drops to scale. The 351 steps of an epoch and the decay of the first
+    epoch are the paper's, so that the first epoch leaves the paper's share of the mismatch.
     """
     if rules == RULES and mode != "small":
         rules = tuple(r for r in rules if r != "fa")
@@ -61,7 +62,8 @@ b, without the output layer, whose gradient is exact."""
 
 
 def tidy(table: pd.DataFrame) -> tuple[str, pd.DataFrame, pd.DataFrame]:
-    """The metric of accuracy (digits have no validation images), its rows after the last epoch, and those of the layers.
+    """The metric of accuracy (digits have no validation images), its rows after the last epoch, and those of the
+    layers.
 
     The output layer's gradient is exact and left out.
     """
@@ -102,7 +104,8 @@ def draw(page: Page) -> Figure:
 
 
 def text(page: Page) -> str:
-    """Text table after the last epoch: accuracy (mean, sd, n over seeds); path angle, theory, gain and gradient angle (means)."""
+    """Text table after the last epoch: accuracy (mean, sd, n over seeds); path angle, theory, gain and gradient
+    angle (means)."""
     _, accuracy, layers = tidy(page.table())
     if accuracy.empty:
         return "nothing yet; theory: " + ", ".join(f"{theory.path_angle(λ):.1f}° at {λ:g}" for λ in EXPANSIONS)

@@ -64,7 +64,8 @@ W and the feedback that carries the error in its place. d: ratio of their norms.
 
 @plot.style()
 def draw(page: Page) -> Figure:
-    """a, b: test accuracy by epoch and after the last; c, d: each layer's angle and norm ratio to W, a column a rule."""
+    """a, b: test accuracy by epoch and after the last; c, d: each layer's angle and norm ratio to W, a column a
+    rule."""
     table, paper = page.table(), page.reference()
     rules = plot.in_order([*table[table.metric == "angle_deg"].rule, *paper[paper.metric == "angle_deg"].rule])
     mosaic = [["a", *[f"angle_deg {r}" for r in rules]], ["b", *[f"norm_ratio {r}" for r in rules]]]

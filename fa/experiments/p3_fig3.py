@@ -1,4 +1,5 @@
-"""p3, Figure 3: how near the path B R comes to W, by the expansion and the density of the feedback; nothing is trained."""
+"""p3, Figure 3: how near the path B R comes to W, by the expansion and the density of the feedback; nothing is
+trained."""
 
 from __future__ import annotations
 
@@ -55,11 +56,12 @@ class Expansion:
     run = property(identity)
 
     def table(self) -> pd.DataFrame:
-        """Angle and norm ratio of B R against W, and the eigenvalues of B^T B that are not zero by shape, at every expansion.
+        """Angle and norm ratio of B R against W, and the eigenvalues of B^T B that are not zero by shape, at every
+        expansion.
 
         Returns:
-            ``expansion``, ``seed`` (the repeat), ``epoch`` (0), ``layer``, ``depth``, ``metric``, ``value``; ``eig_sd`` is the
-            population standard deviation of the eigenvalues within the repeat.
+            ``expansion``, ``seed`` (the repeat), ``epoch`` (0), ``layer``, ``depth``, ``metric``, ``value``;
+            ``eig_sd`` is the population standard deviation of the eigenvalues within the repeat.
         """
         rows = []
         n_out, n_in, density = self.n_out, self.n_in, self.density
@@ -93,7 +95,8 @@ class Expansion:
 def grid(
     mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, n_out: int = 100, n_in: int = 256
 ) -> list[Expansion]:
-    """The authors' script at density 1, and at the other densities of their sparse figure; quick: four draws in place of 100."""
+    """The authors' script at density 1, and at the other densities of their sparse figure; quick: four draws in
+    place of 100."""
     if epochs or dataset:
         raise UserError("p3_fig3 draws random matrices and trains nothing; leave epochs and dataset out")
     if unknown := set(rules) - {"pfa", "pfa_o"}:

@@ -1,4 +1,5 @@
-"""p3, Figure 4: accuracy and alignment of ResNet-20 on CIFAR-10. Its paper mode wants a GPU; its small mode fits two CPU cores."""
+"""p3, Figure 4: accuracy and alignment of ResNet-20 on CIFAR-10. Its paper mode wants a GPU; its small mode fits two
+CPU cores."""
 
 from __future__ import annotations
 
@@ -35,12 +36,14 @@ SEEDS = {"paper": 5, "small": 3, "quick": 1}
 def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, precision: str = "") -> list[Config]:
     """The authors' configuration.
 
-    Product feedback is implicit: exact here, for W and R share SGD's learning rate, momentum and decay, and cheaper, for a convolution
-    then multiplies two matrices of its outputs by its outputs where the population has ten times as many units. Paper mode runs
-    forward and backward pass in bfloat16, the authors all in float32; weights, optimizer and measurements are in float32.
+    Product feedback is implicit: exact here, for W and R share SGD's learning rate, momentum and decay, and cheaper,
+    for a convolution then multiplies two matrices of its outputs by its outputs where the population has ten times as
+    many units. Paper mode runs forward and backward pass in bfloat16, the authors all in float32; weights, optimizer
+    and measurements are in float32.
 
-    Small: 8 layers in place of 20, images of 16x16 pixels, 15 epochs, three seeds; float32, for processors without bfloat16. The 351 steps of
-    an epoch and the decay of the first epoch are the paper's, so that the first epoch leaves the paper's share of the mismatch.
+    Small: 8 layers in place of 20, images of 16x16 pixels, 15 epochs, three seeds; float32, for processors without
+    bfloat16. The 351 steps of an epoch and the decay of the first epoch are the paper's, so that the first epoch leaves
+    the paper's share of the mismatch.
     Quick: ResNet-8 on digits, one seed, images as they are (a crop would cut 8x8 digits off).
     """
     base = {"paper": PAPER, "small": SMALL, "quick": QUICK}[mode]
@@ -170,7 +173,8 @@ def over_layers(table: pd.DataFrame, metric: str, reference: pd.DataFrame | None
 def by_depth(
     ax: Axes, table: pd.DataFrame, metric: str, names: Sequence[str], reference: pd.DataFrame | None = None
 ) -> None:
-    """A layer metric at the last epoch by depth, a line a rule, mean ± 1 sd over seeds; right: `over_layers`; hollow: paper.
+    """A layer metric at the last epoch by depth, a line a rule, mean ± 1 sd over seeds; right: `over_layers`;
+    hollow: paper.
 
     Args:
         names: the layers, in order from the input, for a table that has none.

@@ -1,4 +1,5 @@
-"""p3, Figure 5: ResNet-18 on ImageNet, for whoever has ImageNet and a GPU; its small mode is a stand-in that a CPU trains in half an hour."""
+"""p3, Figure 5: ResNet-18 on ImageNet, for whoever has ImageNet and a GPU; its small mode is a stand-in that a CPU
+trains in half an hour."""
 
 from __future__ import annotations
 
@@ -27,13 +28,15 @@ SMALL = PAPER.vary(dataset="tiny-imagenet-20", epochs=10, batch=25, weight_decay
 
 
 def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str, precision: str = "") -> list[Config]:
-    """The authors' configuration, one seed (the paper's is 2021, ours 0); the learning rate drops after 20, 40 and 60 of 75 epochs.
+    """The authors' configuration, one seed (the paper's is 2021, ours 0); the learning rate drops after 20, 40 and 60
+    of 75 epochs.
 
     The authors train under float16 autocast with a scaled loss; bfloat16 is its like that needs no scaling.
 
-    Small: 2,000 photographs of 20 classes, scaled to 32x32, 800 steps of 25 images in place of 375,000 of 256, the drops to scale. With 80
-    steps an epoch in place of 5,004, the first epoch's decay is 50 times as strong and leaves about the paper's share of PFA's
-    mismatch; later decay is 5e-4 under every rule. Both are our choice. Quick: Figure 4's, or the small mode's on photographs.
+    Small: 2,000 photographs of 20 classes, scaled to 32x32, 800 steps of 25 images in place of 375,000 of 256, the
+    drops to scale. With 80 steps an epoch in place of 5,004, the first epoch's decay is 50 times as strong and leaves
+    about the paper's share of PFA's mismatch; later decay is 5e-4 under every rule. Both are our choice. Quick: Figure
+    4's, or the small mode's on photographs.
     """
     photographs = isinstance(SETS.get(dataset), ImageFolderSource)
     if mode == "quick" and not photographs:

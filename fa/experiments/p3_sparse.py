@@ -130,7 +130,8 @@ def draw(page: Page) -> Figure:
 
 
 def accuracies(page: Page) -> str:
-    """Text tables by density: best accuracy, mean over seeds; what is lost against density 1, paired by seed; the paper's BP."""
+    """Text tables by density: best accuracy, mean over seeds; what is lost against density 1, paired by seed; the
+    paper's BP."""
     ours, paper, told = best(page.table()), page.reference().value, []
     if len(ours):
         seeds = ours.groupby(["rule", "density"]).seed.nunique().groupby("rule").min().rename("n")

@@ -1,9 +1,9 @@
 """p3, Table 1: what each rule needs and what it reaches, a number for every tick.
 
-Two kinds of run. *Training*: Figure 2's recipe on MNIST. The runs of rules whose feedback has W's shape are Figure 2's own; the others
-also measure every feedback matrix of the trained network against W (``measure="symmetry"``). *Interventions*: the same recipe in its
-quick form (digits), briefly, and then interventions on the rules' own code (:mod:`fa.probes`). A property of the code does not hang on
-the data.
+Two kinds of run. *Training*: Figure 2's recipe on MNIST. The runs of rules whose feedback has W's shape are Figure 2's
+own; the others also measure every feedback matrix of the trained network against W (``measure="symmetry"``).
+*Interventions*: the same recipe in its quick form (digits), briefly, and then interventions on the rules' own code
+(:mod:`fa.probes`). A property of the code does not hang on the data.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ PRECISIONS = ("float32", "bfloat16")
 def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str) -> list[Config]:
     """Figure 2's recipe in both precisions; the runs in float32 are its own. Quick: two seeds, 10 epochs.
 
-    Only the arithmetic of forward and backward pass differs: weights, feedback, momenta, weight decay and every measurement are in
-    float32 (angles in float64), and one seed has the same initial weights, feedback and batches in both.
+    Only the arithmetic of forward and backward pass differs: weights, feedback, momenta, weight decay and every
+    measurement are in float32 (angles in float64), and one seed has the same initial weights, feedback and batches in
+    both.
     """
     quick = mode == "quick"
     plain = p3_fig2.grid(mode, rules, seeds or (2 if quick else 5), epochs or (10 if quick else 0), dataset)
@@ -62,7 +63,8 @@ LAYERS = ["fc1", "fc2", "fc"]
 
 
 def tidy(table: pd.DataFrame) -> pd.DataFrame:
-    """A row for each rule, seed, layer, epoch and metric that both precisions have: both values and their difference."""
+    """A row for each rule, seed, layer, epoch and metric that both precisions have: both values and their
+    difference."""
     keys = ["rule", "seed", "layer", "epoch", "metric"]
     pairs = table.pivot_table(index=keys, columns="precision", values="value").reindex(columns=BOTH).dropna()
     return pairs.assign(difference=pairs.bfloat16 - pairs.float32).reset_index()
@@ -88,7 +90,8 @@ def summary(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def chance(shown: pd.DataFrame, rules: int) -> pd.Series:
-    """Difference that two independent draws of n seeds show, 5 % for all `rules` together (Student's t); of a summary."""
+    """Difference that two independent draws of n seeds show, 5 % for all `rules` together (Student's t); of a
+    summary."""
     from scipy.stats import t
 
     return t.ppf(1 - 0.05 / (2 * rules), 2 * (shown.n - 1)) * shown["sd of seeds"] * np.sqrt(2 / shown.n)
@@ -190,7 +193,8 @@ def columns_by_rule(ax: Axes, rules: list[str], end: float, label: str) -> None:
 
 
 def text(page: Page, metric: str, by: Sequence[str] = ("rule",), digits: int = 2, scale: float = 1) -> str:
-    """Text table: the summary of `metric` after the last epoch, in units of 1/`scale`; of the accuracy, `chance` too."""
+    """Text table: the summary of `metric` after the last epoch, in units of 1/`scale`; of the accuracy, `chance`
+    too."""
     rules, rows = compared(page.table()), last(tidy(page.table()))
     rows = rows[rows.metric == metric].sort_values(list(by), key=lambda names: names.map([*rules, *LAYERS].index))
     rows = rows.assign(**{column: scale * rows[column] for column in (*BOTH, "difference")})

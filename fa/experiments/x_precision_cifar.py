@@ -21,7 +21,8 @@ RULES = ("bp", "usf", "pfa", "pfa_o")
 
 
 def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str) -> list[Config]:
-    """Figure 4's recipe in both precisions, one seed; the runs in bfloat16 are its own. Quick: two epochs, and of the four rules BP and PFA."""
+    """Figure 4's recipe in both precisions, one seed; the runs in bfloat16 are its own. Quick: two epochs, and of the
+    four rules BP and PFA."""
     quick = mode == "quick"
     rules = ("bp", "pfa") if quick and rules == RULES else rules
     plain = p3_fig4.grid(mode, rules, seeds or 1, epochs or (2 if quick else 0), dataset)
@@ -49,7 +50,8 @@ def published(page: Page) -> pd.DataFrame:
 
 
 def tolerances(page: Page) -> tuple[dict[str, float], dict[str, float]]:
-    """The tolerances of the claims, by rule: of the accuracy (points), and of the mean angle (degrees); none in quick mode."""
+    """The tolerances of the claims, by rule: of the accuracy (points), and of the mean angle (degrees); none in
+    quick mode."""
     if page.mode == "quick":
         return {}, {}
     claims = page.verdicts().set_index("id").tolerance.astype(float)
@@ -99,7 +101,8 @@ def draw(page: Page) -> Figure:
 
 
 def text(page: Page) -> str:
-    """Text tables of ResNet-20 after the last epoch: both precisions, difference, tolerance and the paper's; then angles."""
+    """Text tables of ResNet-20 after the last epoch: both precisions, difference, tolerance and the paper's; then
+    angles."""
     end, paper, told = last(tidy(page.table())), published(page), []
     for metric in ("val_accuracy", "test_accuracy", "angle_deg"):
         by_rule = end[end.metric == metric].groupby("rule")

@@ -1,7 +1,7 @@
 """One layer's feedback: the one autograd function, and the module that holds the rule's tensors.
 
-In the backward pass the kernel takes the weight's place in a single ``convolution_backward`` call, which returns dx through the
-kernel together with the exact dW and db, at the price of plain backprop.
+In the backward pass the kernel takes the weight's place in a single ``convolution_backward`` call, which returns dx
+through the kernel together with the exact dW and db, at the price of plain backprop.
 """
 
 from __future__ import annotations
@@ -67,9 +67,11 @@ class LocalBackward(torch.autograd.Function):
 
 @cache
 def _arguments(method: Any, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``names`` that a rule's method has as parameters, with ``**`` all. A parameter that nothing can fill raises.
+    """Those of ``names`` that a rule's method has as parameters, with ``**`` all. A parameter that nothing can fill
+    raises.
 
-    A rule's methods are called by name, so that ``kernel(self, W, B)`` reads like its equation and lists what it depends on.
+    A rule's methods are called by name, so that ``kernel(self, W, B)`` reads like its equation and lists what it
+    depends on.
     """
     wanted = inspect.signature(method).parameters
     if any(p.kind is p.VAR_KEYWORD for p in wanted.values()):
@@ -157,7 +159,8 @@ class Feedback(nn.Module):
         return K
 
     def few(self, dy: Tensor, W: Tensor) -> bool:
-        """Whether a product of weights costs more than the error through its factors: samples times positions < outputs."""
+        """Whether a product of weights costs more than the error through its factors: samples times positions <
+        outputs."""
         return self.op.groups == 1 and dy.numel() // W.shape[0] < W.shape[0]
 
     def send(self, known: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
@@ -252,7 +255,8 @@ class NoisyFeedback(Feedback):
         return self.op.gen.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """See :meth:`get_extra_state`. The state of another kind of device says nothing here: the noise then starts anew."""
+        """See :meth:`get_extra_state`. The state of another kind of device says nothing here: the noise then starts
+        anew."""
         device = next(self.parameters()).device
         if self.op.gen.device.type != device.type:
             self.op.gen = torch.Generator(device).manual_seed(self.op.gen.initial_seed())

@@ -1,6 +1,7 @@
 """The linear map of a layer, without its bias: what a rule knows as ``op``.
 
-A map's methods take the kernel as an argument, so that a rule sends errors or noise through any kernel of the weight's shape.
+A map's methods take the kernel as an argument, so that a rule sends errors or noise through any kernel of the weight's
+shape.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class _Map:
     gen: torch.Generator | None = field(default=None, kw_only=True)
 
     def noise(self, like: Tensor, kind: str, std: float = 1.0) -> Tensor:
-        """Noise, "normal" or "uniform", of mean 0 and standard deviation ``std``, of a tensor's shape, dtype and place."""
+        """Noise, "normal" or "uniform", of mean 0 and standard deviation ``std``, of a tensor's shape, dtype and
+        place."""
         if self.gen is None or self.gen.device != like.device:
             self.gen = torch.Generator(like.device).manual_seed(0 if self.gen is None else self.gen.initial_seed())
         # half precision is rounded to: torch's own normal numbers in bfloat16 lack their tails

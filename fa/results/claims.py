@@ -1,4 +1,5 @@
-"""Claims and their verdicts: the tables ``data/claims/NAME.csv`` held against the records, NAME as in :mod:`fa.results.records`.
+"""Claims and their verdicts: the tables ``data/claims/NAME.csv`` held against the records, NAME as in
+:mod:`fa.results.records`.
 
 A criterion is fixed before the run; :mod:`fa.results.criteria` has its grammar. ``target`` and ``tolerance`` are the
 claim's own columns: a number, for the target also an expression of ``ref``, or words, which a criterion cannot use.
@@ -8,8 +9,8 @@ claim's own columns: a number, for the target also an expression of ``ref``, or 
 * *holds*: inside the interval (to 1e-9).
 * *partly*: outside it by less than one sd of (measured - bound); under ``each``: some hold and not all, or none fails.
 * *fails*: outside by one sd or more, or a run that it needs diverged. ``and`` takes the worse of its sides.
-* *not tested*: no record, or one with a run that the paper-scale plan has not, or a partial one that lacks a run which the
-  criterion asks for; a rule, layer or epoch that it does not hold; fewer than ``n_min`` seeds; no published value.
+* *not tested*: no record, or one with a run that the paper-scale plan has not, or a partial one that lacks a run which
+  the criterion asks for; a rule, layer or epoch that it does not hold; fewer than ``n_min`` seeds; no published value.
 """
 
 from __future__ import annotations
@@ -199,7 +200,8 @@ def counted(verdicts: pd.Series) -> str:
 
 
 def _sources(name: str, mode: str) -> tuple[pd.DataFrame | None, pd.DataFrame, dict, pd.DataFrame]:
-    """Table (None if there is none), published values, what made the table, and the figure's plan with the axes of its runs."""
+    """Table (None if there is none), published values, what made the table, and the figure's plan with the axes of
+    its runs."""
     experiment, scale = records.figure_of(name)
     swept, runs = experiments.find(experiment).swept, experiments.plan(experiment, scale)
     plan = [{"run": c.run, "rule": c.rule, "seed": getattr(c, "seed", None), **swept(c)} for c in runs]

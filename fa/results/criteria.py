@@ -16,8 +16,8 @@
                |  ref(METRIC, AXIS=VALUES, ...)                                         from the published values
     VALUES    :=  word | number | "text" | [several of these] | all | last (of epoch) | every (of each, falls, rises)
 
-**Axes** are the columns of the tables. A column of text takes words (``"layer1.*"``: all that match), any other numbers:
-whole ones agree exactly, others to half a percent, as published ones are rounded.
+**Axes** are the columns of the tables. A column of text takes words (``"layer1.*"``: all that match), any other
+numbers: whole ones agree exactly, others to half a percent, as published ones are rounded.
 
 **Statistics.** First every seed gives one number: the mean, smallest or largest of the rows selected (mostly one row);
 ``best`` is ``max`` over all epochs. The statistic is the mean of these over seeds, with their sd (ddof 1) and n;

@@ -1,7 +1,7 @@
 """The object that a notebook works with: ``cfg = fa.notebook(globals(), EXPERIMENT)``.
 
-A notebook has one cell of parameters (papermill's), and the next cell hands them over. From there every number comes from a
-table that was read back from disk, whatever the mode:
+A notebook has one cell of parameters (papermill's), and the next cell hands them over. From there every number comes
+from a table that was read back from disk, whatever the mode:
 
 ======  ===================================================  ================  =====================
 mode    what happens                                         table             figures
@@ -12,9 +12,9 @@ small   trains what is missing, at a scale of two CPU cores  data/records/     f
 paper   trains what is missing, at the paper's scale         data/records/     figures/
 ======  ===================================================  ================  =====================
 
-Record mode shows the paper's scale where its record is complete, else the small scale where the figure has one; ``scale`` asks for one by
-name. In small and paper mode, parameters other than the figure's own keep table and figures in build/MODE/, and with $FA_ADD (``fa
-reproduce --add``) runs that data/records/ holds are not trained again.
+Record mode shows the paper's scale where its record is complete, else the small scale where the figure has one;
+``scale`` asks for one by name. In small and paper mode, parameters other than the figure's own keep table and figures
+in build/MODE/, and with $FA_ADD (``fa reproduce --add``) runs that data/records/ holds are not trained again.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Page(FigureTable):
     """A :class:`fa.results.table.FigureTable` with the texts of a notebook, and the place where its figure goes."""
 
     def part(self, experiment: str) -> Page:
-        """Another figure on the same page, in the same mode and at the same scale; its other parameters are its own defaults."""
+        """Another figure on the same page, in the same mode and at the same scale; its other parameters are its own
+        defaults."""
         return Page(experiment, self.mode, device=self.device, scale=self.trained if self.mode == "record" else "")
 
     def banner(self) -> str:
@@ -139,13 +140,15 @@ class Page(FigureTable):
         }
 
     def draw(self) -> None:
-        """Draw the figure by the ``draw`` of its file in fa/experiments, save it under that file's caption, and say where it is."""
+        """Draw the figure by the ``draw`` of its file in fa/experiments, save it under that file's caption, and say
+        where it is."""
         module = import_module(f"fa.experiments.{self.experiment}")
         path = self.save(module.draw(self), module.SMALL_CAPTION if self.trained == "small" else module.CAPTION)
         print(f"{relative(path)}, .png and .json")
 
     def save(self, fig: Figure, caption: str) -> Path:
-        """Stamp and write a figure (see `fa.plot.save`): to figures/ in small and paper mode, else to build/MODE/figures/.
+        """Stamp and write a figure (see `fa.plot.save`): to figures/ in small and paper mode, else to
+        build/MODE/figures/.
 
         Returns:
             path of the PDF.

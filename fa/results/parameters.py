@@ -39,9 +39,10 @@ def check(values: Mapping[str, Any], types: Mapping[str, type]) -> None:
 def given(namespace: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
     """The parameters in a notebook's globals.
 
-    In a kernel these are the names that the latest parameters cell assigns, and papermill's own cell after it (it starts with
-    "# Parameters"), as the kernel's input history tells. So a misspelled name is seen, and names of later cells do not matter
-    when a reader runs the cell again. Without a history, every plain scalar of the namespace counts.
+    In a kernel these are the names that the latest parameters cell assigns, and papermill's own cell after it (it
+    starts with "# Parameters"), as the kernel's input history tells. So a misspelled name is seen, and names of later
+    cells do not matter when a reader runs the cell again. Without a history, every plain scalar of the namespace
+    counts.
     """
     cells = [c for c in namespace.get("In", []) if isinstance(c, str)]
     injected = [c.startswith("# Parameters") for c in cells]

@@ -1,8 +1,9 @@
 """Records: the committed tables of results, and the published values next to them.
 
-A record ``data/records/NAME.csv`` holds runs, a row a measurement, with a sidecar ``NAME.json`` of what made them; a quick table goes to
-``build/quick``. A run lies in one record. A figure's table is the union of its planned runs, wherever they lie: figures that share a
-recipe share its runs. NAME is the figure's, with ``_small`` for a figure's small mode.
+A record ``data/records/NAME.csv`` holds runs, a row a measurement, with a sidecar ``NAME.json`` of what made them; a
+quick table goes to ``build/quick``. A run lies in one record. A figure's table is the union of its planned runs,
+wherever they lie: figures that share a recipe share its runs. NAME is the figure's, with ``_small`` for a figure's
+small mode.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def figure_of(name: str) -> tuple[str, str]:
 
 
 def build(mode: str) -> Path:
-    """Folder of what a mode makes and nobody commits: build/MODE, or $FA_BUILD/MODE (relative: from the repository's root)."""
+    """Folder of what a mode makes and nobody commits: build/MODE, or $FA_BUILD/MODE (relative: from the repository's
+    root)."""
     return ROOT / os.environ.get("FA_BUILD", "build") / mode
 
 
@@ -85,7 +87,8 @@ def read(name: str, mode: str = "paper") -> pd.DataFrame:
 
 
 def sidecar(name: str, mode: str = "paper") -> dict[str, Any]:
-    """What made a record's own runs: configs, statuses, environments, wall seconds, fingerprints; and the table's sha256.
+    """What made a record's own runs: configs, statuses, environments, wall seconds, fingerprints; and the table's
+    sha256.
 
     Raises:
         UserError: there is none.
@@ -116,8 +119,8 @@ def union(experiment: str, mode: str, configs: Sequence[Any]) -> tuple[pd.DataFr
         configs: the runs, as planned.
 
     Returns:
-        The rows of the runs that are there, and ``records`` (names), ``configs`` (run -> recipe), ``status``, ``environments`` (of the
-        records that hold them), ``planned``, ``finished``, ``partial``, ``wall_seconds``.
+        The rows of the runs that are there, and ``records`` (names), ``configs`` (run -> recipe), ``status``,
+        ``environments`` (of the records that hold them), ``planned``, ``finished``, ``partial``, ``wall_seconds``.
 
     Raises:
         UserError: none of the runs is there.
@@ -167,7 +170,8 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write(name: str, mode: str, table: pd.DataFrame, about: dict[str, Any]) -> Path:
-    """Write a table, sorted and in fixed column order, and its sidecar; ``.csv.gz`` above 2 MB. Returns the table's path."""
+    """Write a table, sorted and in fixed column order, and its sidecar; ``.csv.gz`` above 2 MB. Returns the table's
+    path."""
     content = _sorted(table).to_csv(index=False, lineterminator="\n", float_format="%.8g").encode()
     folder = folder_of(mode)
     plain, packed = folder / f"{name}.csv", folder / f"{name}.csv.gz"
@@ -184,7 +188,8 @@ def write(name: str, mode: str, table: pd.DataFrame, about: dict[str, Any]) -> P
 def collect(experiment: str, mode: str, configs: list[Any], partial: bool = False) -> tuple[Path, int]:
     """Merge the finished runs of a figure into its record, and write what made them beside it.
 
-    A run that another record holds stays there. A run that the record holds already keeps its rows. A quick table holds all runs itself.
+    A run that another record holds stays there. A run that the record holds already keeps its rows. A quick table holds
+    all runs itself.
 
     Args:
         experiment: a name of ``fa.experiments.EXPERIMENTS``.
@@ -196,8 +201,8 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
         The record's path, and how many runs are new in it. With none the record is left as it is.
 
     Raises:
-        UserError: runs are missing and ``partial`` is not set, or none is finished; or the record holds runs of the figure that
-            ``configs`` leaves out, which would be lost.
+        UserError: runs are missing and ``partial`` is not set, or none is finished; or the record holds runs of the
+            figure that ``configs`` leaves out, which would be lost.
     """
     name, path = name_of(experiment, mode), record_path(name_of(experiment, mode), mode)
     where = holders(mode) if mode != "quick" else {}
@@ -246,7 +251,8 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
 
 
 def _fingerprints(configs: list[Any], known: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Run -> fingerprint, for one seed of every recipe: see :func:`fa.train.loop.fingerprint`. Those known are never made anew."""
+    """Run -> fingerprint, for one seed of every recipe: see :func:`fa.train.loop.fingerprint`. Those known are never
+    made anew."""
     by_run = {c.run: c for c in configs}
     recipes = {replace(by_run[run], seed=0): run for run in known if run in by_run}
     for config in configs:

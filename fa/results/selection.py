@@ -143,7 +143,8 @@ class Record:
     planned: pd.DataFrame | None = None
 
     def statistic(self, name: str, metric: str, axes: dict[str, list], minus: dict[str, list]) -> Value:
-        """A statistic of one metric at some axes; of ``paired`` ``minus`` has the axis that differs on the other side."""
+        """A statistic of one metric at some axes; of ``paired`` ``minus`` has the axis that differs on the other
+        side."""
         known = {c for frame in (self.table, self.reference) if frame is not None for c in frame} - NOT_AXES
         if unknown := [a for a in axes | minus if known and a not in known or a.startswith("minus")]:
             raise Malformed(f"unknown axis {unknown[0]}; known: {', '.join(sorted(known))}")

@@ -101,11 +101,12 @@ class FigureTable:
     def table(self) -> pd.DataFrame:
         """The figure's table, read back from disk; `quick`, `small` and `paper` first train what is missing.
 
-        In `record` mode a figure of which no run is there yet has an empty table, so that the notebook goes on and shows the
-        published values alone.
+        In `record` mode a figure of which no run is there yet has an empty table, so that the notebook goes on and
+        shows the published values alone.
 
         Raises:
-            UserError: in `record` mode, a rule, seed, number of epochs or data set that the committed table does not hold.
+            UserError: in `record` mode, a rule, seed, number of epochs or data set that the committed table does not
+                hold.
         """
         return self._made[0]
 
@@ -191,7 +192,8 @@ class FigureTable:
         return table.reset_index(drop=True) if comparable else table.iloc[:0]
 
     def verdicts(self) -> pd.DataFrame:
-        """The claims of this figure and their verdicts, from the committed record (from the quick table in `quick` mode)."""
+        """The claims of this figure and their verdicts, from the committed record (from the quick table in `quick`
+        mode)."""
         return claims.verdicts(self.name, mode="quick" if self.mode == "quick" else "record")
 
 

@@ -1,11 +1,12 @@
 r"""What a learning rule is: the contract of a rule, and the tools that the rules share.
 
-A rule leaves the forward pass of a layer alone. It says which weight carries the error down, and how that weight learns:
+A rule leaves the forward pass of a layer alone. It says which weight carries the error down, and how that weight
+learns:
 
 .. math:: y = W x + b, \qquad dx = K^T dy, \qquad dW = dy\,x^T, \qquad db = \sum dy,
 
-where :math:`K` is the rule's *kernel*, the effective feedback weight, of ``W``'s shape (backprop is :math:`K = W`). A rule
-is a frozen dataclass whose fields are its options. Its class may have the following, and needs only ``kernel``.
+where :math:`K` is the rule's *kernel*, the effective feedback weight, of ``W``'s shape (backprop is :math:`K = W`). A
+rule is a frozen dataclass whose fields are its options. Its class may have the following, and needs only ``kernel``.
 
 =================================== ===================================================================================
 ``name, equation, source`` ("")     the key in ``RULES``, the rule in one line, and the paper
@@ -25,12 +26,12 @@ is a frozen dataclass whose fields are its options. Its class may have the follo
 ``attach(net, layers, sizes, seed)`` of a rule that is not layer-wise (:mod:`fa.layers.dfa`): a function that puts it on
 =================================== ===================================================================================
 
-The methods with dots receive what they name as parameters: ``W`` and any tensor of ``init_state``; ``feedback_grad`` and
-``send_error`` also ``x`` (the layer's input), ``dy`` (the error at its output) and ``op`` (its linear map,
-:mod:`fa.layers.maps`); ``feedback_grad`` also ``y`` (= W x, without bias) and ``dW``; ``after_step`` also ``step`` (from 1)
-and ``gen`` (a function that makes a generator for this layer and step). All tensors arrive detached. ``A`` is a matrix between
-channels (out, mid), or None for the identity: a layer with few samples sends the error through A and M in turn, which is
-cheaper than the product A M. A rule of one's own::
+The methods with dots receive what they name as parameters: ``W`` and any tensor of ``init_state``; ``feedback_grad``
+and ``send_error`` also ``x`` (the layer's input), ``dy`` (the error at its output) and ``op`` (its linear map,
+:mod:`fa.layers.maps`); ``feedback_grad`` also ``y`` (= W x, without bias) and ``dW``; ``after_step`` also ``step``
+(from 1) and ``gen`` (a function that makes a generator for this layer and step). All tensors arrive detached. ``A`` is
+a matrix between channels (out, mid), or None for the identity: a layer with few samples sends the error through A and M
+in turn, which is cheaper than the product A M. A rule of one's own::
 
     @dataclass(frozen=True)
     class Mine(fa.Rule):
@@ -70,7 +71,8 @@ def rms(W: Tensor) -> float:
 
 
 def uniform(shape: tuple[int, ...], std: float, like: Tensor, gen: torch.Generator) -> Tensor:
-    """Uniform draw with mean 0 and standard deviation ``std`` on the CPU in float64, then in the dtype and place of ``like``.
+    """Uniform draw with mean 0 and standard deviation ``std`` on the CPU in float64, then in the dtype and place of
+    ``like``.
 
     Drawn in float64 so that a float32 and a float64 network share their feedback.
     """
@@ -85,7 +87,8 @@ def random_mask(shape: tuple[int, ...], density: float, like: Tensor, gen: torch
 
 
 def channel_product(A: Tensor, M: Tensor) -> Tensor:
-    """Product A M over channels, group by group: ``A`` (..., out/g, mid/g), ``M`` (mid, in, *kernel) -> (out, in, *kernel).
+    """Product A M over channels, group by group: ``A`` (..., out/g, mid/g), ``M`` (mid, in, *kernel) -> (out, in,
+    *kernel).
 
     With one group ``A`` is an ordinary (out, mid) matrix and this is ``A @ M`` over the first axis of ``M``.
     """
@@ -109,7 +112,8 @@ def multiply(terms: Terms) -> Tensor:
 
 
 def gradient_of(grad: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """A gradient as ``feedback_grad`` gave it: a tensor, or a pair (B, dW) that stands for B^T dW (mid, in, *kernel)."""
+    """A gradient as ``feedback_grad`` gave it: a tensor, or a pair (B, dW) that stands for B^T dW (mid, in,
+    *kernel)."""
     return (
         grad if isinstance(grad, Tensor) else channel_product(grad[0].mT, grad[1])
     )  # (mid, out) (out, in) -> (mid, in)
@@ -120,15 +124,15 @@ class Rule:
     """A layer-wise learning rule; the module's head has the contract.
 
     Args:
-        init: scale of drawn feedback. ``"match"`` (default, ours): uniform with the RMS of ``W`` at conversion, so that the
-            gain is 1; ``"xavier"``: standard deviation sqrt(2 / (fan_in + fan_out)) (p3's figures); ``"kaiming"``:
+        init: scale of drawn feedback. ``"match"`` (default, ours): uniform with the RMS of ``W`` at conversion, so that
+            the gain is 1; ``"xavier"``: standard deviation sqrt(2 / (fan_in + fan_out)) (p3's figures); ``"kaiming"``:
             sqrt(1 / (3 fan_in)), torch's default for layers; or a positive number, the standard deviation.
-        density: fraction in (0, 1] of feedback entries that exist (default 1). Masks are drawn once, entry by entry, and the
-            remaining entries are not rescaled (p3's sparse baselines).
-        norm: ``"fixed"`` (default) leaves the kernel's size alone, ``"track"`` rescales the kernel to the norm of ``W`` at
-            every use (one reading of p1's strict normalisation).
-        clamp_forward: hold ``W`` itself at the norm it had at conversion, after every optimizer step (the other reading of
-            p1's strict normalisation, BioTorch's ``constrain_weights``). Default ``False``.
+        density: fraction in (0, 1] of feedback entries that exist (default 1). Masks are drawn once, entry by entry,
+            and the remaining entries are not rescaled (p3's sparse baselines).
+        norm: ``"fixed"`` (default) leaves the kernel's size alone, ``"track"`` rescales the kernel to the norm of ``W``
+            at every use (one reading of p1's strict normalisation).
+        clamp_forward: hold ``W`` itself at the norm it had at conversion, after every optimizer step (the other reading
+            of p1's strict normalisation, BioTorch's ``constrain_weights``). Default ``False``.
     """
 
     name: ClassVar[str] = ""
@@ -183,7 +187,8 @@ class Rule:
         return self
 
     def init_state(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
-        """Tensors to keep, by name. ``W`` (out, in / groups, *kernel) is the weight at conversion; it is not changed."""
+        """Tensors to keep, by name. ``W`` (out, in / groups, *kernel) is the weight at conversion; it is not
+        changed."""
         return {}
 
     def state(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:

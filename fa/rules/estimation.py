@@ -20,9 +20,9 @@ class Primitives(Rule):
         R = d\,(\|W\|^2 + \|B\|^2) - a \langle x^T B^T W x\rangle + n \langle\|B^T W x\|^2\rangle
             + p \langle\|W x\|^2 + \|B x\|^2\rangle - s\,\mathrm{tr}(B^T W)
 
-    with B of W's shape (p2's transposed). Only B descends it: x and W count as given, and no other layer receives a gradient
-    of it. A rule is a row of coefficients, so that a new combination is one call:
-    ``fa.convert(net, "primitives", amp=2e-3, sparse=1e-3)``.
+    with B of W's shape (p2's transposed). Only B descends it: x and W count as given, and no other layer receives a
+    gradient of it. A rule is a row of coefficients, so that a new combination is one call: ``fa.convert(net,
+    "primitives", amp=2e-3, sparse=1e-3)``.
 
     Args:
         decay: d, of local rules.
@@ -30,19 +30,19 @@ class Primitives(Rule):
         null: n; the layer's own activity sent back through B.
         sparse: p; needs x sent up through B, not local.
         self: s; needs the value of W, not local.
-        positions: ``"mean"`` (default, ours) or ``"sum"`` (p2's code) over a convolution's output positions, in the terms that see
-            data. The sum makes AA and IA diverge on ResNet-20 at learning rate 0.1.
-        input: ``"data"`` (default): the layer's own input; ``"normal"`` or ``"uniform"``: fresh noise of its shape in every
-            backward pass, of mean 0 and standard deviation ``input_std``, drawn for each layer from a generator of its own whose
-            state is in ``state_dict``. Layers that draw noise are not compiled.
+        positions: ``"mean"`` (default, ours) or ``"sum"`` (p2's code) over a convolution's output positions, in the
+            terms that see data. The sum makes AA and IA diverge on ResNet-20 at learning rate 0.1.
+        input: ``"data"`` (default): the layer's own input; ``"normal"`` or ``"uniform"``: fresh noise of its shape in
+            every backward pass, of mean 0 and standard deviation ``input_std``, drawn for each layer from a generator
+            of its own whose state is in ``state_dict``. Layers that draw noise are not compiled.
         input_std: see ``input`` (default 1, p2's code).
         center: subtract each sample's mean over features from the input. Default ``False``.
         normalize: centre, and scale each sample to length 1. Default ``False``.
         activation: W x passes a rectifier before it is used. Default ``False``.
 
-    ``< >`` is the mean over the batch; there is no factor 1/2 anywhere. Defaults of the named rules are p2's code's. The
-    gradient holds its own decay, so the optimizer must add none (``fa.param_groups`` sees to it). Scaling the loss does not
-    scale it.
+    ``< >`` is the mean over the batch; there is no factor 1/2 anywhere. Defaults of the named rules are p2's code's.
+    The gradient holds its own decay, so the optimizer must add none (``fa.param_groups`` sees to it). Scaling the loss
+    does not scale it.
     Source: p2 sections 1.5 and 2.1; authors' code Alignments/primitives.py.
     """
 
@@ -77,8 +77,8 @@ class Primitives(Rule):
 
     @property
     def needs_y(self):
-        """Whether the gradient uses W x as the forward pass made it. It does not where the objective has another input than
-        the layer, nor where one pass through p B - a W makes both terms."""
+        """Whether the gradient uses W x as the forward pass made it. It does not where the objective has another
+        input than the layer, nor where one pass through p B - a W makes both terms."""
         own = self.input == "data" and not (self.center or self.normalize)
         return own and bool(self.null or (self.amp and (self.activation or not self.sparse)))
 

@@ -31,10 +31,11 @@ class FA(Rule):
     .. math:: dx = B^T dy
 
     Args:
-        form: ``"kernel"`` (default): B has W's shape, so that a convolution sends errors down by a transposed convolution.
-            ``"dense"``: a convolution's B is a dense matrix between the flattened maps, (out h' w', in h w), which knows nothing
-            of space; needs ``convert(..., sample=x)``. With ``init="match"`` it has the Frobenius norm of the matrix that
-            the convolution itself is, borders aside (ours), else the standard deviation asked for.
+        form: ``"kernel"`` (default): B has W's shape, so that a convolution sends errors down by a transposed
+            convolution. ``"dense"``: a convolution's B is a dense matrix between the flattened maps, (out h' w', in h
+            w), which knows nothing of space; needs ``convert(..., sample=x)``. With ``init="match"`` it has the
+            Frobenius norm of the matrix that the convolution itself is, borders aside (ours), else the standard
+            deviation asked for.
 
     Source: Lillicrap et al. 2016 (Nat. Commun. 7:13276); both forms for convolutions: p1.
     """
@@ -86,7 +87,8 @@ class USF(Rule):
 
     Args:
         scale: the magnitude s. ``"init"`` (default): the RMS of ``W`` at conversion; ``"xavier"``: sqrt(2 / (fan_in +
-            fan_out)) (p3's "SF" and BioTorch); ``"track"``: the RMS of ``W`` now (p1's strict normalisation); or a number.
+            fan_out)) (p3's "SF" and BioTorch); ``"track"``: the RMS of ``W`` now (p1's strict normalisation); or a
+            number.
 
     Source: Liao et al. 2016 (arXiv 1510.05067); p1; p3 (authors' code, ``usf``).
     """

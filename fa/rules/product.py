@@ -44,18 +44,19 @@ class PFA(Rule):
 
     .. math:: dx = (B R)^T dy, \qquad dR = B^T dW
 
-    By linearity the path error -> population -> layer below is one pass with the product kernel, and the Hebbian gradient
-    of R (population activity times presynaptic activity) is B^T dW. ``B`` is (out, expansion * out), uniform with
-    E[B B^T] = I; ``R`` is (expansion * out, in, *kernel). In a grouped convolution B mixes within each group (ours; the
-    authors' code mixes all channels).
+    By linearity the path error -> population -> layer below is one pass with the product kernel, and the Hebbian
+    gradient of R (population activity times presynaptic activity) is B^T dW. ``B`` is (out, expansion * out), uniform
+    with E[B B^T] = I; ``R`` is (expansion * out, in, *kernel). In a grouped convolution B mixes within each group
+    (ours; the authors' code mixes all channels).
 
     Args:
-        expansion: size of the population relative to the layer's outputs (default 10, the paper's everywhere); ``expansion *
-            out`` is rounded down.
-        density: as in :class:`Rule`, for B and R independently; B is rescaled by 1 / sqrt(density), R is not (authors' code).
-        implicit: keep one number in place of R, which is exact under SGD: see :mod:`fa.rules.implicit`. Default ``False``.
-            ``"first"``: in the first layer only, whose error nobody needs; useful with sparse feedback. An optimizer under
-            which it is not exact raises.
+        expansion: size of the population relative to the layer's outputs (default 10, the paper's everywhere);
+            ``expansion * out`` is rounded down.
+        density: as in :class:`Rule`, for B and R independently; B is rescaled by 1 / sqrt(density), R is not (authors'
+            code).
+        implicit: keep one number in place of R, which is exact under SGD: see :mod:`fa.rules.implicit`. Default
+            ``False``. ``"first"``: in the first layer only, whose error nobody needs; useful with sparse feedback. An
+            optimizer under which it is not exact raises.
         init: of R; B always has the scale above. ``"match"``: the RMS of W, so that the path's gain is 1.
 
     Source: Li & Benna 2024 (arXiv 2405.20594); authors' code layers/tfa_constructor, autograd/tfa.

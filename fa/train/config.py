@@ -1,4 +1,5 @@
-"""A run as data: a frozen dataclass of scalars whose hash is its identity, with its schedule and its phases. A leaf of the trainer."""
+"""A run as data: a frozen dataclass of scalars whose hash is its identity, with its schedule and its phases. A leaf of
+the trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from fa.rules import rule as make_rule
 def identity(config: Any) -> str:
     """A run's name: the first 12 hex digits of the sha256 of the canonical JSON of its fields.
 
-    Fields at their default are left out of it, so that a field added later, with a default that keeps the recipe, keeps identities.
+    Fields at their default are left out of it, so that a field added later, with a default that keeps the recipe, keeps
+    identities.
     """
     told = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
     canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))
@@ -28,7 +30,8 @@ class Config:
     Args:
         rule: a name of ``fa.RULES``.
         seed: of initial weights, order of batches and feedback.
-        options: of the rule, as ``"expansion=10 init=xavier"``; any order is read, names are kept in alphabetical order.
+        options: of the rule, as ``"expansion=10 init=xavier"``; any order is read, names are kept in alphabetical
+            order.
         dataset: a name of ``fa.data.SETS``.
         model: a name that ``fa.models.build`` knows.
         hidden: widths of an mlp's hidden layers, comma separated.
@@ -40,22 +43,28 @@ class Config:
         momentum: of SGD.
         weight_decay: L2, of all parameters, learned feedback and biases included.
         first_weight_decay: that of the first epoch (0: the same).
-        feedback_lr: learning rate of feedback that holds its own decay (wm, ia, sa, aa), dropped as ``lr`` is (0: ``lr``).
+        feedback_lr: learning rate of feedback that holds its own decay (wm, ia, sa, aa), dropped as ``lr`` is (0:
+            ``lr``).
         alternate: k > 0: a mirror-only step, then k task-only ones, and so on (0: both at every step). See below.
-        delay_epochs: so many epochs come first, all steps mirror-only; the schedule of both parts begins after them, as p2's drops do.
+        delay_epochs: so many epochs come first, all steps mirror-only; the schedule of both parts begins after them, as
+            p2's drops do.
         augment: random crops (4 pixels of padding) and mirrored images.
-        precision: "float32" (on CUDA convolutions are then made in TF32, PyTorch's default), or "bfloat16": forward and backward under autocast, weights and optimizer in float32.
+        precision: "float32" (on CUDA convolutions are then made in TF32, PyTorch's default), or "bfloat16": forward and
+            backward under autocast, weights and optimizer in float32.
         measure: a further measurement, by its name in ``fa.train.measure.MEASURES`` ("": none).
         revision: of the recipe; raised by any fix that changes numbers.
 
     Defaults are p3's MNIST recipe (the authors' configuration).
 
-    Phases (``alternate_step_freq`` and ``delay_epochs`` of p2's code) are for feedback that learns from activity or W, and not
-    from the task: wm, ia, sa, aa, primitives. A mirror-only step moves that feedback and nothing else, a task-only step all but it. What
-    rests does not move at all: no decay, and its momentum waits. That is our reading; p2's code multiplies one loss by 0 and steps both
-    optimizers, so that momentum coasts through the other's phase. Running statistics of batch norm follow activity in every step (p2's
-    too). Steps count over the whole run, the delay's included, and each takes a batch: ``epochs`` counts all of them, whichever part
-    learns. p2's code multiplies the epochs of the drops by k + 1; here they are what they say.
+    Phases (``alternate_step_freq`` and ``delay_epochs`` of p2's code) are for feedback that learns from activity or W,
+    and not
+    from the task: wm, ia, sa, aa, primitives. A mirror-only step moves that feedback and nothing else, a task-only step
+        all but it. What
+    rests does not move at all: no decay, and its momentum waits. That is our reading; p2's code multiplies one loss by
+    0 and steps both optimizers, so that momentum coasts through the other's phase. Running statistics of batch norm
+    follow activity in every step (p2's too). Steps count over the whole run, the delay's included, and each takes a
+    batch: ``epochs`` counts all of them, whichever part learns. p2's code multiplies the epochs of the drops by k + 1;
+    here they are what they say.
     """
 
     rule: str
@@ -132,7 +141,8 @@ class Config:
         return replace(self, **{"options": text, **{name: value for name, value in changes.items() if name in own}})
 
     def schedule(self, epoch: int) -> dict[str, float]:
-        """Learning rate and weight decay of epoch ``epoch``, counted from 0; those of the first hold in a delay before it."""
+        """Learning rate and weight decay of epoch ``epoch``, counted from 0; those of the first hold in a delay
+        before it."""
         epoch = max(0, epoch - self.delay_epochs)
         drops = sum(epoch >= e for e in integers(self.lr_drops))
         first = epoch == 0 and self.first_weight_decay > 0
@@ -140,7 +150,8 @@ class Config:
         return {"lr": self.lr * self.lr_factor**drops, "weight_decay": decay}
 
     def phase(self, epoch: int, step: int) -> str:
-        """What moves in a step: "mirror", "task" or "joint". ``step`` counts over the whole run; it and the epoch from 0."""
+        """What moves in a step: "mirror", "task" or "joint". ``step`` counts over the whole run; it and the epoch
+        from 0."""
         if epoch < self.delay_epochs:
             return "mirror"
         if not self.alternate:
@@ -164,7 +175,8 @@ def parse_options(text: str) -> dict[str, Any]:
 
 
 def format_options(options: dict[str, Any]) -> str:
-    """Keyword arguments as :func:`parse_options` reads them, in alphabetical order; a whole number has no decimal point."""
+    """Keyword arguments as :func:`parse_options` reads them, in alphabetical order; a whole number has no decimal
+    point."""
 
     def text(value: Any) -> str:
         if isinstance(value, float) and value.is_integer():

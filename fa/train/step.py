@@ -204,7 +204,8 @@ def sgd(net: nn.Module, config: Config) -> torch.optim.SGD:
 
 
 def compile_(net: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """``torch.compile`` of a whole network; a network whose rule draws noise stays as it is, for a graph holds no generator.
+    """``torch.compile`` of a whole network; a network whose rule draws noise stays as it is, for a graph holds no
+    generator.
 
     The networks of a process share their code, and with it the number of its versions.
     """
