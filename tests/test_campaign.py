@@ -19,7 +19,7 @@ from fa import __main__ as command
 from fa import experiments, paths
 from fa.results import executors, progress, records
 from fa.results import runs as campaign
-from fa.results.records import Folder
+from fa.results.store import RunFolder
 from fa.train import loop as train
 from fa.train import step as engine
 
@@ -40,7 +40,7 @@ def plan(rules="bp,pfa", seeds=1, epochs=2):
 
 
 def run(configs, **options):
-    return campaign.run(configs, "quick", **{"workers": 1, "device": "cpu", "progress": False} | options)
+    return campaign.run(configs, **{"workers": 1, "device": "cpu", "progress": False} | options)
 
 
 @contextlib.contextmanager
@@ -64,22 +64,22 @@ def nothing_trains():
 def test_two_workers_give_the_numbers_of_one(monkeypatch, tmp_path):
     configs = plan("bp,pfa,usf")
     assert (run(configs, workers=1).done, len(configs)) == (3, 3)
-    alone = [Folder("quick", c).table({}) for c in configs]
+    alone = [RunFolder(c).table() for c in configs]
     monkeypatch.setenv("FA_RUNS", str(tmp_path / "other"))
     summary = run(configs, workers=2)
     assert (summary.before, summary.done, summary.left, summary.failed) == (0, 3, 0, [])
     for config, want in zip(configs, alone):
-        pd.testing.assert_frame_equal(Folder("quick", config).table({}), want, check_exact=True)
+        pd.testing.assert_frame_equal(RunFolder(config).table(), want, check_exact=True)
 
 
 def test_a_finished_run_is_never_trained_twice():
     configs = plan("bp,fa")
     first = run(configs[:1])
     assert (first.before, first.done, first.left) == (0, 1, 0)
-    folder = Folder("quick", configs[0])
+    folder = RunFolder(configs[0])
     content = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.path.iterdir()}
     assert content.keys() == {"config.json", "metrics.csv", "status.json", "progress.csv", "lock"}
-    assert campaign.missing(configs, "quick") == configs[1:]
+    assert campaign.missing(configs) == configs[1:]
     with nothing_trains():
         again = run(configs[:1])
     assert (again.before, again.done, again.left, again.failed) == (1, 0, 0, [])
@@ -93,22 +93,22 @@ def test_a_budget_stops_a_campaign_and_the_next_call_goes_on():
     configs = plan("bp,pfa", epochs=3)
     stopped = run(configs, budget=1e-6)
     assert (stopped.before, stopped.done, stopped.left, stopped.failed) == (0, 0, 2, [])
-    assert all((Folder("quick", c).path / "checkpoint.pt").exists() for c in configs)
+    assert all((RunFolder(c).path / "checkpoint.pt").exists() for c in configs)
     done = run(configs, budget=3600)
     assert (done.before, done.done, done.left) == (0, 2, 0)
     undisturbed = train.train(configs[1])
-    assert (Folder("quick", configs[1]).table({}).value.to_numpy() == undisturbed.value.to_numpy()).all()
+    assert (RunFolder(configs[1]).table().value.to_numpy() == undisturbed.value.to_numpy()).all()
 
 
 def test_runs_that_were_begun_come_first():
     configs = plan("bp,fa,pfa")
-    Folder("quick", configs[2]).save({"epoch": 0})
-    assert campaign.missing(configs, "quick") == [configs[2], *configs[:2]]
+    RunFolder(configs[2]).save({"epoch": 0})
+    assert campaign.missing(configs) == [configs[2], *configs[:2]]
 
 
 def test_a_run_that_another_process_trains_is_left_to_it():
     configs = plan("bp,fa")
-    with Folder("quick", configs[0]).lock() as mine:
+    with RunFolder(configs[0]).lock() as mine:
         assert mine
         summary = run(configs)
     assert (summary.done, summary.left, summary.failed) == (1, 1, [])
@@ -119,12 +119,12 @@ def test_a_run_without_its_status_is_not_finished():
     """The status is written last: a process that died between table and status left an unfinished run."""
     configs = plan("bp")
     run(configs)
-    folder = Folder("quick", configs[0])
-    want = folder.table({})
+    folder = RunFolder(configs[0])
+    want = folder.table()
     (folder.path / "status.json").unlink()
-    assert campaign.missing(configs, "quick") == configs
+    assert campaign.missing(configs) == configs
     assert run(configs).done == 1
-    pd.testing.assert_frame_equal(folder.table({}), want, check_exact=True)
+    pd.testing.assert_frame_equal(folder.table(), want, check_exact=True)
 
 
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(monkeypatch, capsys):
@@ -177,7 +177,7 @@ def begin(self, epoch):
     return real(self, epoch)
 step.Stepper.begin = begin
 if __name__ == "__main__":
-    summary = campaign.run(configs, "quick", workers=2, device="cpu")
+    summary = campaign.run(configs, workers=2, device="cpu")
     print(summary.done, summary.failed)
 """,
         tmp_path,
@@ -201,7 +201,7 @@ def begin(self, epoch):
 step.Stepper.begin = begin
 if __name__ == "__main__":
     try:
-        campaign.run(configs, "quick", workers=2, device="cpu", progress=False)
+        campaign.run(configs, workers=2, device="cpu", progress=False)
     except KeyboardInterrupt:
         print("interrupted")
 """,
@@ -236,7 +236,7 @@ def wait_for(condition):
 def test_any_executor_serves(tmp_path):
     configs = plan("bp,fa", epochs=1)
     with ThreadPoolExecutor(1) as pool:
-        summary = campaign.run(configs, "quick", device="cpu", executor=pool, progress=False)
+        summary = campaign.run(configs, device="cpu", executor=pool, progress=False)
     assert (summary.done, summary.left) == (2, 0)
 
 
@@ -359,7 +359,7 @@ def test_collect_refuses_a_part_unless_it_is_told():
 def test_collect_drops_no_run_of_the_figure_from_a_record(monkeypatch):
     figure, other = plan("bp,fa", seeds=2), plan("kp")
     monkeypatch.setattr(experiments, "plan", lambda *args: figure)
-    campaign.run([*figure, *other], "paper", workers=1, device="cpu", progress=False)
+    campaign.run([*figure, *other], workers=1, device="cpu", progress=False)
     path = campaign.collect("p3_fig2", "paper", figure)
     before = path.read_bytes()
     with pytest.raises(fa.UserError, match="holds 2 runs of the figure.*without --rules and --seeds"):
@@ -465,18 +465,18 @@ def test_run_then_collect_from_the_command_line(capsys, monkeypatch):
 
 def test_a_forecast_goes_by_the_finished_runs_of_the_same_kind():
     configs = plan("bp,fa", seeds=2)
-    assert "nothing like them" in progress.forecast(configs, "quick", device="cpu")
+    assert "nothing like them" in progress.forecast(configs, device="cpu")
     run(configs[:2])
     for config, seconds in zip(configs[:2], (60.0, 30.0)):
-        path = Folder("quick", config).path / "status.json"
+        path = RunFolder(config).path / "status.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": seconds}))
-    left = campaign.missing(configs, "quick")
+    left = campaign.missing(configs)
     assert [c.rule for c in left] == ["bp", "fa"]
-    assert progress.forecast(left, "quick", budget=40.0, workers=1, device="cpu") == (
+    assert progress.forecast(left, budget=40.0, workers=1, device="cpu") == (
         "about 1m30s by the finished runs of their kind; 3 calls of 40s"
     )
-    assert "about 45s" in progress.forecast(left, "quick", workers=2, device="cpu")
+    assert "about 45s" in progress.forecast(left, workers=2, device="cpu")
     half = [replace(left[0], epochs=1), replace(left[1], hidden="9")]
-    said = progress.forecast(half, "quick", budget=1.0, workers=1, device="cpu")
+    said = progress.forecast(half, budget=1.0, workers=1, device="cpu")
     assert f"about {60 / configs[0].epochs:.0f}s" in said and "1 runs of a kind" in said and "calls" not in said
-    assert progress.forecast([], "quick", device="cpu") == "nothing is left to train"
+    assert progress.forecast([], device="cpu") == "nothing is left to train"
