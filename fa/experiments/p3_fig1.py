@@ -26,14 +26,13 @@ if TYPE_CHECKING:
 
     from fa.results.page import Page
 
-CAPTION = """Circuits of learning rules, one layer each; our drawing, as Figure 1 of Li & Benna (2024) is not known to us. Left
-in each panel: the forward pass, y = W x. Right: the way of the error, from e at the network's output to dy at the
-layer's output and dx at its input. Solid synapses learn, dashed ones are fixed and random, dotted ones copy W. Dotted
-red arrow: weight transport. Double arrow: two synapses take the same local update. Dash-dotted: feedback learns from
-the activity that W makes. Below: the equations in the code. Drawn from interventions on each rule's code."""
+CAPTION = """Circuits of learning rules, one layer each; our drawing, as Figure 1 of Li & Benna (2024) is not known to
+us. Left in each panel: the forward pass, y = W x. Right: the way of the error, from e at the network's output to dy at
+the layer's output and dx at its input. Solid synapses learn, dashed ones are fixed and random, dotted ones copy W.
+Dotted red arrow: weight transport. Double arrow: two synapses take the same local update. Dash-dotted: feedback learns
+from the activity that W makes. Below: the equations in the code. Drawn from interventions on each rule's code."""
 
-PANELS = ("bp", "fa", "dfa", "usf", "kp", "wm", "pfa")
-"""The rules of the drawing."""
+PANELS = ("bp", "fa", "dfa", "usf", "kp", "wm", "pfa")  # the rules of the drawing
 
 EXPERIMENT = Experiment("Circuits of the rules", "p3", "31_pfa_fig1_circuits", PANELS)
 

@@ -107,9 +107,14 @@ def grid(
 
 
 EXPERIMENT = Experiment(
-    "Alignment against the expansion ratio", "p3", "33_pfa_fig3_expansion", ("pfa", "pfa_o"), grid, own={"n_out": 100, "n_in": 256},
+    "Alignment against the expansion ratio",
+    "p3",
+    "33_pfa_fig3_expansion",
+    ("pfa", "pfa_o"),
+    grid,
+    own={"n_out": 100, "n_in": 256},
     swept=lambda config: {"density": config.density},
-)  # fmt: skip
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- figure

@@ -72,11 +72,12 @@ that carries the error in its place, and ratio of their norms, a line a layer, m
 training, by depth, and mean and range of the layers. Bars and bands in a, b, c, e, f: +/- 1 sd over seeds. Hollow:
 the paper's, +/- 1 sd of 5 seeds in a and b, seed 0 in d, e and f."""
 
-SMALL_CAPTION = """Li & Benna (2024), Figure 4, at the scale of two CPU cores: ResNet-8 learns CIFAR-10 at 16x16 pixels in 15 epochs,
-the paper's schedule to scale. a: accuracy on the 5,000 validation images by epoch. b, c: validation and test accuracy
-after the last epoch of the rules within 5 points of the best, a dot a seed. d: angle between each layer's weight W and
-the feedback that carries the error in its place, and ratio of their norms, a line a layer, mean over seeds. e, f: the
-same after training, by depth, and mean and range of the layers. Bars and bands: +/- 1 sd over seeds."""
+SMALL_CAPTION = """Li & Benna (2024), Figure 4, at the scale of two CPU cores: ResNet-8 learns CIFAR-10 at 16x16 pixels
+in 15 epochs, the paper's schedule to scale. a: accuracy on the 5,000 validation images by epoch. b, c: validation and
+test accuracy after the last epoch of the rules within 5 points of the best, a dot a seed. d: angle between each
+layer's weight W and the feedback that carries the error in its place, and ratio of their norms, a line a layer, mean
+over seeds. e, f: the same after training, by depth, and mean and range of the layers. Bars and bands: +/- 1 sd over
+seeds."""
 
 
 @plot.style()

@@ -63,11 +63,11 @@ the error in its place, and ratio of their norms, a line a layer. d, e: the same
 and range of the layers; dotted: arccos(1/sqrt(1 + 1/10)). Filled and lines: ours, mean +/- 1 sd over seeds where
 there are several. Hollow: the paper's, one run (seed 2021); its PFA-o stops after 66 epochs."""
 
-SMALL_CAPTION = """In place of ImageNet, which Li & Benna (2024), Figure 5, is about: ResNet-18 learns 20 classes from 2,000
-photographs of 32x32 pixels in 10 epochs. a, b: accuracy on 500 validation images, by epoch and after the last; chance
-is 5 percent. c: angle between each layer's weight W and the feedback that carries the error in its place, and ratio
-of their norms, a line a layer. d, e: the same after training, by depth, and mean and range of the layers; dotted:
-arccos(1/sqrt(1 + 1/10)). One seed a rule, so that there are no error bars."""
+SMALL_CAPTION = """In place of ImageNet, which Li & Benna (2024), Figure 5, is about: ResNet-18 learns 20 classes from
+2,000 photographs of 32x32 pixels in 10 epochs. a, b: accuracy on 500 validation images, by epoch and after the last;
+chance is 5 percent. c: angle between each layer's weight W and the feedback that carries the error in its place, and
+ratio of their norms, a line a layer. d, e: the same after training, by depth, and mean and range of the layers;
+dotted: arccos(1/sqrt(1 + 1/10)). One seed a rule, so that there are no error bars."""
 
 
 @plot.style()

@@ -107,9 +107,11 @@ def draw(page: Page) -> Figure:
     label, row, head, foot = 2.1, 0.46, 0.4, 0.24  # inches
     total, height = plot.WIDTH["double"], head + row * len(PROPERTIES) + foot
     width = (total - label) / len(rules)
-    looks = {"agrees": ("#D4E6F1", "none", "our number agrees with the paper's tick"),
-             "disagrees": ("#F8D3BE", "#B5460F", "it disagrees"),
-             "not comparable": ("#F0F0F0", "none", "not comparable: no tick, a footnote (a, b, c), or no number")}  # fmt: skip
+    looks = {
+        "agrees": ("#D4E6F1", "none", "our number agrees with the paper's tick"),
+        "disagrees": ("#F8D3BE", "#B5460F", "it disagrees"),
+        "not comparable": ("#F0F0F0", "none", "not comparable: no tick, a footnote (a, b, c), or no number"),
+    }
     fig = plt.figure(figsize=(total, height))
     ax = fig.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, total), ylim=(height, 0))

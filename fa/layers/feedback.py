@@ -35,8 +35,8 @@ class LocalBackward(torch.autograd.Function):
         if feedback.keeps_y and torch.compiler.is_compiling():
             saved = out
         elif feedback.keeps_y:
-            # The next layer may overwrite the output in place, as nn.ReLU(inplace=True) does. Autograd would raise for a
-            # saved tensor; here the output is kept with its version counter, which every in-place operation raises.
+            # The next layer may overwrite the output in place, as nn.ReLU(inplace=True) does. Autograd would raise for
+            # a saved tensor; here the output is kept with its version counter, which every in-place operation raises.
             ctx.out = (out.detach(), out._version)
         ctx.save_for_backward(x, W, b if feedback.keeps_y else None, saved, *state)
         return out
@@ -128,8 +128,9 @@ class Feedback(nn.Module):
         """The layer's output, y = W x + b; x, W, b as the layer holds them."""
         if torch.compiler.is_compiling():
             self.traced = True
-            # Dynamo makes an input of the graph of every float that differs between two rules. It can do so in the forward
-            # pass only, so each number is used here once; a number first met in the backward pass fails to compile.
+            # Dynamo makes an input of the graph of every float that differs between two rules. It can do so in the
+            # forward pass only, so each number is used here once; a number first met in the backward pass fails to
+            # compile.
             for option in self.numbers:
                 getattr(self.rule, option) * 1.0
         if torch.is_autocast_enabled(x.device.type):

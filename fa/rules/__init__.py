@@ -15,8 +15,8 @@ from fa.rules.fixed import BP, BRSF, FA, FRSF, USF, Frozen
 from fa.rules.product import KP, PFA, PFAo
 
 __all__ = [
-    "AA", "BP", "BRSF", "FA", "FRSF", "IA", "KP", "PFA", "RULES", "SA", "USF", "WM", "Frozen", "PFAo", "Primitives", "Rule",
-    "fans", "random_mask", "rms", "rule", "uniform",
+    "AA", "BP", "BRSF", "FA", "FRSF", "IA", "KP", "PFA", "RULES", "SA", "USF", "WM", "Frozen", "PFAo", "Primitives",
+    "Rule", "fans", "random_mask", "rms", "rule", "uniform",
 ]  # fmt: skip
 
 RULES: dict[str, type] = {

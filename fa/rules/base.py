@@ -11,13 +11,13 @@ rule is a frozen dataclass whose fields are its options. Its class may have the 
 =================================== ===================================================================================
 ``name, equation, source`` ("")     the key in ``RULES``, the rule in one line, and the paper
 ``learned`` (())                    names of the tensors that learn: they become parameters, all others buffers
-``masked`` ("")                     the tensor that ``density`` < 1 makes sparse; "": the kernel. A fixed tensor is masked
-                                    once, else ``mask`` is kept and acts on the kernel, or on every M of its terms
+``masked`` ("")                     the tensor that ``density`` < 1 makes sparse; "": the kernel. A fixed tensor is
+                                    masked once, else ``mask`` is kept; it acts on the kernel, or on every M of its terms
 ``own_decay`` (False)               the feedback gradient holds a decay, so that the optimizer must add none
 ``needs_sgd`` (False)               exact only under ``torch.optim.SGD``, with W and the feedback in one group
 ``needs_y`` (True)                  False: ``feedback_grad`` gets None for ``y``, and the forward pass keeps no ``y``
 ``draws_noise`` (False)             ``feedback_grad`` calls ``op.noise``: the layer has a generator, and is not compiled
-``at(index)``                       the rule of the network's layer number ``index`` (from 0); by default the rule itself
+``at(index)``                       the rule of the network's layer number ``index`` (from 0); default: the rule itself
 ``init_state(op, W, gen)``          the tensors that the layer keeps, by name, drawn from the generator ``gen``
 ``kernel(...)``                     K; or terms [(A, M), (A', M', c'), ...], which stand for K = A M + c' A' M' + ...
 ``feedback_grad(...)``              the gradients of the ``learned`` tensors, by name; a pair (B, dW) stands for B^T dW
@@ -177,8 +177,8 @@ class Rule:
         """
         if not size:
             raise UserError(
-                f"{self.name}: the weight{layer and f' of layer {layer!r}'} is all zeros, and feedback of its size would "
-                f"never send an error; initialise it before converting, or set {option}='xavier'"
+                f"{self.name}: the weight{layer and f' of layer {layer!r}'} is all zeros, and feedback of its size "
+                f"would never send an error; initialise it before converting, or set {option}='xavier'"
             )
         return size
 

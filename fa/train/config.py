@@ -112,7 +112,8 @@ class Config:
                 )
             if r.clamp_forward:
                 raise UserError(
-                    "clamp_forward moves W after mirror-only steps too; leave it out, or alternate and delay_epochs at 0"
+                    "clamp_forward moves W after mirror-only steps too; leave it out, or leave alternate and "
+                    "delay_epochs at 0"
                 )
 
     @property

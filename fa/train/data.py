@@ -125,13 +125,6 @@ def load(
     return Data(name, source.classes, made["train"], made.get("val"), made.get("test"))
 
 
-def pad_of(shape: Sequence[int]) -> int:
-    """Width of the border that training images (channels, height, width) are cropped from: an eighth of the height,
-    p3's 4 of 32.
-    """
-    return max(shape[-2] // 8, 1)
-
-
 def draw_crops(n: int, generator: torch.Generator, pad: int = 4) -> Tensor:
     """What :func:`crop` shall do to n images: (3, n), int64: down and right, the corner in 0 ... 2 pad, and 1 where
     mirrored.

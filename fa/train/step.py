@@ -69,7 +69,7 @@ class Stepper:
         self.draws = self.border = None
         if config.augment and resident:
             self.draws = torch.zeros(self.per_epoch, 3, rows, dtype=torch.int64, device=self.device)
-            self.pad = data.pad_of(train.x.shape)
+            self.pad = data.SETS[config.dataset].pad
             self.border = torch.tensor(data.SETS[config.dataset].black, device=self.device)  # (channels,)
         self.losses = torch.zeros(self.per_epoch, len(self.seeds), dtype=torch.float64, device=self.device)
         self.feed: Iterator[tuple[Tensor, Tensor]] | None = None
