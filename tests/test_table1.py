@@ -3,7 +3,7 @@ same."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 import fa
-from fa import experiments, metrics, plot
+from fa import experiments, plot, symmetry
 from fa.experiments import p3_table1
 from fa.layers.feedback import generator
 from fa.metrics import linear_layers
 from fa.results import claims, records
+from fa.train import measure
 from fa.train.config import Config
-from fa.train.loop import Run, train_runs
+from fa.train.loop import Run, train, train_runs
 
 
 @pytest.fixture(autouse=True)
@@ -37,34 +38,37 @@ def test_every_run_of_the_plan_is_one_run(mode):
     runs = experiments.plan("p3_table1", mode)
     assert len({c.run for c in runs}) == len(runs), "a probe and a training run must not share an identity"
     figure2 = {c.run for c in experiments.plan("p3_fig2", mode, rules="bp,fa,usf,kp")}
-    shared = {c.run for c in runs if c.rule in p3_table1.SHARED and isinstance(c, Config)}
-    assert shared <= figure2 and all(c.experiment == "p3_fig2" for c in runs if c.run in shared)
+    shared = {c.run for c in runs if c.rule in p3_table1.SHARED and not c.measure}
+    assert shared <= figure2
     assert mode == "quick" or shared == figure2
     for rule in p3_table1.RULES:
-        assert {type(c) for c in runs if c.rule == rule} == {p3_table1.Probe, Config}
+        trained = "" if rule in p3_table1.SHARED else "symmetry"
+        assert {c.measure for c in runs if c.rule == rule} == {"interventions", trained}
 
 
 def test_the_mirror_goes_to_the_weight():
-    options = parse_options(p3_table1.OPTIONS["wm"])
+    options = p3_table1.WM
     assert options["amp"] == pytest.approx(2 * options["decay"]) and options["input"] == "normal"
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
+def trained(rule: str, seeds: int, epochs: int) -> Config:
+    (config,) = [c for c in p3_table1.grid("quick", (rule,), seeds, epochs, "") if c.measure == "symmetry"]
+    return config
+
+
 @pytest.mark.parametrize("rule", ["pfa", "pfa_o"])
 def test_the_twin_stores_the_r_that_was_left_out(rule):
     """Against a network that was trained with R stored: same recipe, same seed."""
-    (config,) = [c for c in p3_table1.grid("quick", (rule,), 1, 3, "") if isinstance(c, Config)]
+    config = trained(rule, 1, 3)
     assert config.rule_options["implicit"]
     nets = {}
-    for name, c in {
-        "implicit": config,
-        "explicit": replace(config, options=config.options.replace(" implicit=true", "")),
-    }.items():
+    for name, c in {"implicit": config, "explicit": config.vary(implicit=None)}.items():
         train_runs([run := Run(c)])
         nets[name] = run.net
-    twin = p3_table1.explicit(config, nets["implicit"])
+    twin = measure.explicit(config, nets["implicit"])
     for name, layer in linear_layers(twin).items():
         want = linear_layers(nets["explicit"])[name].feedback.R.double()
         assert torch.linalg.vector_norm(layer.feedback.R - want) < 1e-4 * torch.linalg.vector_norm(want)
@@ -74,12 +78,12 @@ def test_the_twin_stores_the_r_that_was_left_out(rule):
             rtol=1e-4,
             atol=1e-5,
         )
-    assert p3_table1.explicit(replace(config, rule="kp", options=""), nets["explicit"]) is nets["explicit"]
+    assert measure.explicit(config.vary(rule="kp", options=""), nets["explicit"]) is nets["explicit"]
 
 
 def test_rows_of_symmetry_stand_beside_the_trainers():
-    (config,) = [c for c in p3_table1.grid("quick", ("pfa",), 1, 2, "") if isinstance(c, Config)]
-    table = p3_table1.run(config)
+    config = trained("pfa", 1, 2)
+    table = train(config)
     rows = table[table.metric.str.match("[BR]_")]
     assert set(rows.epoch) == {0, 2} and set(rows.layer) == {"fc1", "fc2", "fc"}
     assert set(rows.metric) == {f"{m}_{n}" for m in "BR" for n in ("match", "mixed", "chance", "excess")}, (
@@ -92,19 +96,20 @@ def test_rows_of_symmetry_stand_beside_the_trainers():
         < 0.1
         < (wide.R_match.loc[2] - wide.R_chance.loc[2]).min()
     )
-    plain = train(config)
+    plain = train(config.vary(measure=""))
     pd.testing.assert_frame_equal(
         table[~table.index.isin(rows.index)].reset_index(drop=True), plain
     )  # measuring changes nothing
 
 
 def test_a_probe_asks_every_layer():
-    table = p3_table1.run(p3_table1.Probe("p3_table1", "sa", 0, "", "circuit", epochs=1))
+    table = train(p3_table1.PROBE.vary(rule="sa", epochs=1))
     wide = table.pivot_table(index="layer", columns="metric", values="value")
     assert set(table.epoch) == {1} and table.attrs["status"]["state"] == "finished"
     layers = wide.loc[["fc1", "fc2", "fc"]]
     assert (layers.send_sign == 0).all() and (layers.learn_sign > 0.5).all() and (layers.B_reciprocal == 1).all()
     assert wide.loc[""].noise_passes == 0
+    assert "test_accuracy" not in set(table.metric), "its accuracies on digits are not the figure's"
 
 
 # -------------------------------------------------------------------------------------------------------- symmetry
@@ -123,7 +128,7 @@ def wide_matrix(seed: int = 0) -> torch.Tensor:
 
 def test_symmetry_against_numpy():
     W = wide_matrix()
-    (row,) = metrics.symmetry(layer("fa", W)).itertuples()
+    (row,) = symmetry.symmetry(layer("fa", W)).itertuples()
     net = layer("fa", W)
     B = net.feedback.B.numpy()
     assert row.matrix == "B" and row.correlation == pytest.approx(
@@ -145,11 +150,11 @@ def test_symmetry_tells_a_copy_a_mixture_and_a_stranger():
         copy.feedback.B.copy_(W + 0.1 * wide_matrix(1))
         shuffled.feedback.B.copy_(-2 * W[torch.randperm(40, generator=generator(0, "test"))])
         product.feedback.R.copy_(product.feedback.B.T @ W)
-    (row,) = metrics.symmetry(copy).itertuples()
+    (row,) = symmetry.symmetry(copy).itertuples()
     assert row.correlation > 0.98 and row.angle_deg < 10 and row.match > 0.98 > row.mixed + 0.4
-    (row,) = metrics.symmetry(shuffled).itertuples()  # mirrors W under other names: no correlation, and yet a match
+    (row,) = symmetry.symmetry(shuffled).itertuples()  # mirrors W under other names: no correlation, and yet a match
     assert abs(row.correlation) < 0.1 and row.match == pytest.approx(1)
-    rows = metrics.symmetry(product).set_index("matrix")
+    rows = symmetry.symmetry(product).set_index("matrix")
     assert rows.correlation.isna().all() and rows.angle_deg.isna().all()
     assert rows.match["R"] == pytest.approx(rows.mixed["R"], abs=0.05) and rows.match["R"] > rows.chance["R"] + 0.05
     assert rows.match["B"] == pytest.approx(rows.chance["B"], abs=0.03)
@@ -159,19 +164,19 @@ def test_symmetry_of_the_other_kinds_of_feedback():
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4)).double()
     for rule, options, matrices in [("usf", {}, {"K"}), ("pfa", {}, {"B", "R"}), ("dfa", {}, {"B"}), ("kp", {"density": 0.5}, {"B"}),
                                     ("pfa", {"density": 0.5}, {"B", "R"})]:  # fmt: skip
-        table = metrics.symmetry(fa.convert(net, rule, **options))
+        table = symmetry.symmetry(fa.convert(net, rule, **options))
         assert set(table.matrix) == matrices and table.depth.tolist() == sorted(table.depth)
         assert table.match.notna().all() and table.match.between(0, 1).all(), rule
-    masked = metrics.matrices(net[0])["R"]
+    masked = symmetry.matrices(net[0])["R"]
     assert 0.3 < (masked == 0).double().mean() < 0.7, "a synapse that does not exist counts as 0"
     fa.convert(net, "usf")
-    assert metrics.symmetry(net).angle_deg.to_numpy() == pytest.approx(fa.alignment(net).angle_deg.to_numpy())
-    assert metrics.symmetry(fa.convert(net, "bp")).empty
+    assert symmetry.symmetry(net).angle_deg.to_numpy() == pytest.approx(fa.alignment(net).angle_deg.to_numpy())
+    assert symmetry.symmetry(fa.convert(net, "bp")).empty
     grouped = fa.convert(nn.Conv2d(4, 6, 3, groups=2).double(), "pfa")
-    rows = metrics.symmetry(grouped).set_index("matrix")
+    rows = symmetry.symmetry(grouped).set_index("matrix")
     assert np.isnan(rows.match["B"]) and rows.match["R"] > 0, "a matrix between groups shares neither side of W"
     with pytest.raises(fa.UserError, match="implicit=False"):
-        metrics.symmetry(fa.convert(net, "pfa", implicit=True))
+        symmetry.symmetry(fa.convert(net, "pfa", implicit=True))
 
 
 # ------------------------------------------------------------------------------------------------- cells and claims
@@ -243,7 +248,7 @@ def plan() -> list[dict]:
 
 
 def verdicts(table: pd.DataFrame, ticks: pd.DataFrame) -> dict[str, str]:
-    mine = [c for c in claims.load() if c.experiment == "p3_table1"]
+    mine = [c for c in claims.load() if c.name == "p3_table1"]
     return {c.id.removeprefix("p3_table1_"): claims.judge(c, table, ticks)["verdict"] for c in mine}
 
 

@@ -12,7 +12,7 @@ rule is a frozen dataclass whose fields are its options. Its class may have the 
 ``name, equation, source`` ("")     the key in ``RULES``, the rule in one line, and the paper
 ``learned`` (())                    names of the tensors that learn: they become parameters, all others buffers
 ``masked`` ("")                     the tensor that ``density`` < 1 makes sparse; "": the kernel. A fixed tensor is
-                                    masked once, else ``mask`` is kept; it acts on the kernel, or on every M of its terms
+                                    masked once, else ``mask`` is kept; it acts on the kernel, or on each M of its terms
 ``own_decay`` (False)               the feedback gradient holds a decay, so that the optimizer must add none
 ``needs_sgd`` (False)               exact only under ``torch.optim.SGD``, with W and the feedback in one group
 ``needs_y`` (True)                  False: ``feedback_grad`` gets None for ``y``, and the forward pass keeps no ``y``
