@@ -26,18 +26,20 @@ def recurrence(config, steps: int) -> list[float]:
 
 def test_the_grid_reuses_figure_2_and_no_point_has_two_runs() -> None:
     runs = experiments.plan("p3_beyond", "paper")
-    shared = {c.run for c in runs if c.experiment == "p3_fig2"}
-    assert shared == {c.run for c in experiments.plan("p3_fig2", "paper", rules=",".join(p3_beyond.RULES))}
-    points = [(c.rule, c.seed, *map(str, p3_beyond.swept(c).values())) for c in runs]
+    swept = p3_beyond.EXPERIMENT.swept
+    assert {c.run for c in runs if not c.measure} == {
+        c.run for c in experiments.plan("p3_fig2", "paper", rules=",".join(p3_beyond.RULES))
+    }
+    points = [(c.rule, c.seed, *map(str, swept(c).values())) for c in runs]
     assert len(set(points)) == len(points) == 35 + 3 * (3 * len(p3_beyond.DECAYS) + len(p3_beyond.EXPANSIONS))
-    assert sum(c.epochs for c in runs if c.experiment == "p3_beyond") == 294
+    assert sum(c.epochs for c in runs if c.measure == "mismatch") == 294
 
 
 def test_the_first_epochs_of_figure_2_belong_to_both_series() -> None:
     """Short runs have Figure 2's schedule, so that its runs are one more point of each series."""
     for mode in ("paper", "quick"):
         runs = experiments.plan("p3_beyond", mode, seeds=1, rules="pfa")
-        whole = next(c for c in runs if c.experiment == "p3_fig2")
+        whole = next(c for c in runs if not c.measure)
         for c in runs:
             told = ["lr", "weight_decay"]
             for epoch in range(1, c.epochs if c is not whole else 0):
@@ -54,8 +56,8 @@ def test_what_is_left_of_the_mismatch_follows_the_recurrence(
 ) -> None:
     """On digits, in every layer; c where R is implicit, else R - B^T W (for kp B - W) itself."""
     config = next(c for c in experiments.plan("p3_beyond", "quick", seeds=1, rules=rule) if c.epochs == 4)
-    options = config.options.replace(" implicit=true", "").replace("=10", "=3") + " implicit=true" * implicit
-    config = replace(config, options=options, epochs=2, first_weight_decay=decay, hidden="32", measure="mismatch")
+    config = config.vary(implicit=implicit or None, expansion=3 if rule == "pfa" else None)
+    config = config.vary(epochs=2, first_weight_decay=decay, hidden="32", measure="mismatch")
     first, seen = {}, {}
 
     def measured(config, net, epoch, sets):
@@ -101,7 +103,8 @@ def test_the_mismatch_is_that_of_the_matrices() -> None:
 
 def test_the_claims_about_decay_have_the_recurrences_targets() -> None:
     """937 steps an epoch; each claim asks for a decay that the grid has."""
-    runs = {p3_beyond.swept(c)["decay"]: c for c in experiments.plan("p3_beyond", "paper", seeds=1, rules="kp")}
+    swept = p3_beyond.EXPERIMENT.swept
+    runs = {swept(c)["decay"]: c for c in experiments.plan("p3_beyond", "paper", seeds=1, rules="kp")}
     found = [c for c in claims.load() if c.id.startswith("p3_beyond_left_")]
     for claim in found:
         decay = float(re.search(r"decay=([0-9.]+)", claim.criterion)[1])
@@ -111,39 +114,41 @@ def test_the_claims_about_decay_have_the_recurrences_targets() -> None:
 
 def test_what_resnet8_has_left_has_the_recurrences_target() -> None:
     """351 steps an epoch, and a learning rate that drops."""
-    config = experiments.plan("p3_beyond_resnet8", "paper", seeds=1, rules="pfa_o")[0]
-    (claim,) = [c for c in claims.load() if c.id == "p3_beyond_resnet8_left"]
+    config = experiments.plan("p3_beyond_cifar", "small", seeds=1, rules="pfa_o")[0]
+    (claim,) = [c for c in claims.load() if c.id == "p3_beyond_cifar_small_left"]
     assert float(claim.target) == pytest.approx(recurrence(config, 45000 // 128)[-1], abs=1e-5)
 
 
 def test_the_cifar_grid_is_the_papers_recipe_in_fewer_epochs() -> None:
     runs = experiments.plan("p3_beyond_cifar", "paper")
-    assert len(runs) == 3 * (2 + len(p3_beyond_cifar.EXPANSIONS)) == len({c.run for c in runs})
+    assert len(runs) == 3 * (2 + len(p3_beyond_cifar.EXPANSIONS["paper"])) == len({c.run for c in runs})
     for c in runs:
         assert (c.dataset, c.model, c.batch, c.augment) == ("cifar10", "resnet20", 128, True)
         assert (c.lr, c.lr_drops, c.lr_factor) == (0.1, "40,60,80", 0.1)
         assert c.first_weight_decay == (0.005 if c.rule in ("pfa", "pfa_o") else 0)
-    assert sorted({c.rule_options["expansion"] for c in runs if c.rule == "pfa"}) == list(p3_beyond_cifar.EXPANSIONS)
-
-
-def test_the_resnet8_grid_is_the_same_recipe_with_fewer_layers() -> None:
-    runs = experiments.plan("p3_beyond_resnet8", "paper")
-    assert len(runs) == 3 * (3 + len(p3_beyond_cifar.SMALL_EXPANSIONS)) == len({c.run for c in runs})
-    for deep in experiments.plan("p3_beyond_cifar", "paper", rules="pfa_o"):
-        same = replace(deep, experiment="p3_beyond_resnet8", model="resnet8", epochs=10, lr_drops="4,6,8")
-        assert same in runs
     assert sorted({c.rule_options["expansion"] for c in runs if c.rule == "pfa"}) == list(
-        p3_beyond_cifar.SMALL_EXPANSIONS
+        p3_beyond_cifar.EXPANSIONS["paper"]
     )
 
 
-DEEP = [("p3_beyond_cifar", 20, size) for size in p3_beyond_cifar.EXPANSIONS]
-SHALLOW = [("p3_beyond_resnet8", 8, size) for size in p3_beyond_cifar.SMALL_EXPANSIONS]
+def test_the_resnet8_grid_is_the_same_recipe_with_fewer_layers() -> None:
+    runs = experiments.plan("p3_beyond_cifar", "small")
+    assert len(runs) == 3 * (3 + len(p3_beyond_cifar.EXPANSIONS["small"])) == len({c.run for c in runs})
+    for deep in experiments.plan("p3_beyond_cifar", "paper", rules="pfa_o"):
+        same = replace(deep, model="resnet8", epochs=10, lr_drops="4,6,8")
+        assert same in runs
+    assert sorted({c.rule_options["expansion"] for c in runs if c.rule == "pfa"}) == list(
+        p3_beyond_cifar.EXPANSIONS["small"]
+    )
 
 
-@pytest.mark.parametrize("name, layers, size", DEEP + SHALLOW)
-def test_every_expansion_has_a_population_in_every_layer(name: str, layers: int, size: float) -> None:
-    runs = experiments.plan(name, "paper", seeds=1, rules="pfa")
+DEEP = [("paper", 20, size) for size in p3_beyond_cifar.EXPANSIONS["paper"]]
+SHALLOW = [("small", 8, size) for size in p3_beyond_cifar.EXPANSIONS["small"]]
+
+
+@pytest.mark.parametrize("mode, layers, size", DEEP + SHALLOW)
+def test_every_expansion_has_a_population_in_every_layer(mode: str, layers: int, size: float) -> None:
+    runs = experiments.plan("p3_beyond_cifar", mode, seeds=1, rules="pfa")
     config = next(c for c in runs if c.rule_options["expansion"] == size)
     net = build_network(config, (3, 32, 32), 10)
     weights = [m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]

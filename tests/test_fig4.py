@@ -78,7 +78,7 @@ def test_implicit_feedback_of_a_resnet_is_exact(rule: str) -> None:
     sets = data.load("digits", dtype=torch.float64)
     (c,) = experiments.plan("p3_fig4", "quick", seeds=1, rules=rule)
     losses = []
-    for config in (c, replace(c, options=c.options.replace("implicit=true", "implicit=false"))):
+    for config in (c, c.vary(implicit=False)):
         net = train.build_network(config, sets.shape, sets.classes, torch.float64)
         stepper = train.Stepper(net, train.sgd(net, config), config, sets.train)
         losses.append(torch.cat([stepper.epoch(e, 3).clone() for e in (0, 1)]))
@@ -90,6 +90,13 @@ def layered() -> pd.DataFrame:
     rows = [[f"r{s}", "pfa", s, e, layer, d, "angle_deg", float(10 * (s + 1) * (d if d == 1 else 3) if e else 90)]
             for s in (0, 1) for e in (0, 5) for d, layer in ((1, "conv1"), (2, "fc"))]  # fmt: skip
     return pd.DataFrame(rows, columns=records.COLUMNS[:3] + records.COLUMNS[3:])
+
+
+def test_the_small_scale_is_the_papers_recipe_with_fewer_layers_pixels_and_epochs() -> None:
+    small = experiments.plan("p3_fig4", "small")
+    assert Counter(c.rule for c in small) == dict.fromkeys(p3_fig4.RULES, 3)
+    own = dict(dataset="cifar10-16", model="resnet8", epochs=15, lr_drops="6,9,12", precision="float32")
+    assert {c.run for c in small} == {c.vary(**own).run for c in PAPER if c.seed < 3}
 
 
 def test_summary_over_layers() -> None:

@@ -15,6 +15,7 @@ from fa import experiments, models, theory
 from fa.experiments import p3_fig5
 from fa.metrics import linear_layers
 from fa.results import records
+from fa.results.store import RunFolder
 from fa.train import data
 from fa.train import loop as train
 
@@ -45,7 +46,7 @@ def left(config: train.Config, steps: int) -> list[float]:
 
 
 def test_the_stand_in_decays_as_the_paper_does_in_the_first_epoch() -> None:
-    (paper,), (small,) = (experiments.plan(name, "paper", rules="pfa_o") for name in ("p3_fig5", "p3_fig5_standin"))
+    (paper,), (small,) = (experiments.plan("p3_fig5", mode, rules="pfa_o") for mode in ("paper", "small"))
     full, ours = left(paper, 1281167 // 256), left(small, 2000 // small.batch)
     assert full[0] == pytest.approx(0.0813, abs=1e-4) and full[4] == pytest.approx(0.011, abs=1e-3)
     assert ours[0] == pytest.approx(full[0], abs=0.015)
@@ -55,36 +56,31 @@ def test_targets_of_the_mismatch_are_those_of_the_recurrence() -> None:
     from fa.results import claims
 
     targets = {
-        c.id: float(c.target)
-        for c in claims.load()
-        if "mismatch" in c.id and c.experiment.startswith(("p3_fig4", "p3_fig5"))
+        c.id: float(c.target) for c in claims.load() if "mismatch" in c.id and c.name.startswith(("p3_fig4", "p3_fig5"))
     }
     steps = {
         "p3_fig4": 45000 // 128,
         "p3_fig4_small": 45000 // 128,
         "p3_fig5": 1281167 // 256,
-        "p3_fig5_standin": 2000 // 25,
+        "p3_fig5_small": 2000 // 25,
     }
     expected = {}
     for name, n in steps.items():
-        after = left(experiments.plan(name, "paper", rules="pfa_o")[0], n)
+        after = left(experiments.plan(*records.figure_of(name), rules="pfa_o")[0], n)
         expected |= {f"{name}_mismatch_epoch1": after[0], f"{name}_mismatch_end": after[-1]}
     assert len(targets) == 7
     assert targets == pytest.approx({k: expected[k] for k in targets}, rel=2e-4)
 
 
 def test_quick_mode_is_of_digits_unless_photographs_are_named() -> None:
-    for name in ("p3_fig5", "p3_fig5_standin"):
-        assert {(c.dataset, c.model) for c in experiments.plan(name, "quick")} == {("digits", "resnet8")}
+    assert {(c.dataset, c.model) for c in experiments.plan("p3_fig5", "quick")} == {("digits", "resnet8")}
     named = experiments.plan("p3_fig5", "quick", dataset="tiny-imagenet-20")
-    assert {(c.experiment, c.dataset, c.model, c.epochs) for c in named} == {
-        ("p3_fig5", "tiny-imagenet-20", "resnet18", 2)
-    }
+    assert {(c.dataset, c.model, c.epochs) for c in named} == {("tiny-imagenet-20", "resnet18", 2)}
 
 
 def test_fingerprint_needs_no_photographs(monkeypatch) -> None:
     monkeypatch.setenv("FA_DATA", "/nowhere")
-    (c,) = experiments.plan("p3_fig5_standin", "paper", rules="pfa_o")
+    (c,) = experiments.plan("p3_fig5", "small", rules="pfa_o")
     first = train.fingerprint(c, 2)
     assert first == train.fingerprint(c, 2) != train.fingerprint(replace(c, first_weight_decay=0.0), 2)
 
@@ -117,7 +113,6 @@ def photos(tmp_path, monkeypatch):
     monkeypatch.setenv("FA_DATA", str(tmp_path))
     monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs"))
     return train.Config(
-        "p3_fig5",
         "pfa",
         0,
         "init=xavier implicit=true",
@@ -138,7 +133,7 @@ def test_training_from_disk_learns_and_resumes_to_the_bit(photos, monkeypatch) -
         whole.metric
     ) and "test_accuracy" not in set(whole.metric)
     assert whole[(whole.metric == "val_accuracy") & (whole.epoch == 3)].value.item() >= 75  # light from dark
-    folder, clock = records.Folder("paper", photos), itertools.count()
+    folder, clock = RunFolder(photos), itertools.count()
     with monkeypatch.context() as patch:
         patch.setattr(train, "time", SimpleNamespace(monotonic=lambda: next(clock)))
         assert train.train(photos, folder=folder, until=4) is None

@@ -12,30 +12,28 @@ import pandas as pd
 import pytest
 import torch
 
-from fa import ROOT, UserError, experiments
-from fa.experiments import x_precision
+from fa import ROOT, UserError, citations, experiments
+from fa.experiments import x_precision, x_precision_cifar
 from fa.results import batch, claims, records
-from fa.results import page as notebooks
 from fa.results import runs as campaign
-from fa.results.page import Notebook
+from fa.results.page import Page
+from fa.results.store import RunFolder
 from fa.train import data
 from fa.train import loop as train
 from fa.train import step as engine
 
 PAPER = experiments.plan("x_precision", "paper")
 PAIRED = "paired(test_accuracy, rule=bp, precision=bfloat16, minus_precision=float32, epoch=last)"
-CLAIMS = [c for c in claims.load() if c.experiment == "x_precision"]
+CLAIMS = [c for c in claims.load() if c.name == "x_precision"]
 DEEP = experiments.plan("x_precision_cifar", "paper")
 
 
 def test_the_float32_runs_are_figure_2s_own_and_the_others_differ_in_precision_alone() -> None:
     full, half = ([c for c in PAPER if c.precision == p] for p in x_precision.PRECISIONS)
     assert full == experiments.plan("p3_fig2", "paper", rules=",".join(x_precision.RULES))
-    assert [replace(c, experiment="p3_fig2", precision="float32") for c in half] == full
-    assert {c.experiment for c in half} == {"x_precision"} and len({c.run for c in PAPER}) == len(PAPER) == 70
-    assert {c.run for c in full} <= records.held("p3_fig2") | records.held(
-        "p3_beyond"
-    )  # nothing of float32 is left to train
+    assert [replace(c, precision="float32") for c in half] == full
+    assert len({c.run for c in PAPER}) == len(PAPER) == 70
+    assert {c.run for c in full} <= set(records.holders())  # nothing of float32 is left to train
     assert [x_precision.EXPERIMENT.swept(c) for c in half[:1] + full[:1]] == [
         {"precision": "bfloat16"},
         {"precision": "float32"},
@@ -52,25 +50,23 @@ def test_quick_mode_trains_every_rule_in_both_precisions_on_digits() -> None:
     assert Counter((c.rule, c.precision) for c in runs) == {
         (r, p): 2 for r in x_precision.RULES for p in x_precision.PRECISIONS
     }
-    assert {(c.experiment, c.dataset, c.hidden, c.epochs) for c in runs} == {("x_precision", "digits", "64,64", 10)}
+    assert {(c.dataset, c.hidden, c.epochs) for c in runs} == {("digits", "64,64", 10)}
 
 
 def test_resnet_20_is_figure_4s_in_both_precisions() -> None:
     """One seed; every run is one of that figure, which takes it by its ``precision``, and a pair differs in nothing
     else."""
     full, half = ([c for c in DEEP if c.precision == p] for p in x_precision.PRECISIONS)
-    of = dict(seeds=1, rules=",".join(x_precision.CIFAR_RULES))
+    of = dict(seeds=1, rules=",".join(x_precision_cifar.RULES))
     assert half == experiments.plan("p3_fig4", "paper", **of) and full == experiments.plan(
         "p3_fig4", "paper", precision="float32", **of
     )
     assert [replace(c, precision="float32") for c in half] == full and DEEP == [
         c for pair in zip(full, half) for c in pair
     ]
-    assert {(c.experiment, c.dataset, c.model, c.epochs, c.seed) for c in DEEP} == {
-        ("p3_fig4", "cifar10", "resnet20", 250, 0)
-    }
+    assert {(c.dataset, c.model, c.epochs, c.seed) for c in DEEP} == {("cifar10", "resnet20", 250, 0)}
     assert len({c.run for c in DEEP}) == len(DEEP) == 8
-    assert [x_precision.CIFAR.swept(c)["precision"] for c in DEEP] == 4 * ["float32", "bfloat16"]
+    assert [x_precision_cifar.EXPERIMENT.swept(c)["precision"] for c in DEEP] == 4 * ["float32", "bfloat16"]
     quick = experiments.plan("x_precision_cifar", "quick")
     assert [(c.rule, c.precision) for c in quick] == [(r, p) for r in ("bp", "pfa") for p in x_precision.PRECISIONS]
     assert {(c.dataset, c.model, c.epochs) for c in quick} == {("digits", "resnet8", 2)}
@@ -115,10 +111,10 @@ def test_a_summary_is_of_pairs() -> None:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository whose records are Figure 2's and those beyond it, and an empty run store."""
+    """A repository whose records are Figure 2's and the sparse ones, and an empty run store."""
     folder = tmp_path / "data" / "records"
     folder.mkdir(parents=True)
-    for name in ("p3_fig2", "p3_beyond"):
+    for name in ("p3_fig2", "p3_sparse"):
         for path in (ROOT / "data" / "records").glob(f"{name}.*"):
             shutil.copy(path, folder)
     monkeypatch.setattr(records, "ROOT", tmp_path)
@@ -126,57 +122,65 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_collect_takes_shared_runs_from_the_records_that_hold_them(elsewhere: Path) -> None:
-    runs = experiments.plan(
-        "x_precision", "paper", seeds=1, rules="bp,kp"
-    )  # kp is in no record but those beyond Figure 2
+def test_shared_runs_stay_in_the_record_that_holds_them_and_are_in_the_figures_table(elsewhere: Path) -> None:
+    runs = experiments.plan("x_precision", "paper", seeds=1, rules="bp,kp")  # kp is in no record but the sparse one
+    before = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
     with pytest.raises(UserError, match="2 of 4 runs of x_precision are finished"):
-        campaign.collect("x_precision", "paper", runs)
-    campaign.collect("x_precision", "paper", runs, partial=True)
-    table, about = records.read("x_precision"), records.sidecar("x_precision")
+        records.collect("x_precision", "paper", runs)
+    assert records.collect("x_precision", "paper", runs, partial=True)[1] == 0  # nothing new, and nothing written
+    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == before
+    table, about = records.union("x_precision", "paper", runs)
     assert [c for c in table if c not in records.COLUMNS] == ["precision"] and set(table.precision) == {"float32"}
-    assert (
-        set(table.run)
-        == set(about["status"])
-        == set(about["configs"])
-        == {c.run for c in runs if c.precision == "float32"}
-    )
-    for rule, holder in (("bp", "p3_fig2"), ("kp", "p3_beyond")):
+    full = {c.run for c in runs if c.precision == "float32"}
+    assert set(table.run) == set(about["status"]) == set(about["configs"]) == full
+    assert about["partial"] and about["records"] == ["p3_fig2", "p3_sparse"]
+    for rule, holder in (("bp", "p3_fig2"), ("kp", "p3_sparse")):
         rows, theirs = table[table.rule == rule], records.read(holder)
         theirs = theirs[theirs.run == rows.run.iloc[0]]
         pd.testing.assert_frame_equal(
             rows[records.COLUMNS].reset_index(drop=True), theirs[records.COLUMNS].reset_index(drop=True)
         )
-    again = campaign.collect("x_precision", "paper", runs, partial=True)  # now from its own record
-    assert records.read("x_precision").equals(table) and again.exists()
+
+
+def test_a_new_run_goes_into_the_figures_own_record_and_the_shared_ones_do_not(elsewhere: Path) -> None:
+    runs = experiments.plan("x_precision", "paper", seeds=1, rules="bp")
+    (half,) = [c for c in runs if c.precision == "bfloat16"]
+    rows = pd.DataFrame([[1, "", None, "test_accuracy", 98.0]], columns=["epoch", "layer", "depth", "metric", "value"])
+    RunFolder(half).finish(rows, {"state": "finished", "seconds": 1.0})
+    path, new = records.collect("x_precision", "paper", runs, partial=True)
+    assert new == 1 and set(records.read("x_precision").run) == {half.run}
+    again = path.read_bytes()
+    assert records.collect("x_precision", "paper", runs, partial=True) == (path, 0) and path.read_bytes() == again
+    assert set(records.union("x_precision", "paper", runs)[0].run) == {c.run for c in runs}
 
 
 def test_add_trains_no_run_that_any_record_holds(elsewhere: Path) -> None:
-    left = campaign.missing(PAPER, "paper", campaign.recorded("paper"))
+    held = records.holders()
+    left = campaign.missing([c for c in PAPER if c.run not in held])
     assert {c.precision for c in left} == {"bfloat16"} and len(left) == 35
-    assert len(campaign.missing(PAPER, "paper")) == 70
+    assert len(campaign.missing(PAPER)) == 70
 
 
 class Asked(Exception):
-    """Raised in place of training, with what was held."""
+    """Raised in place of training, with the runs that were asked for."""
 
 
 def test_a_notebook_trains_what_records_hold_unless_it_is_told_to_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*_: object, held: object, **__: object) -> None:
-        raise Asked(held)
+    def run(configs: list, **_: object) -> None:
+        raise Asked({c.run for c in configs})
 
-    monkeypatch.setattr(campaign, "recorded", lambda mode: {"a"})
     monkeypatch.setattr(campaign, "run", run)
-    for told, mode, seeds, held in (
-        ("", "paper", 0, ()),
-        ("1", "paper", 0, {"a"}),
-        ("1", "quick", 0, ()),
-        ("1", "paper", 1, ()),
+    held = PAPER[0].run
+    monkeypatch.setattr(records, "holders", lambda: {held: "p3_fig2"})
+    for told, mode, seeds, trained in (
+        ("", "paper", 0, True),
+        ("1", "paper", 0, False),
+        ("1", "paper", 1, True),
     ):
         monkeypatch.setenv("FA_ADD", told)
         with pytest.raises(Asked) as asked:
-            Notebook("x_precision", mode=mode, seeds=seeds).table()
-        assert asked.value.args == (held,)
+            Page("x_precision", mode=mode, seeds=seeds).table()
+        assert (held in asked.value.args[0]) == trained
 
 
 def test_reproduce_hands_add_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,9 +197,8 @@ def test_reproduce_hands_add_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def doubled(shift: float = 0.0) -> tuple[pd.DataFrame, dict]:
     """A record in which bfloat16 is float32 again, BP's test accuracy shifted; and its sidecar."""
     full = {c.run: c for c in PAPER if c.precision == "float32"}
-    table = records.read("p3_beyond")
-    table = table[table.run.isin(list(full))][records.COLUMNS]
-    twin = {run: replace(c, experiment="x_precision", precision="bfloat16").run for run, c in full.items()}
+    table = records.union("x_precision", "paper", list(full.values()))[0][records.COLUMNS]
+    twin = {run: replace(c, precision="bfloat16").run for run, c in full.items()}
     other = table.assign(run=table.run.map(twin), precision="bfloat16")
     other.loc[(other.rule == "bp") & (other.metric == "test_accuracy"), "value"] += shift
     configs = {c.run: asdict(c) for c in PAPER}
@@ -262,7 +265,7 @@ def deep(run: str = "", metric: str = "", shift: float = 0.0) -> dict[str, dict]
     table.loc[(table.run == run) & (table.metric == metric) & table.layer.isin(["", "layer7"]), "value"] += shift
     configs = {c.run: asdict(c) for c in DEEP}
     beside = {"configs": configs, "status": {name: {"state": "finished"} for name in configs}}
-    about = (c for c in claims.load() if c.experiment == "x_precision_cifar")
+    about = (c for c in claims.load() if c.name == "x_precision_cifar")
     planned = pd.DataFrame([{"run": c.run, "rule": c.rule, "seed": 0, "precision": c.precision} for c in DEEP])
     judged = (claims.judge(c, table, records.reference("x_precision_cifar"), beside, planned) for c in about)
     return {row["id"].removeprefix("x_precision_cifar_"): row for row in judged}
@@ -272,9 +275,9 @@ def test_a_pair_of_resnets_is_held_against_the_papers_seeds() -> None:
     paper = records.reference("p3_fig4").query("metric == 'val_accuracy' and epoch == 250").set_index("rule")
     rows = deep()
     assert {row["verdict"] for row in rows.values()} == {"holds"} and {row["n"] for row in rows.values()} == {1}
-    assert list(rows) == [*(f"accuracy_{r}" for r in x_precision.CIFAR_RULES), "angle", "angle_usf"]
+    assert list(rows) == [*(f"accuracy_{r}" for r in x_precision_cifar.RULES), "angle", "angle_usf"]
     half = {c.rule: c.run for c in DEEP if c.precision == "bfloat16"}
-    for rule in x_precision.CIFAR_RULES:
+    for rule in x_precision_cifar.RULES:
         band = 2 * 2**0.5 * paper.sd[rule]
         assert float(rows[f"accuracy_{rule}"]["tolerance"]) == pytest.approx(band, abs=0.005)
         for shift, verdict in ((band + 0.01, "fails"), (-band - 0.01, "fails"), (band - 0.01, "holds")):
@@ -290,9 +293,9 @@ def test_a_pair_of_resnets_is_held_against_the_papers_seeds() -> None:
 
 
 def test_a_page_across_the_papers_is_after_none() -> None:
-    cfg = Notebook("x_precision")
-    assert cfg._trail("")["cite"].endswith("figure x_precision") and cfg._trail("")["paper"] == ""
-    assert "; after Li & Benna" in Notebook("p3_fig2")._trail("")["cite"] and "x" not in notebooks.PAPERS
+    trail = Page("x_precision").trail()
+    assert trail["cite"].endswith("figure x_precision") and trail["paper"] == ""
+    assert "; after Li & Benna" in Page("p3_fig2").trail()["cite"] and "x" not in citations.papers()
     assert "Learning curves in bfloat16 and float32 · `x_precision` ·" in (ROOT / "REPORT.md").read_text(
         encoding="utf-8"
     )

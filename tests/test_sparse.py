@@ -12,7 +12,7 @@ from torch import nn
 import fa
 from fa import experiments, theory
 from fa.experiments import p3_sparse
-from fa.results.page import Notebook
+from fa.results.page import Page
 
 
 def test_the_grid_is_the_authors_and_dense_runs_are_figure_2s() -> None:
@@ -22,7 +22,6 @@ def test_the_grid_is_the_authors_and_dense_runs_are_figure_2s() -> None:
     assert Counter(density) == {1.0: 35} | dict.fromkeys(p3_sparse.DENSITIES[:-1], 30)
     dense = {c.run for c, d in zip(runs, density) if d == 1}
     assert dense == {c.run for c in experiments.plan("p3_fig2", "paper", rules=",".join(p3_sparse.RULES))}
-    assert {c.experiment for c, d in zip(runs, density) if d < 1} == {"p3_sparse"}
     for c, d in zip(runs, density):
         assert c.rule_options.get("implicit") == ((d == 1 or "first") if c.rule in ("pfa", "pfa_o") else None)
 
@@ -31,7 +30,7 @@ def test_the_grid_is_the_authors_and_dense_runs_are_figure_2s() -> None:
 def test_quick_mode_trains_every_rule_at_three_densities(rule: str) -> None:
     runs = experiments.plan("p3_sparse", "quick", rules=rule)
     assert {p3_sparse.EXPERIMENT.swept(c)["density"] for c in runs} == ({1.0} if rule == "bp" else set(p3_sparse.QUICK))
-    assert {c.experiment for c in runs} == {"p3_sparse"} and {c.dataset for c in runs} == {"digits"}
+    assert {c.dataset for c in runs} == {"digits"}
 
 
 @pytest.mark.parametrize("density", p3_sparse.DENSITIES)
@@ -65,9 +64,9 @@ def test_synapses_per_weight_of_the_notebook_are_those_of_the_tensors() -> None:
 
 def test_a_record_that_lacks_densities_is_partial() -> None:
     """Dense runs of all five seeds come from Figure 2; the page must not take them for the whole."""
-    cfg = Notebook("p3_sparse", rules=["fa", "pfa"])
+    cfg = Page("p3_sparse", rules=["fa", "pfa"])
     runs = [c for c in cfg.runs if "density" not in c.options]
     for there, lacks in ((runs, "10 of 60 runs"), (cfg.runs, "")):
         rows = [{"run": c.run, "rule": c.rule, "seed": c.seed, "epoch": c.epochs} for c in there]
-        cfg.__dict__["_table"] = pd.DataFrame(rows)
+        cfg.__dict__["_made"] = (pd.DataFrame(rows), {})
         assert cfg.partial() == lacks
