@@ -310,8 +310,8 @@ def test_plan_of_a_few_rules_is_part_of_the_whole():
     "arguments, word",
     [
         (dict(experiment="p3_fig1"), "p3_fig2"),
-        (dict(mode="record"), "quick, paper"),
-        (dict(mode="papr"), "quick, paper"),
+        (dict(mode="record"), "quick, small, paper"),
+        (dict(mode="papr"), "quick, small, paper"),
         (dict(rules="bp,pfaa"), "pfa_o"),
         (dict(dataset="minst"), "mnist"),
         (dict(seeds=-1), "negative"),
@@ -330,17 +330,17 @@ def test_plan_names_the_known(arguments, word):
 def test_collect_refuses_a_part_unless_it_is_told():
     configs = plan("bp,fa", seeds=2)
     with pytest.raises(fa.UserError, match="0 of 4 runs of p3_fig2.*python -m fa run p3_fig2 --mode quick"):
-        campaign.collect("p3_fig2", "quick", configs, partial=True)
+        records.collect("p3_fig2", "quick", configs, partial=True)
     run(configs[:3])
     with pytest.raises(fa.UserError, match="3 of 4.*--partial"):
-        campaign.collect("p3_fig2", "quick", configs)
+        records.collect("p3_fig2", "quick", configs)
     assert not records.record_path("p3_fig2", "quick").exists()
-    path = campaign.collect("p3_fig2", "quick", configs, partial=True)
+    path, _ = records.collect("p3_fig2", "quick", configs, partial=True)
     about = records.sidecar("p3_fig2", "quick")
     assert (about["partial"], about["planned"], about["finished"]) == (True, 4, 3)
     assert path == records.record_path("p3_fig2", "quick")
     run(configs)
-    campaign.collect("p3_fig2", "quick", configs)
+    records.collect("p3_fig2", "quick", configs)
     about, table = records.sidecar("p3_fig2", "quick"), records.read("p3_fig2", "quick")
     assert (about["partial"], about["finished"], len(about["configs"])) == (False, 4, 4)
     assert table.columns.tolist() == records.COLUMNS and set(table.run) == {c.run for c in configs}
@@ -350,9 +350,9 @@ def test_collect_refuses_a_part_unless_it_is_told():
     whole = table[table.layer == ""]
     assert whole.depth.isna().all() and not table.duplicated(["run", "epoch", "layer", "metric"]).any()
     first = path.read_bytes(), path.with_suffix(".json").read_bytes()
-    campaign.collect("p3_fig2", "quick", configs)
+    records.collect("p3_fig2", "quick", configs)
     assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == first  # no time in it
-    campaign.collect("p3_fig2", "quick", configs[::-1])
+    records.collect("p3_fig2", "quick", configs[::-1])
     assert path.read_bytes() == first[0]  # whatever the order
 
 
@@ -360,19 +360,19 @@ def test_collect_drops_no_run_of_the_figure_from_a_record(monkeypatch):
     figure, other = plan("bp,fa", seeds=2), plan("kp")
     monkeypatch.setattr(experiments, "plan", lambda *args: figure)
     campaign.run([*figure, *other], workers=1, device="cpu", progress=False)
-    path = campaign.collect("p3_fig2", "paper", figure)
+    path, _ = records.collect("p3_fig2", "paper", figure)
     before = path.read_bytes()
     with pytest.raises(fa.UserError, match="holds 2 runs of the figure.*without --rules and --seeds"):
-        campaign.collect("p3_fig2", "paper", figure[:2], partial=True)
+        records.collect("p3_fig2", "paper", figure[:2], partial=True)
     assert path.read_bytes() == before
-    campaign.collect("p3_fig2", "paper", [*figure, *other])  # more is welcome
-    campaign.collect("p3_fig2", "paper", figure)  # and what is not of the figure may go
+    assert records.collect("p3_fig2", "paper", [*figure, *other])[1] == 1  # more is welcome
+    assert records.collect("p3_fig2", "paper", figure) == (path, 0)  # and nothing new leaves the record as it is
 
 
 def test_a_record_that_is_not_there():
-    with pytest.raises(fa.UserError, match="mode='quick' or 'paper'"):
+    with pytest.raises(fa.UserError, match="mode='quick', 'small' or 'paper'"):
         records.read("p3_fig2", "quick")
-    with pytest.raises(fa.UserError, match="mode='quick' or 'paper'"):
+    with pytest.raises(fa.UserError, match="mode='quick', 'small' or 'paper'"):
         records.sidecar("p3_fig2", "quick")
 
 
@@ -395,8 +395,8 @@ def test_a_large_table_is_packed_and_the_small_one_goes():
 
 BAD = {
     "experiment": (["run", "p3_fig99"], "p3_fig2"),
-    "mode": (["run", "p3_fig2", "--mode", "quik"], "quick, paper"),
-    "record cannot train": (["run", "p3_fig2", "--mode", "record"], "quick, paper"),
+    "mode": (["run", "p3_fig2", "--mode", "quik"], "quick, small, paper"),
+    "record cannot train": (["run", "p3_fig2", "--mode", "record"], "quick, small, paper"),
     "rule": (["run", "p3_fig2", "--rules", "bp,pfaa"], "pfa_o"),
     "data set": (["run", "p3_fig2", "--dataset", "minst"], "mnist"),
     "seeds": (["run", "p3_fig2", "--seeds", "-1"], "negative"),
@@ -455,7 +455,7 @@ def test_run_then_collect_from_the_command_line(capsys, monkeypatch):
     assert command.main(["run", *grid, "--workers", "1", "--device", "cpu"]) == 0
     assert "1 of 1 runs are finished, 1 of them now" in capsys.readouterr().out
     assert command.main(["collect", *grid]) == 0
-    assert capsys.readouterr().out.strip() == "build/quick/p3_fig2.csv"
+    assert capsys.readouterr().out.strip() == "build/quick/p3_fig2.csv: 1 new runs"
     assert command.main(["list"]) == 0
     assert "p3_fig2" in capsys.readouterr().out
 

@@ -33,12 +33,12 @@ def test_the_table_is_what_was_collected(experiment: str) -> None:
 
 @pytest.mark.parametrize("experiment", RECORDS)
 def test_a_run_is_named_by_its_settings(experiment: str) -> None:
-    planned = {c.run for c in experiments.plan(experiment, "paper")}
-    about = records.sidecar(experiment)
+    planned = {c.run for c in experiments.plan(*records.figure_of(experiment))}
+    about, held = records.sidecar(experiment), records.holders()
     assert set(about["configs"]) <= planned, (
         f"{experiment} holds runs that are not planned any more; train and collect it again"
     )
-    assert about["partial"] == (set(about["configs"]) != planned)
+    assert about["partial"] == (not planned <= set(held))
 
 
 @pytest.mark.parametrize("experiment", RECORDS)
@@ -61,7 +61,7 @@ def test_a_figure_is_drawn_from_the_present_table(path: Path) -> None:
 
 
 def test_a_missing_record_says_how_to_make_it() -> None:
-    with pytest.raises(UserError, match="set mode='quick' or 'paper'"):
+    with pytest.raises(UserError, match="set mode='quick', 'small' or 'paper'"):
         records.read("p9_fig9")
 
 
@@ -88,7 +88,7 @@ def test_a_table_that_was_edited_is_refused(tmp_path: Path, monkeypatch: pytest.
     """Whoever reads it, a report or a collection that would give it a new checksum."""
     monkeypatch.setattr(records, "ROOT", tmp_path)
     rows = [["r", "bp", 0, 1, "", None, "test_accuracy", 98.0]]
-    path = records.write("p3_fig2", "record", pd.DataFrame(rows, columns=records.COLUMNS), {"configs": {}})
+    path = records.write("p3_fig2", "paper", pd.DataFrame(rows, columns=records.COLUMNS), {"configs": {}})
     assert records.read("p3_fig2").value.tolist() == [98.0]
     path.write_text(path.read_text().replace("98", "99"))
     with pytest.raises(UserError, match="p3_fig2.csv was changed after"):

@@ -244,6 +244,8 @@ def collect(experiment: str, mode: str, configs: list[Any], partial: bool = Fals
         "status": status,
         "environments": [json.loads(e) for e in sorted(environments)],
         "fingerprints": _fingerprints(mine, before.get("fingerprints", {})),
+        "planned": len(configs),
+        "finished": len(done),
         "partial": len(done) < len(configs),
         "wall_seconds": round(sum(map(run_seconds, status.values())), 1),
     }
