@@ -309,7 +309,7 @@ def test_plan_of_a_few_rules_is_part_of_the_whole():
 @pytest.mark.parametrize(
     "arguments, word",
     [
-        (dict(experiment="p3_fig1"), "p3_fig2"),
+        (dict(experiment="p9_fig1"), "p3_fig2"),
         (dict(mode="record"), "quick, small, paper"),
         (dict(mode="papr"), "quick, small, paper"),
         (dict(rules="bp,pfaa"), "pfa_o"),

@@ -405,15 +405,15 @@ def test_swept_axes_match_rounded_values_and_name_numbers() -> None:
 
 def test_the_table_loads_and_says_where_numbers_are_from() -> None:
     table = claims.load()
-    assert {c.experiment for c in table} >= {"p3_fig2", "p3_fig3"}
+    assert {c.name for c in table} >= {"p3_fig2", "p3_fig3"}
     for c in table:
-        assert c.id.startswith(c.experiment + "_") and c.experiment.startswith(c.paper)
+        assert c.id.startswith(c.name + "_") and c.name.startswith(c.paper)
 
 
 def test_every_published_value_that_a_claim_uses_exists() -> None:
     for c in claims.load():
-        row = claims.judge(c, None, records.reference(c.experiment))
-        assert row["target"] != "unknown", f"{c.id}: {c.target} is not in data/reference/{c.experiment}.csv"
+        row = claims.judge(c, None, records.reference(c.name))
+        assert row["target"] != "unknown", f"{c.id}: {c.target} is not in data/reference/{c.name}.csv"
 
 
 def test_a_broken_table_is_refused(tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_a_broken_table_is_refused(tmp_path: Path) -> None:
             claims.load(tmp_path)
     path.write_text(f"{head}\n{good}\n")
     (found,) = claims.load(tmp_path)
-    assert (found.n_min, found.paper, found.experiment) == (1, "p3", "p3_fig2")
+    assert (found.n_min, found.paper, found.name) == (1, "p3", "p3_fig2")
 
 
 def test_verdicts_read_the_table_of_the_mode(monkeypatch) -> None:
@@ -486,7 +486,7 @@ def like_the_paper(experiment: str) -> pd.DataFrame:
 def test_a_record_like_the_paper_satisfies_every_claim(experiment: str) -> None:
     reference, table = records.reference(experiment), like_the_paper(experiment)
     for c in claims.load():
-        if c.experiment == experiment and "mismatch" not in c.criterion:  # what norms of W the paper had is unknown
+        if c.name == experiment and "mismatch" not in c.criterion:  # what norms of W the paper had is unknown
             row = claims.judge(c, table, reference)
             assert row["verdict"] == "holds", (row["id"], row["measured"], row["why"])
 

@@ -45,4 +45,4 @@ def test_a_campaign_runs_without_the_rest(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", ALONE], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "6 of 6 runs are finished" in done.stdout
-    assert len(list(tmp_path.glob("quick/p3_fig2/*/metrics.csv"))) == 6
+    assert len(list(tmp_path.glob("*/metrics.csv"))) == 6

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +19,11 @@ import papermill
 import pytest
 
 import fa
-from fa import experiments
-from fa.results import batch, records
+from fa import citations, experiments, paths
+from fa.results import batch, contents, parameters, records
 from fa.results import page as notebooks
+from fa.results import table as figure_table
+from fa.train.config import Config
 
 PAGES = sorted((fa.ROOT / "notebooks").glob("*.ipynb"))
 PLAIN = {"mode": "record", "seeds": 0, "epochs": 0, "rules": "", "dataset": "", "device": "auto"}
@@ -53,8 +55,8 @@ class TestForm:
         for line in cell.source.splitlines():
             assert re.fullmatch(r"\w+: (int|float|bool|str) = [^=#]+  # [^=]+", line), line
         known = papermill.inspect_notebook(str(path))
-        assert list(known)[: len(notebooks.STANDARD)] == list(notebooks.STANDARD)
-        for name, kind in notebooks.STANDARD.items():
+        assert list(known)[: len(parameters.STANDARD)] == list(parameters.STANDARD)
+        for name, kind in parameters.STANDARD.items():
             assert known[name]["inferred_type_name"] == kind.__name__
         assert known["mode"]["default"] == '"record"'
 
@@ -93,9 +95,7 @@ class TestForm:
 def test_every_experiment_has_its_notebook_and_the_index_names_all():
     stems = {p.stem for p in PAGES}
     assert {e.notebook for e in experiments.EXPERIMENTS.values()} <= stems
-    stored = "".join(
-        str(o.get("data", "")) for c in read(notebooks.find(["00"])[0]).cells for o in c.get("outputs", [])
-    )
+    stored = "".join(str(o.get("data", "")) for c in read(contents.find(["00"])[0]).cells for o in c.get("outputs", []))
     assert not [stem for stem in stems if stem not in stored], "run make refresh NOTEBOOKS=00"
 
 
@@ -104,12 +104,12 @@ def test_every_experiment_has_its_notebook_and_the_index_names_all():
 
 @pytest.mark.parametrize("change, message", [
     ({"sedes": 3}, "unknown parameter 'sedes'; known: mode, seeds, epochs, rules, dataset, device"),
-    ({"mode": "fast"}, "unknown mode 'fast'; known: record, quick, paper"),
-    ({"rules": "bp,pfaa"}, "unknown rule 'pfaa'; known: .*pfa_o"),
-    ({"dataset": "mnits"}, "unknown dataset 'mnits'; known: .*mnist"),
+    ({"mode": "fast"}, "unknown mode 'fast'; known: record, quick, small, paper"),
+    ({"rules": "bp,pfaa"}, "unknown rule 'pfaa'; known rules: .*pfa_o"),
+    ({"dataset": "mnits"}, "unknown data set 'mnits'; known data sets: .*mnist"),
     ({"seeds": "3"}, "'seeds' must be of type int, not '3'"),
     ({"seeds": True}, "'seeds' must be of type int"),
-    ({"epochs": -1}, "'epochs' must be 0"),
+    ({"epochs": -1}, "epochs=-1 must not be negative"),
     ({"expansion": 10.5}, "'expansion' must be of type int"),
 ])  # fmt: skip
 def test_bad_parameters_are_refused_by_name(change, message):
@@ -149,13 +149,24 @@ def test_own_parameters_come_from_the_experiment():
 
 def test_another_experiment_of_a_page_has_its_mode_and_device_and_parameters_of_its_own():
     page = notebooks.notebook(PLAIN | {"mode": "quick", "device": "cpu", "rules": "kp", "seeds": 2}, "x_precision")
-    part = page.part("p3_fig2", epochs=3)
+    part = page.part("p3_fig2")
     assert (part.experiment, part.mode, part.device) == ("p3_fig2", "quick", "cpu")
-    assert (part.rules, part.seeds, part.epochs, part.own) == ([], 0, 3, {"expansion": 10})
-    with pytest.raises(fa.UserError, match="unknown parameter 'sedes'"):
-        page.part("p3_fig2", sedes=3)
+    assert (part.rules, part.seeds, part.epochs, part.own) == ([], 0, 0, {"expansion": 10})
+    assert notebooks.notebook(PLAIN, "x_precision_cifar").part("p3_fig4").name == "p3_fig4", "of the page's own scale"
     with pytest.raises(fa.UserError, match="unknown experiment 'p9_fig9'"):
         page.part("p9_fig9")
+
+
+def test_record_mode_shows_the_papers_scale_where_it_is_complete_and_else_the_small_one():
+    """Figure 4's record at the paper's scale is partial, and ImageNet has none."""
+    cfg = notebooks.notebook(PLAIN | {"scale": "", "precision": ""}, "p3_fig5")
+    assert (cfg.trained, cfg.name) == ("small", "p3_fig5_small") and cfg.reference().empty
+    asked = notebooks.notebook(PLAIN | {"scale": "paper", "precision": ""}, "p3_fig5")
+    assert (asked.trained, asked.name, asked.partial()) == ("paper", "p3_fig5", "no run yet") and len(asked.reference())
+    with pytest.raises(fa.UserError, match="unknown scale 'large'; known: small, paper"):
+        notebooks.notebook(PLAIN | {"scale": "large", "precision": ""}, "p3_fig5")
+    with pytest.raises(fa.UserError, match="p3_fig2 has no mode 'small'"):
+        notebooks.notebook(PLAIN | {"mode": "small", "expansion": 10}, "p3_fig2").table()
 
 
 # ------------------------------------------------------------------------------------------------------------ modes
@@ -167,8 +178,9 @@ def figure(monkeypatch, tmp_path):
 
     def plan(experiment, mode, seeds=0, epochs=0, rules="", dataset="", **own):
         fixed = {"epochs": epochs or 4, "dataset": dataset or "mnist"}
-        return [SimpleNamespace(run=f"{r}-{s}-{epochs or 4}", rule=r, seed=s, **fixed)
-                for r in (rules.split(",") if rules else ("bp", "pfa")) for s in range(seeds or 3)]  # fmt: skip
+        return [
+            Config(r, s, **fixed) for r in (rules.split(",") if rules else ("bp", "pfa")) for s in range(seeds or 3)
+        ]
 
     def table(runs):
         rows = [
@@ -179,19 +191,22 @@ def figure(monkeypatch, tmp_path):
         return pd.DataFrame(rows, columns=records.COLUMNS)
 
     monkeypatch.setattr(experiments, "plan", plan)
-    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
-    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(figure_table, "plan", plan)
+    for module in (notebooks, records, paths):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     rows = [("p3", "Figure 2", "pfa", "", 4, "", "test_accuracy", 95.5, 0.5, 5, "here")]
     path = tmp_path / "data" / "reference" / "p3_fig2.csv"
     path.parent.mkdir(parents=True)
     pd.DataFrame(rows, columns=records.REFERENCE_COLUMNS).to_csv(path, index=False)
 
-    def commit(keep=lambda frame: frame):
-        records.write(
-            "p3_fig2", "record", keep(table(plan("p3_fig2", "paper"))), {"environments": [{"torch": "9.9", "gpu": "G"}]}
-        )
+    def commit(keep=lambda frame: frame, mode="paper"):
+        rows = keep(table(runs := plan("p3_fig2", "paper")))
+        there = {c.run: asdict(c) for c in runs if c.run in set(rows.run)}
+        status = {run: {"state": "finished", "seconds": 1.0} for run in there}
+        made = {"configs": there, "status": status, "environments": [{"torch": "9.9", "gpu": "G"}]}
+        records.write("p3_fig2", mode, rows, made)
 
-    return SimpleNamespace(commit=commit, open=lambda **p: notebooks.Notebook("p3_fig2", **p))
+    return SimpleNamespace(commit=commit, plan=plan, open=lambda **p: notebooks.Page("p3_fig2", **p))
 
 
 def test_record_mode_redraws_and_says_so(figure):
@@ -203,7 +218,8 @@ def test_record_mode_redraws_and_says_so(figure):
         r"6 runs \(BP, PFA; 3 seeds\), made with torch 9.9, G",
         cfg.banner(),
     )
-    assert set(figure.open(rules=["pfa"], seeds=2).table().run) == {"pfa-0-4", "pfa-1-4"}
+    chosen = {c.run for c in figure.plan("p3_fig2", "paper", seeds=2, rules="pfa")}
+    assert set(figure.open(rules=["pfa"], seeds=2).table().run) == chosen and len(chosen) == 2
 
 
 @pytest.mark.parametrize("choice", [{"rules": ["kp"]}, {"seeds": 4}, {"epochs": 9}, {"dataset": "digits", "epochs": 5}])
@@ -246,14 +262,17 @@ def test_where_figures_go_and_what_they_say(figure, monkeypatch):
     stamped, saved = [], []
     monkeypatch.setattr(plot, "stamp", lambda fig, text: stamped.append(text))
     monkeypatch.setattr(plot, "save", lambda fig, name, caption, folder, **trail: saved.append((folder, trail)))
-    monkeypatch.setattr(notebooks, "_title", lambda: "title")
+    monkeypatch.setattr(citations, "figure", lambda name, paper: f"{name} after {paper}")
+    monkeypatch.setenv("FA_ADD", "1")
+    two = figure.plan("p3_fig2", "paper", seeds=2)
     figure.commit(lambda t: t[t.seed < 2])
-    for mode in notebooks.MODES:
+    figure.commit(lambda t: t[t.seed < 2], "quick")
+    monkeypatch.setattr(figure_table.runs, "run", lambda missing, **_: SimpleNamespace(failed=[]))
+    monkeypatch.setattr(records, "collect", lambda *_, **__: None)
+    for mode in ("record", "quick", "paper"):
         cfg = figure.open(mode=mode)
-        cfg.__dict__["_table"] = records.read("p3_fig2")
-        if mode == "quick":
-            records.write("p3_fig2", "quick", records.read("p3_fig2"), {"environments": []})
-        cfg.save(None, "p3_fig2", "caption")
+        assert set(cfg.table().run) == {c.run for c in two}
+        cfg.save(None, "caption")
     folders = [folder.relative_to(notebooks.ROOT).as_posix() for folder, _ in saved]
     assert folders == ["build/record/figures", "build/quick/figures", "figures"]
     assert stamped == [
@@ -270,11 +289,11 @@ def test_where_figures_go_and_what_they_say(figure, monkeypatch):
 
 
 def test_notebooks_are_found_by_their_beginning():
-    assert [p.stem for p in notebooks.find(["32"])] == ["32_pfa_fig2_mnist"]
-    assert notebooks.find() == PAGES
-    assert notebooks.find(["notebooks/32_pfa_fig2_mnist.ipynb", "32"]) == notebooks.find(["32"])
+    assert [p.stem for p in contents.find(["32"])] == ["32_pfa_fig2_mnist"]
+    assert contents.find() == PAGES
+    assert contents.find(["notebooks/32_pfa_fig2_mnist.ipynb", "32"]) == contents.find(["32"])
     with pytest.raises(fa.UserError, match="unknown notebook '99'; known: 00_index"):
-        notebooks.find(["99"])
+        contents.find(["99"])
 
 
 @pytest.mark.parametrize("call, message", [
@@ -385,7 +404,7 @@ def test_the_command_line_ends_with_a_sentence_and_not_with_a_traceback(tmp_path
 
 def test_papermill_fails_on_a_misspelled_parameter(tmp_path):
     """As a user runs it, from any folder; the record is not needed for it."""
-    page = notebooks.find(["00"])[0]
+    page = contents.find(["00"])[0]
     command = [sys.executable, "-m", "papermill", str(page), "out.ipynb", "-p", "sedes", "3", "--no-progress-bar"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and "unknown parameter 'sedes'" in done.stderr
@@ -393,7 +412,7 @@ def test_papermill_fails_on_a_misspelled_parameter(tmp_path):
 
 def test_quick_mode_of_a_notebook_from_another_folder(tmp_path):
     """The whole way: papermill, training on digits, table, figure, verdicts; in a folder of its own."""
-    command = [sys.executable, "-m", "papermill", str(notebooks.find(["32"])[0]), "out.ipynb", "--no-progress-bar"]
+    command = [sys.executable, "-m", "papermill", str(contents.find(["32"])[0]), "out.ipynb", "--no-progress-bar"]
     command += ["-p", "mode", "quick", "-p", "seeds", "2", "-p", "epochs", "6", "-p", "rules", "bp,fa,pfa"]
     env = os.environ | {"FA_BUILD": str(tmp_path / "build"), "FA_RUNS": str(tmp_path / "runs")}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -422,7 +441,7 @@ def test_a_rule_of_a_page_is_trained_anew_when_its_code_has_changed(monkeypatch,
 
         Mine.__module__ = "__main__"
         monkeypatch.setitem(fa.RULES, "mine", dataclass(frozen=True)(Mine))
-        table = notebooks.Notebook("p3_fig2", mode="quick", rules=["mine"], seeds=1, epochs=1, device="cpu").table()
+        table = notebooks.Page("p3_fig2", mode="quick", rules=["mine"], seeds=1, epochs=1, device="cpu").table()
         return table[(table.metric == "angle_deg") & (table.epoch == 1)].value
 
     assert angle(2.0).max() < 1e-3 and angle(-3.0).min() > 179.9

@@ -19,6 +19,7 @@ RANGES = {
     "eig_mean": (0, np.inf),
     "eig_sd": (0, np.inf),
     "sign_concordance": (0, 1),
+    "theory_deg": (0, 180),
     **{f"{of}_angle_deg": (0, 180) for of in ("mean", "min", "max")},
     **{f"{of}_norm_ratio": (0, np.inf) for of in ("mean", "min", "max")},
     **dict.fromkeys(PROPERTIES, (0, 1)),

@@ -43,14 +43,14 @@ def test_every_claim_and_source_is_in_the_details_and_every_text_belongs_to_a_fi
         for text in (c.id, c.criterion, c.source):
             assert text.replace("|", "\\|") in details
     texts = {p.stem for p in (report.ROOT / "report").glob("*.md")} - {"REPORT.in", "REPORT_details.in"}
-    assert texts <= {c.experiment for c in claims.load()} | {p.stem for p in (report.ROOT / "figures").glob("*.json")}
+    assert texts <= {c.name for c in claims.load()} | {p.stem for p in (report.ROOT / "figures").glob("*.json")}
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch) -> Path:
     """A repository with templates, a README, one figure, and no record."""
 
-    def none(experiment: str, mode: str = "record") -> dict:
+    def none(*_: object) -> dict:
         raise UserError("no record")
 
     (tmp_path / "figures").mkdir()
@@ -60,8 +60,7 @@ def site(tmp_path: Path, monkeypatch) -> Path:
     (tmp_path / "README.md").write_text("# Title\n<!-- figures:begin -->outdated<!-- figures:end -->\nkept\n")
     shutil.copytree(report.ROOT / "report", tmp_path / "report")
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(records, "read", none)
-    monkeypatch.setattr(records, "sidecar", none)
+    monkeypatch.setattr(records, "union", none)
     return tmp_path
 
 
@@ -73,7 +72,7 @@ def test_without_records_every_claim_is_not_tested(site: Path) -> None:
     )
     n = len(claims.load())
     assert details.count("| not tested | no record |") == n
-    per_figure = pd.Series([c.experiment for c in claims.load()]).value_counts()
+    per_figure = pd.Series([c.name for c in claims.load()]).value_counts()
     assert all(f"| {k} not tested |" in readme for k in per_figure)
     assert text.count(" not tested (no record)") == len(per_figure)
     assert f"0 claims hold, 0 hold partly, 0 fail, {n} are not tested" in text
@@ -93,7 +92,7 @@ def test_a_figure_without_a_text_of_its_own_has_its_title(site: Path) -> None:
     (site / "report" / "p3_fig2.md").write_text("The finding.\n\nA sentence, {{ n.claims }} claims.\n")
     rendered = report.render()
     text = rendered[site / "REPORT.md"]
-    assert "4.3 Alignment against the expansion ratio\n" in text
+    assert "4.4 Alignment against the expansion ratio\n" in text
     assert "The finding.\n" in text and f"A sentence, {len(claims.load())} claims." in text
     assert "| The finding. |" in rendered[site / "README.md"]
 
@@ -139,21 +138,22 @@ def test_verdicts_measurements_and_machine_are_told(site: Path, monkeypatch) -> 
         "why": "no record",
     }
     rows = [blank | {"id": c.id, "claim": c.claim, "criterion": c.criterion} for c in claims.load()]
-    rows[0] |= {"measured": "98.38", "sd": "0.03", "n": 5, "verdict": "holds", "why": ""}
-    rows[1] |= {"measured": "fc1 1; fc 2", "sd": "0.1; nan", "n": 5, "verdict": "fails", "why": "fc 2 is off"}
+    first, second = (row for row in rows if row["id"] in ("p3_fig2_accuracy_bp", "p3_fig2_accuracy_fa"))
+    first |= {"measured": "98.38", "sd": "0.03", "n": 5, "verdict": "holds", "why": ""}
+    second |= {"measured": "fc1 1; fc 2", "sd": "0.1; nan", "n": 5, "verdict": "fails", "why": "fc 2 is off"}
     beside = {
         "finished": 30,
         "planned": 30,
         "wall_seconds": 361.2,
         "environments": [{"torch": "2.11.0", "cuda": "", "gpu": "", "cpu": "EPYC", "commit": "abc1234"}],
         "configs": {
-            f"{r}{s}": {"experiment": "e", "rule": r, "seed": s, "lr": 0.01, "weight_decay": d}
+            f"{r}{s}": {"rule": r, "seed": s, "lr": 0.01, "weight_decay": d}
             for r, d in (("bp", 1e-4), ("pfa", 9e-5))
             for s in range(5)
         },
     }
     monkeypatch.setattr(claims, "verdicts", lambda: pd.DataFrame(rows))
-    monkeypatch.setattr(records, "sidecar", lambda experiment: beside)
+    monkeypatch.setattr(records, "union", lambda *_: (None, beside))
     rendered = report.render()
     text, details = rendered[site / "REPORT.md"], rendered[site / "REPORT_details.md"]
     assert "| 98.38 ± 0.03 | 5 | holds |" in details and "| fc1 1 ± 0.1; fc 2 | 5 | fails | fc 2 is off |" in details
@@ -166,7 +166,7 @@ def test_verdicts_measurements_and_machine_are_told(site: Path, monkeypatch) -> 
 
 def test_a_partial_record_is_shown_and_not_judged(site: Path, monkeypatch) -> None:
     class Page:
-        def __init__(self, experiment: str) -> None:
+        def __init__(self, experiment: str, scale: str) -> None:
             self.experiment = experiment
 
         def table(self) -> pd.DataFrame:
@@ -180,7 +180,7 @@ def test_a_partial_record_is_shown_and_not_judged(site: Path, monkeypatch) -> No
 
     assert "Recorded so far" not in report.render()[site / "REPORT.md"]  # here nothing has a record
     made = {"finished": 6, "planned": 35, "wall_seconds": 1.0, "environments": [], "configs": {}}
-    monkeypatch.setattr(report, "Notebook", Page)
+    monkeypatch.setattr(report, "Page", Page)
     monkeypatch.setattr(report, "_made", lambda name: made | {"partial": True} if name == "p3_fig4" else {})
     text = report.render()[site / "REPORT.md"]
     assert text.count("Recorded so far") == 1 and "(1 of 5 seeds)" in text

@@ -242,13 +242,11 @@ class NoisyFeedback(Feedback):
     Such a layer is not compiled, since a compiled graph cannot hold a generator.
     """
 
-    forward = torch.compiler.disable(
-        Feedback.forward,
-        reason="this rule draws noise (input='normal' or 'uniform') and is not compiled; leave fullgraph out",
-    )
-
     def __init__(self, rule: Rule, op: LinearMap | ConvMap, layer: nn.Module, name: str, seed: int) -> None:
         super().__init__(rule, op, layer, name, seed)
+        if "forward" not in vars(NoisyFeedback):  # not at import: the call imports the compiler, which takes a second
+            why = "this rule draws noise (input='normal' or 'uniform') and is not compiled; leave fullgraph out"
+            NoisyFeedback.forward = torch.compiler.disable(Feedback.forward, reason=why)  # type: ignore[method-assign]
         op.gen = generator(seed, name, "noise", device=layer.weight.device)
 
     def get_extra_state(self) -> Tensor:
