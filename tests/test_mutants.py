@@ -1,4 +1,4 @@
-"""The mutants of ``tests/mutants.py`` fit the code: whoever rewrites a line that one of them changes, rewrites the mutant too."""
+"""The mutants of ``tests/mutants.py`` fit the code: whoever rewrites a mutant's line rewrites the mutant too."""
 
 import pytest
 from mutants import MUTANTS, ROOT, Mutant
