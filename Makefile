@@ -18,7 +18,7 @@ unkept := $(addprefix metadata.language_info.,codemirror_mode file_extension mim
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env test test-all lint reproduce refresh lab clean always
+.PHONY: help env test test-all mutants lint reproduce refresh lab clean always
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ test: $(stamp)  ## units, properties and notebooks
 test-all: $(stamp)  ## the slow tests too, then every notebook in quick mode
 	$(py) -m pytest $(ARGS)
 	$(py) -m fa reproduce --mode quick
+
+mutants: $(stamp)  ## wrong lines, one at a time: do the tests notice each?
+	$(py) tests/mutants.py $(ARGS)
 
 reproduce: $(stamp)  ## train and draw the notebooks (MODE, NOTEBOOKS); says where figures and report are
 	$(py) -m fa reproduce --mode $(MODE) $(NOTEBOOKS) $(ARGS)

@@ -149,6 +149,28 @@ def test_a_skip_adds_its_own_error():
     assert apart(got["stem.weight"], torch.nn.grad.conv2d_weight(x, net.stem.weight.shape, below, padding=1)) < 1e-13
 
 
+def test_a_block_that_is_cut_adds_no_error_of_its_skip():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, h):
+            return h + self.inner(h)
+
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), Block(), nn.Flatten(), nn.Linear(100, 3))
+    fa.convert(oracles.fixed_weights(net.double()), "dfa", tap="block", blocks="Block")
+    x, y = randn(2, 2, 5, 5, seed=1), torch.arange(2)
+    got = grads(net, x, y)
+    with torch.no_grad():
+        h = torch.tanh(net[0](x))
+        e = softmax_error(net(x), y)
+        below = (1 - h**2) * sent(net[2].inner, e, h.shape)  # by B of the convolution alone
+        above = (e @ net[4].feedback.B).view(h.shape)
+    assert apart(got["2.inner.weight"], torch.nn.grad.conv2d_weight(h, (4, 4, 3, 3), above, padding=1)) < 1e-13
+    assert apart(got["0.weight"], torch.nn.grad.conv2d_weight(x, (4, 2, 3, 3), below, padding=1)) < 1e-13
+
+
 def test_a_residual_network_with_batch_norm_equals_the_cut_graph():
     """The same network with every layer's input detached by hand, each given its own error from above."""
     net, x, y = oracles.resnet()

@@ -149,7 +149,7 @@ def test_positions_matter_for_convolutions_only(rule):
 
 
 @shapes
-@pytest.mark.parametrize("rule", ["amp", "null", "all", "ia"])
+@pytest.mark.parametrize("rule", ["amp", "null", "all", "ia", "aa"])
 def test_rectified_projection(rule, shape):
     name, options = COEFFICIENTS[rule]
     layer, x = make(shape)

@@ -616,6 +616,8 @@ def test_eigenvalues_of_the_fixed_matrix():
 def test_orthogonal_matrix_is_orthogonal(groups):
     B = fa.rules.PFAo().fixed(12, groups, torch.empty(0, dtype=torch.float64), oracles.rng(0))
     assert (B @ B.mT - torch.eye(12 // groups)).abs().max() < 1e-12
+    drawn = [fa.rules.PFAo().fixed(4, 1, torch.empty(0, dtype=torch.float64), oracles.rng(seed)) for seed in range(400)]
+    assert torch.stack(drawn).mean(0).abs().max() < 0.1  # uniform: 0, with an sd of 1 / sqrt(4 * 400)
 
 
 def test_feedback_scales():

@@ -1,0 +1,283 @@
+"""Would the tests notice a wrong line? Mutants of the package, each with a test that must fail under it.
+
+``python tests/mutants.py [NAME ...]`` (default: all) copies the package, the tests and their data to a temporary
+folder, changes one text there and runs the tests of this mutant. The unchanged copy passes the same tests first.
+``make test`` checks that every text still occurs once (tests/test_mutants.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from io import StringIO
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("fa", "tests", "data/claims", "data/records", "data/reference")
+LIBRARIES = ["torch", "pandas", "matplotlib.pyplot", "hypothesis", "pytest"]  # imported once, before the forks
+
+
+class Mutant(NamedTuple):
+    """A wrong line: in the package's ``file`` the ``text``, which occurs once, becomes ``wrong``.
+
+    ``tests`` are pytest's ids below tests/, separated by spaces; each test must fail, in one of its cases at least.
+    """
+
+    name: str
+    file: str
+    text: str
+    wrong: str
+    tests: str
+
+
+MUTANTS = [
+    # ------------------------------------------------------------------------------------------------------------ rules
+    Mutant("bound of a uniform draw", "rules/base.py", "bound = math.sqrt(3.0) * std", "bound = math.sqrt(2.0) * std",
+           "test_rules.py::test_feedback_scales"),
+    Mutant("fan_in and fan_out swapped", "rules/base.py", "return W.shape[1] * receptive, W.shape[0] * receptive",
+           "return W.shape[0] * receptive, W.shape[1] * receptive", "test_rules.py::test_feedback_scales"),
+    Mutant("scale of Xavier", "rules/base.py", "math.sqrt(2 / (fan_in + fan_out))", "math.sqrt(1 / (fan_in + fan_out))",
+           "test_rules.py::test_feedback_scales"),
+    Mutant("zeros and ones of a mask swapped", "rules/base.py", "< density).to(like)", ">= density).to(like)",
+           "test_rules.py::test_sparse_feedback_has_its_density_and_is_not_rescaled"),
+    Mutant("mask dropped from the kernel", "rules/base.py", "[(A, M * mask, *c)", "[(A, M, *c)",
+           "test_local_rules.py::test_sparse_feedback_carries_errors_on_the_entries_that_exist"),
+    Mutant("number of a term dropped", "rules/base.py", "torch.addcmul(K, c, M",
+           "torch.addcmul(K, torch.ones_like(c), M", "test_rules.py::test_implicit_feedback_is_the_explicit_one"),
+    Mutant("magnitudes of track by the mean", "rules/fixed.py", "W.square().mean().sqrt() if", "W.abs().mean() if",
+           "test_rules.py::test_any_linear_layer"),
+    Mutant("magnitudes that have signs", "rules/fixed.py", "M.abs() * W.sign()", "M * W.sign()",
+           "test_local_rules.py::test_angles_by_construction"),
+    Mutant("dense feedback transposed", "rules/fixed.py", "reversed(op.sizes)", "op.sizes",
+           "test_local_rules.py::test_dense_feedback_is_a_matrix_between_flattened_maps"),
+    Mutant("size of dense feedback by the outputs", "rules/fixed.py", "W[0].numel() / shape[1]",
+           "W[0].numel() / shape[0]", "test_local_rules.py::test_dense_feedback_scale"),
+    Mutant("copy refreshed a step late", "rules/fixed.py", "step % self.every:", "(step - 1) % self.every:",
+           "test_local_rules.py::test_refresh_schedule"),
+    Mutant("feedback learns away from W", "rules/product.py", 'return {"B": dW}', 'return {"B": -dW}',
+           "test_rules.py::test_kp_mismatch_decays_geometrically"),
+    Mutant("B not rescaled for its density", "rules/product.py", "math.sqrt(mid * self.density)", "math.sqrt(mid)",
+           "test_rules.py::test_fixed_matrix_has_identity_expectation"),
+    Mutant("orthogonal matrix that is not uniform", "rules/product.py", "B = (Q * signs.unsqueeze(-2)).to(like)",
+           "B = Q.to(like)", "test_rules.py::test_orthogonal_matrix_is_orthogonal"),
+    Mutant("fan_out of R without the expansion", "rules/product.py", "fan_out * mid / W.shape[0]", "fan_out",
+           "test_rules.py::test_path_norm_ratio_at_the_start_is_the_papers"),
+    Mutant("factor 2 of the decay missing", "rules/estimation.py", '{"B": 2 * self.decay * B', '{"B": self.decay * B',
+           "test_local_rules.py::test_feedback_descends_the_published_regulariser"),
+    Mutant("Hebbian term with the other sign", "rules/estimation.py", "up(p * B).sub_(y, alpha=a)",
+           "up(p * B).add_(y, alpha=a)", "test_local_rules.py::test_rectified_projection"),
+    Mutant("factor 2 of the null term missing", "rules/estimation.py", "a, n, p = self.amp, 2 * self.null",
+           "a, n, p = self.amp, self.null", "test_local_rules.py::test_feedback_descends_the_published_regulariser"),
+    Mutant("sparse term missing beside the null term", "rules/estimation.py",
+           "data + op.grad_weight(x, up(p * B), W) if p else data", "data",
+           "test_local_rules.py::test_rectified_projection"),
+    Mutant("centred over the batch", "rules/estimation.py", "flat.mean(1, keepdim=True)", "flat.mean(0, keepdim=True)",
+           "test_local_rules.py::test_centred_and_normalised_input"),
+    Mutant("sum and mean over positions swapped", "rules/estimation.py", 'self.positions == "mean" or',
+           'self.positions == "sum" or', "test_local_rules.py::test_feedback_descends_the_published_regulariser"),
+    Mutant("rectifier dropped", "rules/estimation.py", "y = torch.relu(y) if self.activation else y", "y = y",
+           "test_local_rules.py::test_rectified_projection"),
+    Mutant("decay in the gradient and in the optimizer", "rules/estimation.py", "own_decay = True", "own_decay = False",
+           "test_local_rules.py::test_own_decay_feedback_has_a_group_of_its_own"),
+    # ----------------------------------------------------------------------------------------------------------- layers
+    Mutant("tracked norm upside down", "layers/feedback.py",
+           "K * (torch.linalg.vector_norm(W) / size.clamp_min(torch.finfo(size.dtype).tiny))",
+           "K * (size / torch.linalg.vector_norm(W))", "test_rules.py::test_any_linear_layer"),
+    Mutant("bias within y", "layers/feedback.py", "out if b is None else out - b.view(-1, *[1] * (W.dim() - 2))", "out",
+           "test_local_rules.py::test_feedback_descends_the_published_regulariser"),
+    Mutant("y as the next layer left it", "layers/feedback.py", "kept if kept._version == version else",
+           "kept if True else", "test_local_rules.py::test_the_next_layer_may_work_in_place"),
+    Mutant("feedback learns beside a frozen weight", "layers/feedback.py",
+           'any(need_state) and (need_W or "dW" not in fb.grad_args)', "any(need_state)",
+           "test_convert.py::test_feedback_that_follows_the_weights_update_rests_while_the_weight_is_frozen"),
+    Mutant("number of a term dropped for few samples", "layers/feedback.py",
+           "(dy * c[0].flatten()).to(dy.dtype) if c else dy", "dy",
+           "test_rules.py::test_implicit_feedback_is_the_explicit_one"),
+    Mutant("one draw for all layers and steps", "layers/feedback.py", "map(str, (seed, *labels))", "map(str, (seed,))",
+           "test_local_rules.py::test_magnitudes_change_once_in_every_optimizer_step_and_only_then"),
+    Mutant("steps are not loaded", "layers/feedback.py", "self.steps = None\n        super()", "super()",
+           "test_rules.py::test_a_loaded_network_redraws_as_the_saved_one_would"),
+    Mutant("noise with another variance", "layers/maps.py", "bound = 3**0.5 * std", "bound = 2**0.5 * std",
+           "test_local_rules.py::test_noise_is_distributed_as_it_is_said_to_be"),
+    Mutant("order of the layers", "layers/convert.py", "enumerate(layers.items())",
+           "enumerate(reversed(layers.items()))",
+           "test_rules.py::test_implicit_training_equals_explicit_training[pfa-0.5-first-plain]"),
+    Mutant("height and width of the padding swapped", "layers/convert.py",
+           "(layer._reversed_padding_repeated_twice[2], layer._reversed_padding_repeated_twice[0])",
+           "(layer._reversed_padding_repeated_twice[0], layer._reversed_padding_repeated_twice[2])",
+           "test_rules.py::test_any_convolution"),
+    Mutant("optimizer decays feedback that decays itself", "layers/convert.py",
+           '"weight_decay": 0.0, "own_decay": True', '"weight_decay": weight_decay, "own_decay": True',
+           "test_convert.py::test_param_groups_add_no_decay_to_feedback_that_has_its_own"),
+    Mutant("clamped norm upside down", "layers/hooks.py", "fb.forward_norm / torch.linalg.vector_norm(W)",
+           "torch.linalg.vector_norm(W) / fb.forward_norm",
+           "test_convert.py::test_clamp_forward_holds_the_norm_after_every_step"),
+    Mutant("a weight read elsewhere trains unnoticed", "layers/hooks.py", "if not (fb.backward_ran or fb.traced):",
+           "if False:", "test_convert.py::test_a_weight_read_by_another_module_raises"),
+    Mutant("feedback without an optimizer raises a step late", "layers/hooks.py", "fb.steps_alone > 0",
+           "fb.steps_alone > 1", "test_convert.py::test_feedback_that_no_optimizer_holds_raises_at_the_second_step"),
+    Mutant("direct feedback with its kernel flipped", "layers/tape.py", "before + i - dilation * k",
+           "before + i + dilation * k", "test_dfa.py::test_conv_net_by_hand"),
+    Mutant("direct error with the other sign", "layers/tape.py", "return e, *[e] * ctx.taps",
+           "return e, *[-e] * ctx.taps", "test_dfa.py::test_mlp_by_hand"),
+    Mutant("blocks are not cut", "layers/tape.py", 'if hasattr(feedback, "tape") else args', "if False else args",
+           "test_dfa.py::test_a_block_that_is_cut_adds_no_error_of_its_skip"),
+    Mutant("last columns of the shared matrix", "layers/dfa.py", "shared[:, : math.prod(shape[1:])]",
+           "shared[:, -math.prod(shape[1:]) :]", "test_dfa.py::test_one_matrix_is_sliced_for_every_layer"),
+    Mutant("queries, keys and values in another order", "layers/attention.py", "slice(i * e, (i + 1) * e) if together",
+           "slice((2 - i) * e, (3 - i) * e) if together", "test_attention.py::test_values_without_a_batch"),
+    Mutant("scores of attention by the whole width", "layers/attention.py", "self.head_dim**-0.5",
+           "self.embed_dim**-0.5", "test_attention.py::test_values_without_a_batch"),
+    # ---------------------------------------------------------------------------------------------------------- metrics
+    Mutant("angle of the absolute cosine", "metrics.py", "cosine = a @ b / (", "cosine = (a @ b).abs() / (",
+           "test_metrics.py::test_angle_is_numpys"),
+    Mutant("median over samples", "metrics.py", ".nanmean()", ".nanmedian()",
+           "test_metrics.py::test_sample_angle_is_the_mean_over_samples"),
+    Mutant("norm ratio upside down", "metrics.py", "torch.linalg.vector_norm(K) / torch.linalg.vector_norm(W)",
+           "torch.linalg.vector_norm(W) / torch.linalg.vector_norm(K)", "test_metrics.py::test_alignment_is_numpys"),
+    Mutant("local angle against another layer's error", "metrics.py", "delta[name])[0], through_W)",
+           "delta_bp[name])[0], through_W)", "test_metrics.py::test_angles_by_hand"),
+    Mutant("global angle of an error with itself", "metrics.py", "_sample_angle(delta[name], delta_bp[name])",
+           "_sample_angle(delta[name], delta[name])", "test_metrics.py::test_angles_by_hand"),
+    Mutant("measuring moves running statistics", "metrics.py", "v.copy_(buffers[k])", "pass",
+           "test_metrics.py::test_measuring_changes_nothing"),
+    Mutant("what is left of the mismatch without momentum", "theory.py", "v = momentum * v + decay * D",
+           "v = decay * D",
+           "test_theory.py::test_what_is_left_of_the_mismatch_is_what_sgd_leaves_of_a_weight_without_gradient"),
+    # ------------------------------------------------------------------------------------------------------------ train
+    Mutant("learning rate drops an epoch late", "train/config.py", "epoch >= e for e", "epoch > e for e",
+           "test_train.py::test_schedule"),
+    Mutant("a task step too few between mirror steps", "train/config.py", "step % (self.alternate + 1)",
+           "step % self.alternate", "test_phases.py::test_phases_are_two_optimizers_that_take_turns[3-0-wm]"),
+    Mutant("momentum moves what rests", "train/step.py", "p.grad = None", "p.grad.zero_()",
+           "test_phases.py::test_what_rests_does_not_move_at_all[1-0]"),
+    Mutant("one order of batches for all epochs", "train/step.py", 'generator(seed, "order", epoch)',
+           'generator(seed, "order", 0)',
+           "test_train.py::test_the_same_seed_gives_the_same_start_and_the_same_batches_under_every_rule"),
+    Mutant("one augmentation for all epochs", "train/photos.py", "(seed, epoch) if augment", "(seed, 0) if augment",
+           "test_data.py::test_a_crop_depends_on_seed_epoch_and_image_alone"),
+    Mutant("learning rate of feedback never drops", "train/step.py", 'config.feedback_lr * now["lr"] / config.lr',
+           "config.feedback_lr", "test_engine.py::test_the_feedbacks_own_learning_rate"),
+    Mutant("one seed for all runs", "train/network.py", 'generator(config.seed, "weights")', 'generator(0, "weights")',
+           "test_train.py::test_the_same_seed_gives_the_same_start_and_the_same_batches_under_every_rule"),
+    Mutant("images mirrored upside down", "train/data.py", "x.flip(-1), x)", "x.flip(-2), x)",
+           "test_data.py::test_augmentation_equals_the_per_image_reference"),
+    Mutant("last corner of the crops left out", "train/data.py", "torch.randint(2 * pad + 1,", "torch.randint(2 * pad,",
+           "test_data.py::test_augmentation_draws_every_shift_and_both_mirrorings_for_each_image"),
+    Mutant("checksum of data skipped", "train/data.py", "usedforsecurity=False).hexdigest() != md5",
+           "usedforsecurity=False).hexdigest() == ''", "test_data.py::test_a_changed_byte_is_noticed"),
+    Mutant("divided before the mean is taken off", "train/data.py", ".sub_(mean).div_(sd)", ".div_(sd).sub_(mean)",
+           "test_data.py::test_digits_normalisation_is_the_training_split_s"),
+    Mutant("epoch of a divergence off by one", "train/loop.py", 'state="diverged", epoch=epoch + 1',
+           'state="diverged", epoch=epoch', "test_train.py::test_a_run_that_diverges_is_recorded_as_such"),
+    Mutant("momentum not taken from the checkpoint", "train/loop.py",
+           'self.opt.load_state_dict(checkpoint["optimizer"])', "pass",
+           "test_train.py::test_a_run_that_is_stopped_several_times_equals_one_that_is_not[pfa]"),
+    Mutant("accuracy in train mode", "train/measure.py", "net.eval()", "net.train()",
+           "test_train.py::test_accuracy_by_hand"),
+    # -------------------------------------------------------------------------------------------------- claims, records
+    Mutant("sd with ddof 0", "results/selection.py", "seeds.std(ddof=1)", "seeds.std(ddof=0)",
+           "test_claims.py::test_sd_has_ddof_one_and_none_of_its_own"),
+    Mutant("sds added", "results/selection.py", "math.hypot(self.sd, other.sd)", "self.sd + other.sd",
+           "test_claims.py::test_statistics_by_hand"),
+    Mutant("paired difference with the other sign", "results/selection.py",
+           '(seeds - self.seeds(metric, axes | minus, "mean"))', '(self.seeds(metric, axes | minus, "mean") - seeds)',
+           "test_claims.py::test_statistics_by_hand"),
+    Mutant("mismatch without its cosine", "results/selection.py", "1 + r**2 - 2 * r * cosine", "1 + r**2 - 2 * r",
+           "test_claims.py::test_mismatch_is_the_norm_of_the_difference"),
+    Mutant("a diverged run is forgotten", "results/selection.py", 'if status["state"] == "diverged"',
+           'if status["state"] == "failed"', "test_claims.py::test_a_diverged_run_fails_the_claims_that_need_it"),
+    Mutant("the better side of a conjunction", "results/criteria.py", "return max((v for v, _ in results)",
+           "return min((v for v, _ in results)", "test_claims.py::test_verdicts"),
+    Mutant("too few seeds are enough", "results/criteria.py", "min(value.n, low.n, high.n)) < self.n_min",
+           "min(value.n, low.n, high.n)) < 1", "test_claims.py::test_not_tested_says_why"),
+    Mutant("failed by two sds and partly", "results/criteria.py", '"partly" if excess.mean < excess.sd',
+           '"partly" if excess.mean < 3 * excess.sd', "test_claims.py::test_verdicts"),
+    Mutant("checksum of a record skipped", "results/records.py", 'if mode != "quick" and hashlib',
+           "if False and hashlib", "test_records.py::test_a_table_that_was_edited_is_refused"),
+    Mutant("numbers of a record rounded", "results/records.py", 'float_format="%.8g"', 'float_format="%.4g"',
+           "test_records.py::test_a_table_comes_back_as_it_was_written"),
+    Mutant("checksum of a checkpoint skipped", "results/store.py", ".hexdigest().encode() != digest",
+           ".hexdigest().encode() == b''", "test_train.py::test_a_damaged_checkpoint_raises"),
+]  # fmt: skip
+
+
+class Failures:
+    """A plugin of pytest that keeps the ids of failed tests, below tests/ and without the names of their cases."""
+
+    def __init__(self) -> None:
+        self.ids: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Called by pytest after each phase of a test."""
+        if report.failed:
+            name = report.nodeid.removeprefix("tests/")
+            self.ids |= {name, name.partition("[")[0]}
+
+
+def run(mutant: Mutant | None, tests: Sequence[str]) -> tuple[bool, list[str]]:
+    """Run tests in a copy with one mutant, or with none; in a process of its own, which has not imported the package.
+
+    Returns:
+        Whether pytest could run all the tests, and those of them that did not fail.
+    """
+    with TemporaryDirectory(prefix="fa-mutant-") as folder:
+        copy, failures = Path(folder).resolve(), Failures()
+        for name in COPIED:
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if mutant:
+            path = copy / "fa" / mutant.file
+            path.write_text(path.read_text().replace(mutant.text, mutant.wrong))
+        os.chdir(copy)
+        os.environ["PYTHONPATH"] = str(copy)
+        sys.path[:] = [str(copy), *(p for p in sys.path if p != str(ROOT / "tests"))]
+        with redirect_stdout(StringIO()) as said:
+            ended = pytest.main(["-q", "-o", "addopts=", *(f"tests/{test}" for test in tests)], [failures])
+        if ended not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            sys.stderr.write(said.getvalue())
+            return False, list(tests)
+        return True, [test for test in tests if test not in failures.ids]
+
+
+def main(names: Sequence[str]) -> int:
+    """Run the named mutants, or all, and print what became of each. Returns the exit status: 1 if any is not caught."""
+    known = {mutant.name: mutant for mutant in MUTANTS}
+    if unknown := [name for name in names if name not in known]:
+        sys.stderr.write(f"no mutant is called {unknown[0]!r}; known: {', '.join(known)}\n")
+        return 2
+    chosen = [known[name] for name in names] or MUTANTS
+    once = [m for m in chosen if (ROOT / "fa" / m.file).read_text().count(m.text) == 1]
+    tests = list(dict.fromkeys(test for m in once for test in m.tests.split()))
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    os.environ.setdefault("FA_DATA", str(ROOT / "data"))
+    context = get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    caught = 0
+    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as processes:
+        halves = [half for half in (tests[::2], tests[1::2]) if half]
+        for half, (ran, passed) in zip(halves, processes.map(run, [None] * len(halves), halves)):
+            if not ran or len(passed) < len(half):
+                print(f"without a mutant these tests fail: {', '.join(t for t in half if not ran or t not in passed)}")
+                return 1
+        fates = processes.map(run, once, [m.tests.split() for m in once])
+        for m in chosen:
+            ran, passed = next(fates) if m in once else (False, [])
+            caught += ran and not passed
+            fate = "text not found" if m not in once else "NOT RUN" if not ran else "NOT CAUGHT" if passed else "caught"
+            print(f"{fate:<15} {m.name}" + (f": {', '.join(passed)}" if passed else ""), flush=True)
+    print(f"{caught} of {len(chosen)} mutants are caught")
+    return int(caught < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
