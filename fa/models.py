@@ -1,8 +1,8 @@
 """The papers' networks, as plain PyTorch: no rule is mentioned here, ``fa.convert`` puts one on.
 
-Parameter counts, asserted by the tests: ``mlp(784)`` 669,706 (p3's MNIST network, authors' ``ffn2``); ``resnet(20)``
-269,722, ``resnet(32)`` 464,154, ``resnet(56)`` 853,018, ``resnet(110)`` 1,727,962 for ten classes (He et al. 2016,
-section 4.2); ``build("resnet18", ...)``, torchvision's, 11,689,512 for a thousand.
+Parameter counts, asserted by the tests: ``mlp(784)`` 669,706 (p3's MNIST network, authors' ``ffn2``);
+``resnet(20)`` 269,722, ``resnet(32)`` 464,154, ``resnet(56)`` 853,018, ``resnet(110)`` 1,727,962 for ten classes (He et
+al. 2016, section 4.2); ``build("resnet18", ...)``, torchvision's, 11,689,512 for a thousand.
 """
 
 from __future__ import annotations

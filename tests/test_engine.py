@@ -79,11 +79,11 @@ def test_the_augmentation_of_an_epoch_is_the_one_that_draw_crops_drew():
     net = Net()
     Stepper(net, train.sgd(net, CONV), CONV, split).epoch(1)
     order = torch.randperm(len(split), generator=generator(0, "order", 1))[: 11 * 128]
-    images, draws = split.x[order], data.draw_crops(11 * 128, generator(0, "augment", 1), 1)  # pixels: an eighth of 8
+    images, draws = split.x[order], data.draw_crops(11 * 128, generator(0, "augment", 1))
     black = data.SETS["digits"].black[0]
     got = torch.cat(seen)
     for i in (0, 1, 127, 128, 700, 11 * 128 - 1):
-        padded = F.pad(images[i], (1, 1, 1, 1), value=black)
+        padded = F.pad(images[i], (4, 4, 4, 4), value=black)
         down, right, mirrored = draws[:, i].tolist()
         want = padded[:, down : down + 8, right : right + 8]
         assert torch.equal(got[i], want.flip(-1) if mirrored else want)
