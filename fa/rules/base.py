@@ -46,7 +46,6 @@ A rule never sees the loss, another layer, or the optimizer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,7 +55,7 @@ from torch import Tensor
 from fa.errors import UserError
 
 INITS = ("match", "xavier", "kaiming")  # scales of drawn feedback that have a name
-Terms = Sequence[tuple[Tensor | None, Tensor] | tuple[Tensor | None, Tensor, Tensor]]  # (A, M), (A', M', c'), ...
+Terms = list[tuple[Any, ...]]
 
 
 def fans(W: Tensor) -> tuple[int, int]:

@@ -38,9 +38,9 @@ class Implicit(Rule):
     explicit: PFA | None = None
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         """The name of the rule with R."""
-        return self.explicit.name
+        return self.explicit.name  # type: ignore[union-attr]
 
     def state(self, op, W, gen):
         kept, W = self.explicit.state(op, W, gen), W.detach()
