@@ -388,6 +388,13 @@ def test_batch_runs_notebooks_in_processes_with_logs_and_environments_of_their_o
     assert "FA_WORKERS" not in os.environ, "environments are the notebooks' own"
 
 
+def test_mode_small_is_of_the_figures_that_have_it(monkeypatch):
+    jobs = []
+    monkeypatch.setattr(batch, "_execute", lambda job, *_: jobs.append(job.notebook.stem[:2]) or (1.0, ""))
+    assert batch.reproduce(mode="small", say=lambda line: None, pool=ThreadPoolExecutor(1)) == 0
+    assert jobs == ["34", "35", "38"]
+
+
 def test_the_variants_of_a_grid_keep_apart(monkeypatch, tmp_path):
     monkeypatch.setenv("FA_BUILD", str(tmp_path))
     assert records.build("quick") == tmp_path / "quick"

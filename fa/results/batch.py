@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fa.errors import UserError
+from fa.experiments import EXPERIMENTS
 from fa.paths import ROOT, relative
 from fa.results.contents import find
 from fa.results.page import cut
@@ -65,7 +66,7 @@ def reproduce(
     Everything is checked before anything runs. One that fails does not stop the others.
 
     Args:
-        notebooks: names as `find` takes them; none: all.
+        notebooks: names as `find` takes them; none: all, in mode small those of figures that have it.
         mode: "record", "quick", "small" or "paper".
         parameters: name to value, for every notebook.
         grid: name to values; every combination is run, each with tables and figures of its own under build/grid/.
@@ -80,6 +81,8 @@ def reproduce(
         KeyboardInterrupt: as it came; the notebooks that ran have been stopped.
     """
     say = say or (lambda line: print(line, flush=True))
+    if mode == "small" and not notebooks:
+        notebooks = [e.notebook for e in EXPERIMENTS.values() if e.small]
     work = _planned(notebooks, mode, dict(parameters or {}), dict(grid or {}), jobs, add)
     jobs = min(jobs or min(os.cpu_count() or 1, 4), len(work))
     outputs, start, failed = build(mode) / "notebooks", time.time(), []
