@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile (auto: on CUDA, if it can)"
     )
+    run.add_argument("--deterministic", action="store_true", help="on CUDA: slower, the same numbers each time")
     run.add_argument("--dry-run", action="store_true", help="say what would be trained and for how long, and stop")
 
     collect = command("collect", _collect, "merge finished runs into the record data/records/EXPERIMENT.csv")
@@ -151,6 +153,11 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     for name in sorted({c.dataset for c in runs.missing(configs) if hasattr(c, "dataset")}):
         data.load(name)  # a data set that is missing or damaged is found before any process starts
+    if args.deterministic:
+        import torch
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it; workers inherit it
+        torch.use_deterministic_algorithms(True)
     executors.keep_pages()  # this process trains, or waits
     compiled = {"auto": None}.get(args.compile, args.compile == "yes")
     summary = runs.run(configs, budget, args.workers, args.device, together=args.together, compiled=compiled)

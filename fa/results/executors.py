@@ -69,7 +69,7 @@ def processes() -> Iterator[Callable[[], Executor]]:
     theirs, ours = context.Pipe(duplex=False)
 
     def new() -> Executor:
-        made.append(ProcessPoolExecutor(1, context, _prepare, (theirs,)))
+        made.append(ProcessPoolExecutor(1, context, _prepare, (theirs, torch.are_deterministic_algorithms_enabled())))
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
         try:
@@ -89,14 +89,15 @@ def processes() -> Iterator[Callable[[], Executor]]:
             pool.shutdown(cancel_futures=True)
 
 
-def _prepare(pipe: Any) -> None:
-    """Called in a new worker process."""
+def _prepare(pipe: Any, deterministic: bool) -> None:
+    """Called in a new worker process; ``deterministic``: what ``torch.use_deterministic_algorithms`` was told."""
 
     def follow() -> None:
         pipe.poll(None)  # nothing is ever sent: it returns when the other end closes
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    torch.use_deterministic_algorithms(deterministic)
     keep_pages()
 
 

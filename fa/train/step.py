@@ -178,14 +178,16 @@ class Stepper:
 def numerics(device: str | torch.device) -> Iterator[None]:
     """Settings for training on a device.
 
-    On the CPU one thread, so that sums are made in one order. On CUDA cuDNN's fastest convolutions, in float32
-    through TF32 as PyTorch does by default (linear layers are not), and a stream of its own, for steps cannot be
-    captured on the default stream.
+    On the CPU one thread, so that sums are made in one order. On CUDA cuDNN's fastest convolutions, or under
+    ``torch.use_deterministic_algorithms(True)`` those that always sum in one order; in float32 through TF32 as PyTorch
+    does by default (linear layers are not); and a stream of its own, for steps cannot be captured on the default
+    stream.
     """
     if torch.device(device).type != "cpu":
         caller, own = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         own.wait_stream(caller)  # data may still be on their way to the device
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
+        strict = torch.are_deterministic_algorithms_enabled()
+        with torch.backends.cudnn.flags(enabled=True, benchmark=not strict, deterministic=strict, allow_tf32=True):
             with torch.cuda.stream(own):
                 yield
         caller.wait_stream(own)
