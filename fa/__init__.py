@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from fa.check import check_rule
 from fa.errors import UserError
 from fa.layers import dfa  # noqa: F401  (registers "dfa")
 from fa.layers.convert import convert, feedback_parameters, param_groups
@@ -9,10 +10,11 @@ from fa.layers.hooks import after_step
 from fa.metrics import alignment, exact_backprop, feedback_weight, gradient_angles
 from fa.paths import ROOT
 from fa.rules import RULES, Rule
+from fa.theory import decay_for
 
 __all__ = [
-    "ROOT", "RULES", "Rule", "UserError", "after_step", "alignment", "convert", "exact_backprop", "feedback_parameters",
-    "feedback_weight", "gradient_angles", "notebook", "param_groups",
+    "ROOT", "RULES", "Rule", "UserError", "after_step", "alignment", "check_rule", "convert", "decay_for",
+    "exact_backprop", "feedback_parameters", "feedback_weight", "gradient_angles", "notebook", "param_groups",
 ]  # fmt: skip
 
 

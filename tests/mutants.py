@@ -153,6 +153,10 @@ MUTANTS = [
     Mutant("what is left of the mismatch without momentum", "theory.py", "v = momentum * v + decay * D",
            "v = decay * D",
            "test_theory.py::test_what_is_left_of_the_mismatch_is_what_sgd_leaves_of_a_weight_without_gradient"),
+    Mutant("decay without the momentum that is left", "theory.py", "return D - lr * momentum / (1 - momentum) * v",
+           "return D", "test_theory.py::test_the_decay_leaves_the_share_that_was_asked_for"),
+    Mutant("composition without its kernel", "check.py", "sent = f(x, K)", "sent = f(x, W.detach())",
+           "test_check.py::test_the_published_rules_are_right"),
     # ------------------------------------------------------------------------------------------------------------ train
     Mutant("learning rate drops an epoch late", "train/config.py", "epoch >= e for e", "epoch > e for e",
            "test_train.py::test_schedule"),
