@@ -5,14 +5,16 @@ from fa.errors import UserError
 from fa.layers import dfa  # noqa: F401  (registers "dfa")
 from fa.layers.convert import convert, feedback_parameters, param_groups
 from fa.layers.hooks import after_step
+from fa.layers.late import add_feedback
 from fa.metrics import alignment, exact_backprop, feedback_weight, gradient_angles
 from fa.paths import ROOT
 from fa.rules import RULES, Rule
 from fa.theory import decay_for
 
 __all__ = [
-    "ROOT", "RULES", "Rule", "UserError", "after_step", "alignment", "check_rule", "cite", "convert", "decay_for",
-    "exact_backprop", "feedback_parameters", "feedback_weight", "gradient_angles", "notebook", "param_groups",
+    "ROOT", "RULES", "Rule", "UserError", "add_feedback", "after_step", "alignment", "check_rule", "cite", "convert",
+    "decay_for", "exact_backprop", "feedback_parameters", "feedback_weight", "gradient_angles", "notebook",
+    "param_groups",
 ]  # fmt: skip
 
 __version__ = "0.2.0"

@@ -20,6 +20,8 @@ from fa.layers.hooks import Converted, watch
 class RowsLinear(Converted, nn.Module):
     """A linear layer on some rows of a parameter that another module owns; made by ``convert``, never constructed."""
 
+    computed = False
+
     def __init__(self, owner: nn.MultiheadAttention, key: str, parameter: str, rows: slice, bias_rows: slice) -> None:
         super().__init__()
         self.owner = (owner,)  # in a tuple: the owner is not a child of its own child
@@ -47,6 +49,11 @@ class RowsLinear(Converted, nn.Module):
     def held(self) -> nn.Parameter:
         """The parameter that an optimizer holds."""
         return getattr(self.owner[0], self.parameter)
+
+    @property
+    def sources(self) -> list[nn.Parameter]:
+        """See :class:`fa.layers.hooks.Converted`."""
+        return [self.held]
 
     @property
     def weight(self) -> Tensor:

@@ -7,6 +7,7 @@ weights.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fa import rules
 from fa.errors import UserError
 from fa.layers.feedback import Feedback, NoisyFeedback
-from fa.layers.hooks import Converted, converted, unwatch, watch
+from fa.layers.hooks import Converted, converted, rewatch, unwatch, watch
 from fa.layers.maps import ConvMap, LinearMap
 from fa.layers.targets import targets
 from fa.rules import Rule
@@ -33,7 +34,10 @@ class FeedbackLinear(Converted, nn.Linear):
         """Shapes: input (..., in) -> (..., out), as ``nn.Linear``."""
         if self.feedback.bypassed():
             return super().forward(input)
-        return self.feedback.forward(input, self.weight, self.bias)
+        W = self.weight
+        if not (W.is_leaf or torch.compiler.is_compiling()):
+            rewatch(self)
+        return self.feedback.forward(input, W, self.bias)
 
 
 class FeedbackConv2d(Converted, nn.Conv2d):
@@ -43,6 +47,8 @@ class FeedbackConv2d(Converted, nn.Conv2d):
         """Shapes: x (n, in, h, w) or (in, h, w) -> (n, out, h', w') or (out, h', w'), as ``nn.Conv2d``."""
         if self.feedback.bypassed():
             return super()._conv_forward(x, weight, bias)
+        if not (weight.is_leaf or torch.compiler.is_compiling()):
+            rewatch(self)
         pad = _explicit_padding(self)
         if pad:  # an ordinary operation before the layer's linear map; autograd carries the error through it exactly
             x = F.pad(x, pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
@@ -142,6 +148,8 @@ def convert(
         put_on(layer, feedback[name])
     for tape in _tapes(feedback.values()):
         tape.put_on()
+    if "torch._dynamo" in sys.modules:  # a graph compiled before does not notice the rule
+        torch.compiler.reset()
     return net
 
 
@@ -221,7 +229,7 @@ def revert(net: nn.Module) -> nn.Module:
 
 
 def feedback_parameters(net: nn.Module) -> list[nn.Parameter]:
-    """The learned feedback of a converted network, for an optimizer made before the conversion."""
+    """The learned feedback of a converted network; :func:`fa.add_feedback` puts it into an optimizer made before."""
     return [p for layer in converted(net).values() for p in layer.feedback.parameters()]
 
 

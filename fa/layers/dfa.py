@@ -143,7 +143,7 @@ class DirectFeedback(nn.Module):
         self.rule, self.layer_name, self.tape = rule, name, tape
         self.register_buffer("B", B)
         self.use_backprop = False
-        self.backward_ran = self.traced = False
+        self.traced = False  # whether a forward pass of the layer ran
         self.exact = False  # whether the last pass with a graph was one of exact backprop
         self._spread: dict[tuple[int, int, bool], Spread] = {}
 
@@ -160,7 +160,7 @@ class DirectFeedback(nn.Module):
         return traced_effect(self._tap, x, layer) if torch.compiler.is_compiling() else self._tap(x, layer)
 
     def _tap(self, x: Tensor, layer: nn.Module | None) -> Tensor:
-        self.traced = True  # the layer's own forward ran, so that its weight's hook (hooks.watch) has nothing to find
+        self.traced = True
         if self.bypassed():
             if torch.is_grad_enabled():
                 self.exact = True
@@ -184,6 +184,10 @@ class DirectFeedback(nn.Module):
     def bypassed(self) -> bool:
         """Whether the forward pass at hand is the stock layer's."""
         return self.use_backprop or not torch.is_grad_enabled()
+
+    def own_gradient(self, grad: Tensor) -> bool:
+        """As :meth:`fa.layers.feedback.Feedback.own_gradient`; the stock operations of this layer leave no mark."""
+        return self.use_backprop
 
     def forward(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """A linear layer whose weight another module owns (:mod:`fa.layers.attention`); x (..., in) -> (..., out)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import warnings
 from functools import cache
 from typing import Any
 
@@ -75,15 +76,26 @@ class Feedback(nn.Module):
         self.send_args = _arguments(send, ("W", "op", "x", "dy", *state)) if send else ()
         if rule.clamp_forward:
             self.register_buffer("forward_norm", torch.linalg.vector_norm(W))
+            if not self.forward_norm:
+                raise UserError(
+                    f"layer {name!r}: its weight is all zeros, and clamp_forward would hold it there; initialise it "
+                    "before fa.convert, leave the layer out with skip, or leave clamp_forward out"
+                )
         after = getattr(type(rule), "after_step", None)
         self.after_args = _arguments(after, ("W", "gen", "step", *state)) if after else None
         if after:
-            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.steps: int | None = None  # the buffer's value, so that it is read, and the device waited for, once only
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=W.device))
+        self.steps: tuple[int, Tensor | None, int] = (0, None, 0)  # the buffer's value, the buffer, and its version
+        self.seen: tuple[int, int, Tensor] | None = None  # the weight as the last step left it (steps.note_weight)
         self.use_backprop = False  # True: plain backprop for the moment (fa.exact_backprop)
-        self.backward_ran = self.traced = False
         self.exact_without_graph = False  # the layer ran without a graph under exact backprop
+        # A gradient without the error in it does not scale with the loss.
+        self.follows_error = not rule.own_decay and not {"dy", "dW"}.isdisjoint(self.grad_args)
+        self.gradients = self.checked = 0  # of the weight: made by the layer's own backward, and seen by the hook
+        self.exact_ran = self.traced = False  # a stock pass under exact backprop, and a compiled one
         self.steps_alone = 0  # optimizer steps of the weight without its learned feedback
+        self.once_a_step = rule.clamp_forward or bool(after)
+        self.version, self.moves = layer.weight._version, 0  # of the weight: values seen without an optimizer step
 
     def forward(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """The layer's output, y = W x + b; x, W, b as the layer holds them.
@@ -100,6 +112,8 @@ class Feedback(nn.Module):
             # compile.
             for option in self.numbers:
                 getattr(self.rule, option) * 1.0
+        elif self.once_a_step and W._version != self.version:
+            self.note_move(W._version)
         if dtype := autocast_dtype(x.device):
             x, b = lowered(x, dtype), b if b is None else lowered(b, dtype)
         function = ExactBackward if self.use_backprop else LocalBackward
@@ -185,19 +199,23 @@ class Feedback(nn.Module):
 
     def after_step(self, W: Tensor) -> None:
         """What the rule does once per optimizer step."""
-        self.steps = (int(self.step) if self.steps is None else self.steps) + 1
-        self.step.fill_(self.steps)
+        # The number of steps is read from its device, which waits, only where something else has set the buffer.
+        known, buffer, version = self.steps
+        steps = (known if buffer is self.step and version == buffer._version else int(self.step)) + 1
+        self.step.fill_(steps)
+        self.steps = steps, self.step, self.step._version
 
         def gen() -> torch.Generator:
-            return generator(self.seed, self.layer_name, "step", self.steps, device=W.device)
+            return generator(self.seed, self.layer_name, "step", steps, device=W.device)
 
-        known = self.tensors(W) | {"gen": gen, "step": self.steps}
+        known = self.tensors(W) | {"gen": gen, "step": steps}
         for name, value in self.rule.after_step(**{n: known[n] for n in self.after_args}).items():
             getattr(self, name).copy_(value)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.steps = None
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if all(prefix + name in state_dict for name in self.names):
+            self.seen = None  # weight and feedback were loaded together
 
     def bypassed(self) -> bool:
         """Whether the forward pass at hand is the stock layer's: none to differentiate, or exact backprop asked for.
@@ -210,7 +228,7 @@ class Feedback(nn.Module):
                 self.exact_without_graph = True
             return True
         if self.use_backprop:
-            self.backward_ran = True  # the gradient to come is meant
+            self.exact_ran = True  # the gradient to come is meant
             return torch.compiler.is_compiling() or not saved_elsewhere()
         if self.exact_without_graph and torch._C._current_graph_task_id() != -1 and not saved_elsewhere():
             raise RuntimeError(
@@ -220,9 +238,32 @@ class Feedback(nn.Module):
         return False
 
     def mark_backward(self) -> None:
-        """Note that the layer's own backward ran (the check of :func:`fa.layers.hooks.watch` reads it)."""
+        """Count a gradient of the weight that the layer's own backward made."""
         if not torch.compiler.is_compiling():
-            vars(self)["backward_ran"] = True  # a module's own setattr takes ten times as long
+            vars(self)["gradients"] += 1  # a module's own setattr takes ten times as long
+
+    def own_gradient(self, grad: Tensor) -> bool:
+        """Whether the layer's own passes made the whole of the weight's gradient, as far as the gradient itself tells.
+
+        Autograd adds further gradients to the first one in place, which raises its version, or makes a new tensor.
+        """
+        mine = vars(self)
+        made, mine["checked"] = mine["gradients"] - mine["checked"], mine["gradients"]
+        if (version := getattr(grad, "own", None)) is not None and grad._version - version == made - 1:
+            return True
+        exact, self.exact_ran = self.exact_ran or self.use_backprop, False
+        return exact
+
+    def note_move(self, version: int) -> None:
+        """Warn once where the weight moves and the layer sees no optimizer step, so that its rule would not act."""
+        self.version, self.moves = version, self.moves + 1
+        if self.moves == 3:
+            warnings.warn(
+                f"the weight of layer {self.layer_name!r} has changed three times without a step of a torch.optim "
+                f"optimizer that holds it, and rule {self.rule.name!r} acts after every step: call fa.after_step(net) "
+                "after each step",
+                stacklevel=2,
+            )
 
 
 class NoisyFeedback(Feedback):

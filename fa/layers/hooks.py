@@ -1,8 +1,7 @@
-"""Checks of converted layers that need no call in the user's loop: a hook on each weight, two on optimizer steps.
+"""What a converted layer checks without a call in the user's loop.
 
-The weight's hook raises when another module reads the weight directly, because the layer would then train by backprop.
-The pair of global optimizer hooks, registered by the first layer that needs it, raises when no optimizer holds learned
-feedback, and runs a rule's ``after_step`` once per step.
+A hook on its weight raises when another module reads the weight, because errors would then pass W. What a layer checks
+and does at optimizer steps is in :mod:`fa.layers.steps`.
 """
 
 from __future__ import annotations
@@ -13,20 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import unserializable_hook
 
 from fa.layers.feedback import Feedback
+from fa.layers.reads import evidence
+from fa.layers.steps import act, acts, join, leave
 
-_watches: weakref.WeakKeyDictionary[nn.Module, Any] = (
-    weakref.WeakKeyDictionary()
-)  # layer -> handle of its weight's hook
-_unheld: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose learned feedback no optimizer has stepped yet
-_stepping: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose rule acts after every step
-_hooks: list[Any] = []
+Handles = list[tuple[nn.Parameter, Any]]
+_watches: weakref.WeakKeyDictionary[nn.Module, Handles] = weakref.WeakKeyDictionary()  # layer -> hooks on its weight
 
 
 class Converted:
-    """What the converted classes share: a hook on the weight, also after a deepcopy, and the rule in ``print(net)``."""
+    """What the converted classes share: a hook on the weight, whatever becomes of it, and the rule in
+    ``print(net)``."""
 
     feedback: Feedback
 
@@ -37,6 +35,24 @@ class Converted:
     def held(self) -> nn.Parameter:
         """The parameter that an optimizer holds."""
         return self.weight
+
+    @property
+    def computed(self) -> bool:
+        """Whether the weight is computed from other parameters, since the layer was converted."""
+        return "weight" not in self._parameters
+
+    @property
+    def sources(self) -> list[nn.Parameter]:
+        """The parameters that the weight is, or is computed from (``torch.nn.utils``: parametrizations, pruning).
+
+        The first one sets the weight's size in weight norm, and is the weight before its mask in pruning.
+        """
+        W = self._parameters.get("weight")
+        if W is not None:
+            return [W]
+        if nn.utils.parametrize.is_parametrized(self, "weight"):
+            return list(self.parametrizations.weight.parameters())
+        return [p for name, p in self._parameters.items() if name.startswith("weight")]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -55,6 +71,20 @@ class Converted:
             )
         return super()._slow_forward(*args, **kwargs)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module``'s; a new weight is watched as the old one was."""
+        super().register_parameter(name, param)
+        rewatch(self)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        super()._apply(*args, **kwargs)
+        rewatch(self)  # some devices have new parameters
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        rewatch(self)  # assign=True has new parameters
+
     def extra_repr(self) -> str:
         """The stock layer's line, then the rule with the options that are not at their defaults."""
         rule = getattr(self.feedback.rule, "explicit", self.feedback.rule)
@@ -70,106 +100,72 @@ def converted(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def watch(layer: nn.Module) -> None:
-    """Make the layer raise when its weight gets a gradient that the layer's own backward did not make.
+    """Make the layer raise when another module, such as its parent, reads its weight (see :mod:`fa.layers.reads`).
 
-    Another module, such as the layer's parent, then reads ``layer.weight`` and bypasses the layer's forward, so that
-    the weight would train by backprop, unnoticed. The layer also joins the checks and calls at optimizer steps that its
-    rule needs.
+    The layer also joins the checks and calls at optimizer steps that its rule needs.
 
     Raises:
         RuntimeError: in the backward pass, as said.
     """
-    fb = layer.feedback
-    if fb.rule.learned:
-        _unheld.add(layer)
-        _register_hooks()
-    if fb.rule.clamp_forward or hasattr(fb.rule, "after_step"):
-        _stepping.add(layer)
-        _register_hooks()
-    if not layer.held.requires_grad:
-        return
-    ref = weakref.ref(layer)
+    join(layer)
+    rewatch(layer)
 
-    def check(weight: Tensor) -> None:
+
+def rewatch(layer: nn.Module) -> None:
+    """Put the hook on the parameters that the layer's weight is made of now."""
+    kept, sources = _watches.get(layer, []), layer.sources
+    if [id(p) for p, _ in kept] == [id(p) for p in sources]:
+        return
+    for _, handle in kept:
+        handle.remove()
+    _watches[layer] = [(p, _hook(p, layer)) for p in sources]
+
+
+def _hook(parameter: nn.Parameter, layer: nn.Module) -> Any:
+    ref, unmarked = weakref.ref(layer), 0
+
+    @unserializable_hook
+    def check(grad: Tensor | None) -> None:
+        nonlocal unmarked
         layer = ref()
         fb = getattr(layer, "feedback", None)
-        if fb is None or fb.use_backprop:
+        if fb is None or grad is None or fb.own_gradient(grad):
             return
-        if not (fb.backward_ran or fb.traced):
+        unmarked += 1
+        if unmarked & (unmarked - 1) and unmarked % 64:  # a look takes time: often at first, then less
+            return
+        owner = {id(p): layer for layer, handles in _watches.items() for p, _ in handles}
+        why = evidence(parameter, lambda p: owner.get(id(p)))
+        if why == "compiled":
             raise RuntimeError(
-                f"the weight of layer {fb.layer_name!r} got a gradient, but the layer's own backward did not run: "
-                f"another module reads it directly, so that it would train by backprop; leave it out with convert(..., "
-                f"skip=[{fb.layer_name!r}])"
+                f"the weight of layer {fb.layer_name!r} got a gradient from a compiled graph in which the layer's rule "
+                "is not: compile after fa.convert (torch.compiler.reset() forgets older graphs); if another module "
+                f"reads the weight in that graph, leave the layer out with convert(..., skip=[{fb.layer_name!r}])"
             )
-        vars(fb)["backward_ran"] = False
+        if why:
+            unmarked = 0
+            raise RuntimeError(
+                f"the weight of layer {fb.layer_name!r} got a gradient that the layer's own backward did not make: "
+                f"{why}, so that it would train by backprop; leave it out with convert(..., skip=[{fb.layer_name!r}])"
+            )
 
-    _watches[layer] = layer.held.register_post_accumulate_grad_hook(check)
+    wanted = parameter.requires_grad
+    parameter.requires_grad_(True)  # a frozen weight can be thawed, and PyTorch takes no hook while it is frozen
+    handle = parameter.register_hook(check)
+    parameter.requires_grad_(wanted)
+    return handle
 
 
 def unwatch(layer: nn.Module) -> None:
     """Remove the hooks of a layer that is about to lose its feedback."""
-    if handle := _watches.pop(layer, None):
+    for _, handle in _watches.pop(layer, []):
         handle.remove()
-    _unheld.discard(layer)
-    _stepping.discard(layer)
-
-
-def _register_hooks() -> None:
-    """Register the pair of global optimizer hooks, once, for the first layer that needs it; never at import."""
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_step))
-        _hooks.append(register_optimizer_step_post_hook(_after_step))
-
-
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Raise if no optimizer holds learned feedback, or if one would move implicit feedback in another way than W."""
-    if not _unheld:
-        return
-    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    without = 0  # layers whose weight steps for the second time without its feedback
-    for layer in list(_unheld):
-        fb, W = layer.feedback, id(layer.held)
-        learned = [id(p) for p in fb.parameters() if p.requires_grad]  # feedback may be frozen on purpose
-        if all(p in group_of for p in learned):
-            if fb.rule.needs_sgd and not (
-                type(optimizer) is torch.optim.SGD and {group_of[p] for p in learned} == {group_of.get(W)}
-            ):
-                raise RuntimeError(
-                    f"implicit feedback of layer {fb.layer_name!r} is exact only for torch.optim.SGD with the weight "
-                    f"and its feedback in one parameter group, not {type(optimizer).__name__}; "
-                    "convert with implicit=False"
-                )
-            _unheld.discard(layer)
-        elif W in group_of:
-            without += fb.steps_alone > 0
-            fb.steps_alone += 1
-    if without:
-        raise RuntimeError(
-            f"no optimizer holds the feedback of {without} layers; convert first, or "
-            f"optimizer.add_param_group({{'params': fa.feedback_parameters(net)}})"
-        )
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _stepping:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for layer in list(_stepping):
-            if id(layer.held) in held:
-                _step(layer)
-
-
-@torch.no_grad()
-def _step(layer: nn.Module) -> None:
-    fb, W = layer.feedback, layer.weight
-    if fb.rule.clamp_forward:
-        W.mul_(fb.forward_norm / torch.linalg.vector_norm(W))
-    if fb.after_args is not None:
-        fb.after_step(W)
+    leave(layer)
 
 
 def acts_between_steps(net: nn.Module) -> bool:
     """Whether a rule of this network acts after every optimizer step; a captured CUDA graph would leave that out."""
-    return any(layer in _stepping for layer in converted(net).values())
+    return any(acts(layer) for layer in converted(net).values())
 
 
 def after_step(net: nn.Module) -> None:
@@ -178,5 +174,5 @@ def after_step(net: nn.Module) -> None:
     An ordinary ``torch.optim`` optimizer needs no such call: its steps run the same function through a hook.
     """
     for layer in converted(net).values():
-        if layer in _stepping:
-            _step(layer)
+        if acts(layer):
+            act(layer)

@@ -61,6 +61,14 @@ def unless_functorch(error: RuntimeError) -> RuntimeError:
     return RuntimeError(NO_FUNCTORCH) if "functorch" in str(error) else error
 
 
+def marked(feedback: Feedback, dW: Tensor) -> Tensor:
+    """A gradient of the weight, with a mark that :meth:`fa.layers.feedback.Feedback.own_gradient` reads."""
+    feedback.mark_backward()
+    if not torch.compiler.is_compiling():
+        dW.own = dW._version
+    return dW
+
+
 class LocalBackward(torch.autograd.Function):
     """Forward y = W x + b; backward through the rule's kernel. State tensors come last and get the rule's gradients."""
 
@@ -91,7 +99,7 @@ class LocalBackward(torch.autograd.Function):
         sent, K = fb.send(known) if need_x else (None, W)
         dx, dW, db = op.backward(dy, x, cast(K, dy), [need_x and sent is None, need_W, need_b])
         if dW is not None:
-            known["dW"] = dW = cast(dW, W)
+            known["dW"] = dW = marked(fb, cast(dW, W))
         # Feedback that follows W's own update rests while W is frozen.
         learns = any(need_state) and (need_W or "dW" not in fb.grad_args)
         if learns and fb.keeps_y:
@@ -99,7 +107,6 @@ class LocalBackward(torch.autograd.Function):
                 out = op.forward(x, W.to(x.dtype), b)
             known["y"] = out if b is None else out - b.view(-1, *[1] * (W.dim() - 2))
         grads = fb.gradient_from(known) if learns else {}
-        fb.mark_backward()
         mine = (grads[name] if learns and need else None for name, need in zip(fb.names, need_state))
         return dx if sent is None else sent, dW, db, None, *mine
 
@@ -112,5 +119,4 @@ class ExactBackward(LocalBackward):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         fb, (x, W, *_) = ctx.feedback, ctx.saved_tensors
         dx, dW, db = fb.op.backward(dy, x, cast(W, dy), list(ctx.needs_input_grad[:3]))
-        fb.mark_backward()
-        return dx, dW if dW is None else cast(dW, W), db, None, *[None] * len(fb.names)
+        return dx, dW if dW is None else marked(fb, cast(dW, W)), db, None, *[None] * len(fb.names)

@@ -13,7 +13,8 @@ rule is a frozen dataclass whose fields are its options. Its class may have the 
 ``learned`` (())                    names of the tensors that learn: they become parameters, all others buffers
 ``masked`` ("")                     the tensor that ``density`` < 1 makes sparse; "": the kernel. A fixed tensor is
                                     masked once, else ``mask`` is kept; it acts on the kernel, or on each M of its terms
-``own_decay`` (False)               the feedback gradient holds a decay, so that the optimizer must add none
+``own_decay`` (False)               the feedback gradient holds a decay, so that the optimizer must add none; it does
+                                    not scale with the loss, and a ``GradScaler`` does not scale it either
 ``needs_sgd`` (False)               exact only under ``torch.optim.SGD``, with W and the feedback in one group
 ``needs_y`` (True)                  False: ``feedback_grad`` gets None for ``y``, and the forward pass keeps no ``y``
 ``draws_noise`` (False)             ``feedback_grad`` calls ``op.noise``: the layer has a generator, and is not compiled
@@ -46,6 +47,7 @@ A rule never sees the loss, another layer, or the optimizer.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -84,9 +86,32 @@ def uniform(shape: tuple[int, ...], std: float, like: Tensor, gen: torch.Generat
 
     Drawn in float64 so that a float32 and a float64 network share their feedback.
     """
+    check_memory(shape)
     bound = math.sqrt(3.0) * std
     draw = torch.rand(shape, generator=gen, dtype=torch.float64, device="cpu")  # -> shape, in (0, 1)
     return (draw * (2 * bound) - bound).to(like)
+
+
+def check_memory(shape: tuple[int, ...]) -> None:
+    """Raise UserError for a random matrix whose draw, about four times in float64, does not fit into memory."""
+    need, have = 4 * 8 * math.prod(shape), memory()
+    if need > have:
+        raise UserError(
+            f"drawing feedback of {' x '.join(map(str, shape))} entries takes {need / 1e9:.0f} GB of memory, and there "
+            f"are {have / 1e9:.0f} GB; leave the layer out with skip=[...], or ask for less feedback (pfa: expansion)"
+        )
+
+
+def memory() -> float:
+    """Bytes of this machine's memory, or as many as the process may have; infinite where nobody says."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ImportError, AttributeError, ValueError, OSError):
+        return math.inf
+    return whole if limit == resource.RLIM_INFINITY else min(limit, whole)
 
 
 def random_mask(shape: tuple[int, ...], density: float, like: Tensor, gen: torch.Generator) -> Tensor:
@@ -140,7 +165,8 @@ class Rule:
         norm: ``"fixed"`` (default) leaves the kernel's size alone, ``"track"`` rescales the kernel to the norm of ``W``
             at every use (one reading of p1's strict normalisation).
         clamp_forward: hold ``W`` itself at the norm it had at conversion, after every optimizer step (the other reading
-            of p1's strict normalisation, BioTorch's ``constrain_weights``). Default ``False``.
+            of p1's strict normalisation, BioTorch's ``constrain_weights``). Default ``False``. A weight of zeros is
+            refused at conversion, and a parametrization that sets the norm (spectral norm) at the first step.
     """
 
     name: ClassVar[str] = ""

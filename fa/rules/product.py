@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fa.errors import UserError
-from fa.rules.base import Rule, fans, random_mask, uniform
+from fa.rules.base import Rule, check_memory, fans, random_mask, uniform
 from fa.rules.implicit import Implicit
 
 
@@ -138,10 +138,11 @@ class PFAo(PFA):
 
     def fixed(self, out, groups, like, gen):
         n = out // groups
+        check_memory((n, n) if groups == 1 else (groups, n, n))
         draw = torch.randn((groups, n, n), generator=gen, dtype=torch.float64, device="cpu")  # (groups, n, n)
         Q, T = torch.linalg.qr(draw)
         signs = T.diagonal(dim1=-2, dim2=-1).sign()  # (groups, n); they make Q uniform over the orthogonal group
-        B = (Q * signs.unsqueeze(-2)).to(like)
+        B = (Q * signs.unsqueeze(-2)).to(like).contiguous()  # LAPACK's Q is stored by columns
         B = B[0] if groups == 1 else B  # (n, n), or (groups, n, n)
         return B if self.density == 1 else B * random_mask(B.shape, self.density, like, gen) / math.sqrt(self.density)
 

@@ -1,0 +1,144 @@
+"""Whether a weight was read by anything but its layer, seen in the graph that a backward pass differentiates.
+
+An error that passes an operation on the weight outside of its layer passes W itself, and no rule. A penalty on the
+weight sends no error, so that a gradient alone is no evidence. Evidence is an operation that joins the weight with
+activity, or the weight as the input of another converted layer.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution", "Mv", "Addmv", "Embedding")
+_PASSES = ("LocalBackward", "ExactBackward")  # of a converted layer
+_SUMS = ("Add", "Sub", "Rsub", "Cat", "Stack")  # a sum of a weight and activity is no product
+_last: tuple[int, dict[int, str]] = (-1, {})  # the backward pass last looked at: its number, and what was found
+
+
+def roots() -> list[Any]:
+    """What the backward passes under way differentiate: the nodes of their outputs.
+
+    PyTorch names these nodes nowhere but in its own call, which waits in this thread or, on a GPU, in another one.
+    """
+    call, found = torch.autograd.graph._engine_run_backward.__code__, []
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_code is call:
+                found += [getattr(out, "node", None) or out.grad_fn for out in frame.f_locals["t_outputs"]]
+            frame = frame.f_back
+    return [node for node in found if node is not None]
+
+
+def is_kind(node: Any, kinds: Iterable[str]) -> bool:
+    """Whether a node is the backward pass of one of these operations."""
+    return node.name().removesuffix("Backward0").removesuffix("Backward") in kinds
+
+
+def vector_like(node: Any) -> bool:
+    """Whether the result of a node's operation has at most one axis above 1."""
+    return sum(n > 1 for n in node._input_metadata[0].shape) < 2
+
+
+class Graph:
+    """The graph of the backward passes under way.
+
+    Attributes:
+        parents: node -> (node that uses its result, at which of its inputs).
+        leaves: the nodes of leaf tensors.
+        active: nodes whose result depends on data, and not on parameters and constants alone.
+    """
+
+    def __init__(self) -> None:
+        self.parents: dict[Any, list[tuple[Any, int]]] = {}
+        self.leaves, todo = [], roots()
+        seen, sources = set(todo), []
+        while todo:
+            node = todo.pop()
+            below = node.next_functions
+            if hasattr(node, "variable"):
+                self.leaves.append(node)
+                if not isinstance(node.variable, nn.Parameter):
+                    sources.append(node)
+            elif node.name().startswith((*_PASSES, "TapBackward", "CompiledFunction")) or self.constant(node):
+                sources.append(node)
+            for slot, (child, _) in enumerate(below):
+                if child is not None:
+                    self.parents.setdefault(child, []).append((node, slot))
+                    if child not in seen:
+                        seen.add(child)
+                        todo.append(child)
+        self.active = set(sources)
+        while sources:
+            for node, _ in self.parents.get(sources.pop(), ()):
+                if node not in self.active:
+                    self.active.add(node)
+                    sources.append(node)
+
+    @staticmethod
+    def constant(node: Any) -> bool:
+        """Whether a node is a product with a constant, such as the data. A product with a constant vector is none, for
+        penalties have those (power iteration)."""
+        if not is_kind(node, _PRODUCTS):
+            return False
+        lone = is_kind(node, ("Embedding",)) or any(child is None for child, _ in node.next_functions)
+        return lone and not vector_like(node)
+
+    def evidence(self, leaf: Any, layer: nn.Module) -> str:
+        """How something other than the layer read a parameter of its weight; "" if nothing did.
+
+        Args:
+            leaf: the parameter's node.
+            layer: the converted layer.
+        """
+        fb, plain = layer.feedback, leaf.variable is layer._parameters.get("weight")
+        direct = hasattr(fb, "tape")  # a layer under dfa is a stock layer whose input is cut, and so is a constant
+        ran = fb.traced or getattr(fb, "gradients", 0)
+        todo, seen = [leaf], {leaf}
+        while todo:
+            for node, slot in self.parents.get(todo.pop(), ()):
+                name = node.name()
+                if name.startswith(_PASSES):
+                    if slot == 0:
+                        return "another module reads it directly"
+                    continue  # a layer's own pass has the weight at slot 1
+                if name.startswith("CompiledFunction"):
+                    if not fb.traced:
+                        return "compiled"
+                    continue
+                beside = [child for i, (child, _) in enumerate(node.next_functions) if i != slot]
+                if not is_kind(node, _SUMS) and any(child in self.active for child in beside):
+                    return "another module reads it directly"
+                if self.constant(node):
+                    if not ran and (plain or direct):
+                        return "another module reads it directly"
+                    if direct:
+                        continue
+                small = math.prod(node._input_metadata[0].shape) == 1 and leaf.variable.numel() > 1
+                if node not in seen and not small:  # a single number made of the weight is a penalty
+                    seen.add(node)
+                    todo.append(node)
+        return ""
+
+
+def evidence(parameter: Tensor, layer_of: Callable[[Tensor], nn.Module | None]) -> str:
+    """How something other than its layer read a parameter in the backward pass under way; "" if nothing did.
+
+    The graph is walked once for all layers, and no part of it is kept.
+
+    Args:
+        parameter: one that a layer's weight is or is made of.
+        layer_of: parameter -> the converted layer whose weight it is part of.
+    """
+    global _last
+    task = torch._C._current_graph_task_id()
+    if _last[0] != task or id(parameter) not in _last[1]:
+        graph = Graph()
+        pairs = [(leaf, layer_of(leaf.variable)) for leaf in graph.leaves]
+        _last = task, {id(leaf.variable): graph.evidence(leaf, layer) for leaf, layer in pairs if layer is not None}
+    return _last[1].get(id(parameter), "")

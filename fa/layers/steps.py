@@ -1,0 +1,222 @@
+"""A layer's own step: what happens before and after the step of the optimizer that holds its weight.
+
+A pair of global optimizer hooks, registered by the first layer that needs it, raises when no optimizer holds learned
+feedback or when implicit feedback does not fit, runs a rule's ``after_step`` once per step, and keeps the gradients of
+local rules apart from the loss scale. It holds for optimizers within optimizers and for computed weights.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from fa.errors import UserError
+
+_unheld: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose learned feedback no optimizer has stepped yet
+_local: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose feedback's gradient does not scale with the loss
+_implicit: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose feedback holds while SGD alone moves W
+_stepping: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose rule acts after every step
+_hooks: list[Any] = []
+
+
+def join(layer: nn.Module) -> None:
+    """Add a converted layer to the checks and calls at optimizer steps that its rule needs."""
+    fb, rule = layer.feedback, layer.feedback.rule
+    for layers, needed in (
+        (_unheld, rule.learned),
+        (_local, rule.learned and not fb.follows_error),
+        (_implicit, rule.needs_sgd),
+        (_stepping, rule.clamp_forward or hasattr(rule, "after_step")),
+    ):
+        if needed:
+            layers.add(layer)
+            if not _hooks:  # once, for the first layer that needs them; never at import
+                _hooks.append(register_optimizer_step_pre_hook(_before_step))
+                _hooks.append(register_optimizer_step_post_hook(_after_step))
+    if rule.needs_sgd and fb.seen is None:
+        note_weight(layer)
+
+
+def leave(layer: nn.Module) -> None:
+    """Undo :func:`join`."""
+    for layers in (_unheld, _local, _implicit, _stepping):
+        layers.discard(layer)
+
+
+def acts(layer: nn.Module) -> bool:
+    """Whether the layer's rule does something after every optimizer step."""
+    return layer in _stepping
+
+
+def _enclosing(frame: FrameType) -> tuple[list[torch.optim.Optimizer], torch.amp.GradScaler | None]:
+    """The optimizers and the gradient scaler from whose ``step`` an optimizer's own step is called.
+
+    Wrappers (SAM, ZeroRedundancyOptimizer) are optimizers whose step calls an inner optimizer's, and a subclass's step
+    calls its base class's. PyTorch runs the global hooks at each of them; a stack of calls survives an exception.
+
+    Args:
+        frame: PyTorch's frame that called the hook.
+    """
+    step, optimizers, scaler = frame.f_code, [], None
+    while (frame := frame.f_back) is not None:
+        if frame.f_code is step:
+            optimizers.append(frame.f_locals["args"][0])
+        elif frame.f_code is torch.amp.GradScaler.step.__code__ and frame.f_locals["self"].is_enabled():
+            scaler = frame.f_locals["self"]
+    return optimizers, scaler
+
+
+def groups_of(optimizer: torch.optim.Optimizer, around: Iterable[torch.optim.Optimizer] = ()) -> dict[int, int]:
+    """Id of a parameter -> number of its group; without what the optimizers ``around`` step anyway."""
+    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    for outer in around:
+        for p in groups_of(outer):
+            group_of.pop(p, None)
+    return group_of
+
+
+def leader(layer: nn.Module) -> nn.Parameter | None:
+    """The parameter whose optimizer step is the layer's own step: the first trained one that its weight is made of."""
+    sources = layer.sources
+    return next((p for p in sources if p.requires_grad), sources[0] if sources else None)
+
+
+def learned(layer: nn.Module) -> list[nn.Parameter]:
+    """The layer's learned feedback, but what was frozen on purpose."""
+    return [p for p in layer.feedback.parameters() if p.requires_grad]
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Raise if no optimizer holds learned feedback, or if implicit feedback does not fit; see to the loss scale."""
+    if not (_unheld or _local or _implicit):
+        return
+    around, scaler = _enclosing(sys._getframe(1))
+    if not (_unheld or _implicit or scaler):
+        return
+    group_of = groups_of(optimizer, around)
+    for layer in list(_implicit):
+        if any(id(p) in group_of for p in (leader(layer), *learned(layer))):
+            _check_implicit(layer, optimizer, group_of)
+    if scaler:
+        for layer in list(_local):
+            for p in learned(layer):
+                if p.grad is not None and id(p) in group_of:
+                    # The scaler divides by the scale of the loss, which this gradient was never multiplied by.
+                    p.grad.mul_(scaler._get_scale_async().to(p.grad.device))
+    without = 0  # layers whose weight steps for the second time without its feedback
+    for layer in list(_unheld):
+        feedback = learned(layer)
+        if feedback and all(id(p) in group_of for p in feedback):
+            _unheld.discard(layer)
+        elif feedback and id(leader(layer)) in group_of:
+            without += layer.feedback.steps_alone > 0
+            layer.feedback.steps_alone += 1
+    if without:
+        raise RuntimeError(
+            f"no optimizer holds the feedback of {without} layers, so that it would not learn: "
+            "call fa.add_feedback(optimizer, net), or make the optimizer after fa.convert"
+        )
+
+
+def _check_implicit(layer: nn.Module, optimizer: torch.optim.Optimizer, group_of: dict[int, int]) -> None:
+    """Raise unless SGD alone moves the weight, together with its feedback.
+
+    Raises:
+        RuntimeError: another optimizer, another group, a computed weight, or a weight that was changed between steps.
+    """
+    fb, feedback = layer.feedback, learned(layer)
+    name, remedy = f"implicit feedback of layer {fb.layer_name!r}", "convert with implicit=False"
+    if layer.computed:
+        raise RuntimeError(f"{name} is exact only for a weight that is a parameter, and this one is computed; {remedy}")
+    apart = {group_of[id(p)] for p in feedback if id(p) in group_of} - {group_of.get(id(leader(layer)))}
+    if type(optimizer) is not torch.optim.SGD or apart:
+        raise RuntimeError(
+            f"{name} is exact only for torch.optim.SGD with the weight and its feedback in one parameter group, "
+            f"not {type(optimizer).__name__}; {remedy}"
+        )
+    if fb.seen and _changed(layer):
+        raise RuntimeError(
+            f"{name} follows the steps of its optimizer alone, and something else changed the weight since the last "
+            f"step (a clip, a mask, weights loaded without their feedback); {remedy}"
+        )
+
+
+def note_weight(layer: nn.Module) -> None:
+    """Remember the weight as it is now, for :func:`_changed`: version, place, and the entries on its diagonal."""
+    W = layer.weight.detach()
+    layer.feedback.seen = W._version, W.data_ptr(), W.diagonal().clone()
+
+
+def _changed(layer: nn.Module) -> bool:
+    """Whether the weight has other values than when it was noted; on a GPU only where its version says so, because the
+    host would wait for the answer.
+
+    In-place operations raise the version, but not those on ``weight.data``, and not fused optimizers.
+    """
+    version, place, kept = layer.feedback.seen
+    W = layer.weight.detach()
+    if W._version == version and (W.is_cuda or W.data_ptr() != place):
+        return False
+    return not torch.equal(W.diagonal(), kept.to(W))
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not (_stepping or _implicit):
+        return
+    skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer under a gradient scaler skips by itself
+    if skipped is not None and skipped.item():
+        return
+    group_of = groups_of(optimizer, _enclosing(sys._getframe(1))[0])
+    for layer in list(_stepping):
+        if id(leader(layer)) in group_of:
+            act(layer)
+    for layer in list(_implicit):
+        if id(leader(layer)) in group_of:
+            note_weight(layer)
+
+
+@torch.no_grad()
+def act(layer: nn.Module) -> None:
+    """Do what the layer's rule does after an optimizer step."""
+    fb, W = layer.feedback, weight_now(layer)
+    if fb.rule.clamp_forward:
+        size = torch.linalg.vector_norm(W)
+        factor = torch.where(size > 0, fb.forward_norm / size, 1.0)  # a weight that a mask has emptied stays empty
+        (layer.sources[0] if layer.computed else W).mul_(factor)
+        if layer.computed:
+            W = weight_now(layer)
+            if size > 0 and not torch.isclose(torch.linalg.vector_norm(W), fb.forward_norm, rtol=1e-3):
+                raise UserError(
+                    f"clamp_forward cannot hold the norm of layer {fb.layer_name!r}, whose weight is computed from "
+                    f"other parameters; remove the parametrization, or convert without clamp_forward"
+                )
+    if fb.after_args is not None:
+        fb.after_step(W)
+    fb.moves, fb.version = 0, W._version
+
+
+def weight_now(layer: nn.Module) -> Tensor:
+    """The weight as the next forward pass will have it; a computed weight is computed, and nothing else changes."""
+    if not layer.computed:
+        return layer.weight
+    parts = [layer, *(layer.parametrizations.modules() if hasattr(layer, "parametrizations") else ())]
+    modes = [m.training for m in parts]
+    for m in parts:
+        m.training = False  # spectral norm takes a step of its own whenever it is asked in training
+    kept = vars(layer).get("weight")
+    for hook in layer._forward_pre_hooks.values():  # the older functions of torch.nn.utils compute in such hooks
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            hook(layer, ())
+    W = layer.weight
+    if kept is not None:
+        layer.weight = kept
+    for m, training in zip(parts, modes):
+        m.training = training
+    return W
