@@ -74,7 +74,8 @@ def settles(rule: Primitives, power: Tensor, lr: Tensor, steps: int = 200) -> Te
     halfway = torch.hypot(w - m, b - m)
     w, b = walk(rule, power, lr, w, b, steps)
     after = torch.hypot(w - m, b - m)
-    return (after < halfway) & (after < 2e-3) | (after < 1e-9)  # nearer than halfway, and than at the start
+    # nearer than halfway, and both times nearer than at the start, 2.2e-3
+    return (after < halfway) & (halfway < 2.2e-3) | (after < 1e-9)
 
 
 def should_settle(rule: Primitives, power: float, lr: float) -> bool:
@@ -156,24 +157,26 @@ def curvature(layer: nn.Module, x: Tensor, point: Tensor, forward: bool) -> tupl
     return g.detach().flatten(), rows.flatten(1)  # (k,), (k, k)
 
 
-def rest(layer: nn.Module, x: Tensor, point: Tensor, forward: bool) -> Tensor:
-    """The fixed point (2, *shape) of theory that descent of the objective reaches from ``point``."""
-    if not forward:  # quadratic in B
-        g, H = curvature(layer, x, point, forward)
-        return torch.stack([point[0], point[1] - torch.linalg.solve(H, g).view_as(point[1])])
+def rest(layer: nn.Module, x: Tensor, point: Tensor) -> Tensor:
+    """The fixed point (2, *shape) that descent of the objective in both W and B reaches from ``point``."""
     free = point.clone().requires_grad_()
-    for _ in range(400):
+    for _ in range(250):
         (g,) = torch.autograd.grad(loss(layer, x, *free), free)
         free = (free - 1.5 * g).detach().requires_grad_()
     return free.detach()
 
 
-def modes(layer: nn.Module, x: Tensor, point: Tensor, start: Tensor, forward: bool) -> tuple[Mode, Mode]:
+def modes(H: Tensor, point: Tensor, start: Tensor) -> tuple[Mode, Mode]:
     """The modes that grow fastest and decay fastest around a fixed point.
 
-    Of modes with one rate the direction is the one along which ``start`` (2, *shape) deviates from the point.
+    Of modes with one rate the direction is the one along which ``start`` deviates from the point.
+
+    Args:
+        H: Hessian in W and B, or in B alone.
+        point, start: W and B (2, *shape).
     """
-    eigenvalues, vectors = torch.linalg.eigh(curvature(layer, x, point, forward)[1])
+    eigenvalues, vectors = torch.linalg.eigh(H)
+    forward = len(H) == point.numel()
     deviation = (start - point)[0 if forward else 1 :].flatten()
     found = []
     for extreme in (eigenvalues[0], eigenvalues[-1]):
@@ -203,7 +206,7 @@ def measured_rate(layer: nn.Module, mode: Mode, draw: Callable[[], Tensor], forw
 
 
 def measured_layer(
-    layer: nn.Module, start: Tensor, inputs: Tensor, forward: bool, gen: torch.Generator, batch: int = 512
+    layer: nn.Module, start: Tensor, inputs: Tensor, forward: bool, gen: torch.Generator
 ) -> dict[str, float]:
     """Rates of one layer of a trained network, measured and as theory has them.
 
@@ -211,26 +214,28 @@ def measured_layer(
         layer: converted; gives geometry and rule.
         start: its W and B after training (2, *shape).
         inputs: its inputs for all training images (n, ...).
-        forward: whether W learns too. The input is then white noise of the inputs' shape and of power 1, else batches of
-            ``inputs``.
+        forward: whether W learns too. The input is then white noise of power 1 and of the inputs' shape, else batches
+            of ``inputs``.
         gen: of noise and batches.
-        batch: samples in a batch.
     """
 
     def draw() -> Tensor:
         if forward:
-            return torch.randn(batch, *inputs.shape[1:], generator=gen, dtype=torch.float64)
-        return inputs[torch.randint(len(inputs), (batch,), generator=gen)]
+            return torch.randn(512, *inputs.shape[1:], generator=gen, dtype=torch.float64)
+        return inputs[torch.randint(len(inputs), (256,), generator=gen)]
 
-    rule, x = layer.feedback.rule, white(inputs.shape[1:], 1.0) if forward else inputs
-    if not forward:
-        slow, fast = modes(layer, x, rest(layer, x, start, forward), start, forward)
+    if not forward:  # the objective is quadratic in B
+        g, H = curvature(layer, inputs, start, forward)
+        point = torch.stack([start[0], start[1] - torch.linalg.solve(H, g).view_as(start[1])])
+        slow, fast = modes(H, point, start)
         asked = {"relax_slow": slow, "relax_fast": fast}
     else:
-        grow, shrink = modes(layer, x, torch.zeros_like(start), start, forward)
+        x, origin = white(inputs.shape[1:], 1.0), torch.zeros_like(start)
+        grow, shrink = modes(curvature(layer, x, origin, forward)[1], origin, start)
         asked = {"grow": grow, "shrink": shrink}
-        if rule.null:  # there is a second fixed point, and it is stable
-            asked = {"grow": grow, "settle": modes(layer, x, rest(layer, x, start, forward), start, forward)[1]}
+        if layer.feedback.rule.null:  # there is a second fixed point, and it is stable
+            point = rest(layer, x, start)
+            asked = {"grow": grow, "settle": modes(curvature(layer, x, point, forward)[1], point, start)[1]}
     found = {}
     for name, mode in asked.items():
         fastest = max(abs(other.rate) for other in asked.values())

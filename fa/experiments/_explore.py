@@ -16,6 +16,7 @@ from fa.layers.feedback import generator
 from fa.metrics import angle
 from fa.rules import rule as make_rule
 
+
 def explore(seed: int = 0) -> Any:
     """Sliders over the five coefficients, and where the feedback of a layer then ends: a widget for a notebook.
 

@@ -1,5 +1,5 @@
-"""What p2's framework says of a rule, asked of the rule's code: its gradient, what a synapse must read, where the feedback
-ends and how fast."""
+"""What p2's framework says of a rule, asked of the rule's code: its gradient, what a synapse must read, where the
+feedback ends and how fast."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from fa.errors import UserError
 from fa.experiments import Experiment
 from fa.experiments import _dynamics as theory
 from fa.layers.feedback import generator
-from fa.rules import Primitives
 from fa.rules import rule as make_rule
 from fa.train import data
 from fa.train.config import identity
@@ -45,7 +44,7 @@ class Dynamics:
         forward: whether W descends the objective too (p2's ``update_forward``).
         repeats: networks, numbered in the record's ``seed``; 1 for a pair, in which nothing is drawn.
         power: mean square of the pair's input (default 1, as for noise in networks).
-        images: digits on which a network is trained and which are its input (default 512).
+        images: digits on which a network is trained and which are its input (default 256).
         revision: of the recipe.
     """
 
@@ -54,20 +53,20 @@ class Dynamics:
     forward: bool
     repeats: int = 1
     power: float = 1.0
-    images: int = 512
+    images: int = 256
     revision: int = 1
 
     run = property(identity)
 
     def table(self) -> pd.DataFrame:
-        """``seed`` (the network), ``epoch`` (0), ``layer``, ``depth``, ``metric``, ``value``; rates are per step and unit
-        of learning rate, and ``..._theory`` is what theory says of a metric.
+        """``seed`` (the network), ``epoch`` (0), ``layer``, ``depth``, ``metric``, ``value``; rates are per step and
+        unit of learning rate, and ``..._theory`` is what theory says of a metric.
 
         A pair: ``rate_sum`` and ``rate_difference`` (of w + b and w - b at the point where the pair may rest), ``end``
         (w in the end) and ``gap`` (|w - b| in the end) where there is one, and ``agree``, the share of learning rates
         at which the pair comes back to that point or leaves it as theory says. A layer: ``relax_slow`` and
-        ``relax_fast`` (W rests), or ``grow`` and ``shrink`` (WM), ``grow`` and ``settle`` (IA); and ``accuracy``, of the
-        network on its training images in percent.
+        ``relax_fast`` (W rests), or ``grow`` and ``shrink`` (WM), ``grow`` and ``settle`` (IA); and ``accuracy``, of
+        the network on its training images in percent.
         """
         rows = []
         if self.part == "pair":
@@ -109,13 +108,13 @@ EXPERIMENT = Experiment(
 
 # ------------------------------------------------------------------------------------------------------------- figure
 
-CAPTION = """Dynamics of weight mirror (WM) and information alignment (IA) when both W and B descend the local objective.
-a, b: flow of a pair of a synapse w and its feedback b by the rules' code, input power 1 (brightness: speed); curves:
-trajectories; arrows: eigen-directions of WM; filled: stable fixed point, hollow: saddle. c: growth rates against input
-power; lines: theory, markers: measured; solid and filled: w + b, dashed and hollow: w - b, around the point where the
-pair may rest. d, e: learning rates and powers at which a pair comes back to that point (shaded: measured); lines: theory,
-discrete steps (solid), continuous time (dotted). f: growth rates of layers of two-layer networks trained on digits,
-measured over theory, each network a marker (n = 3); the band is +/- 2 %."""
+CAPTION = """Dynamics of weight mirror (WM) and information alignment (IA) when both W and B descend the local
+objective. a, b: flow of a pair of a synapse w and its feedback b by the rules' code, input power 1 (brightness:
+speed); curves: trajectories; arrows: eigen-directions of WM; filled: stable fixed point, hollow: saddle. c: growth
+rates against input power; lines: theory, markers: measured; solid and filled: w + b, dashed and hollow: w - b, around
+the point where the pair may rest. d, e: learning rates and powers at which a pair comes back to that point (shaded:
+measured); lines: theory, discrete steps (solid), continuous time (dotted). f: growth rates of layers of two-layer
+networks trained on digits, measured over theory, each network a marker (n = 3); the band is +/- 2 %."""
 
 MODES = {
     "relax_slow": "slow", "relax_fast": "fast", "grow": "grow", "shrink": "shrink", "settle": "settle"
@@ -133,7 +132,7 @@ def rows_of(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def listing(table: pd.DataFrame) -> str:
-    """Text table: measured and theoretical rate of every mode of every layer, and the worst ratio; means of networks."""
+    """Text table: measured and theoretical rate of every mode of every layer, means of networks; the largest error."""
     rates = rows_of(table)
     if rates.empty:
         return "no run yet"
@@ -192,7 +191,13 @@ def draw_flow(ax: Axes, rule: str, reach: float = 1.25) -> None:
             )  # fmt: skip
     for place, stable in (((0, 0), False), *(((s * m, s * m), True) for s in (1, -1) if m)):
         ax.plot(*place, "o", color="0.1", mfc="0.1" if stable else "white", ms=4.5, zorder=6)
-    ax.set(xlim=(-reach, reach), ylim=(-reach, reach), xlabel="Forward weight w", ylabel="Feedback weight b", aspect="equal")
+    ax.set(
+        xlim=(-reach, reach),
+        ylim=(-reach, reach),
+        xlabel="Forward weight w",
+        ylabel="Feedback weight b",
+        aspect="equal",
+    )
     ax.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1))
     ax.set_title(look.label, fontsize=7.5, color=look.color, fontweight="bold")
 
@@ -244,7 +249,10 @@ def draw_network(ax: Axes, rates: pd.DataFrame) -> None:
     ax.axhline(1, color="0.7", lw=0.6, zorder=0)
     for i, (part, forward) in enumerate(groups):
         for j, rule in enumerate(plot.in_order(rates.rule)):
-            rows, look = rates[(rates.part == part) & (rates.forward == forward) & (rates.rule == rule)], plot.look(rule)
+            rows, look = (
+                rates[(rates.part == part) & (rates.forward == forward) & (rates.rule == rule)],
+                plot.look(rule),
+            )
             x = i + 0.36 * (j - 0.5) + np.linspace(-0.13, 0.13, max(len(rows), 2))[: len(rows)]
             ax.plot(x, rows.measured / rows.theory, look.marker, color=look.color, ms=3, mew=0)
     ax.set(ylabel="Growth rate, measured / theory", ylim=(0.955, 1.045), xlim=(-0.5, len(groups) - 0.5))

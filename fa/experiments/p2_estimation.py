@@ -6,43 +6,24 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from fa import models, plot
+from fa import plot
 from fa.errors import UserError
 from fa.experiments import Experiment
-from fa.experiments._estimation import coefficients, end
-from fa.layers.convert import convert, param_groups
+from fa.experiments._following import ramp, real_run, rotation
 from fa.layers.feedback import generator
-from fa.layers.hooks import converted
-from fa.metrics import angle, feedback_weight
-from fa.rules import rule as make_rule
-from fa.train import data
 from fa.train.config import identity
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from fa.results.page import Page
 
 RULES = ("sa", "aa", "kp", "wm", "ia")
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "sa": dict(decay=0.05, self_=0.1),
-    "aa": dict(amp=0.1, sparse=0.05),
-    "kp": {},
-    "wm": dict(amp=0.1, decay=0.05),
-    "ia": dict(amp=0.1, null=0.05, decay=0.05),
-}
-"""Coefficients: ours. At input power 1 and learning rate 1, SA, AA and WM go to W at the rate 0.1 a step."""
-
-KP_DECAY = {"driven": 0.1, "run": 0.02}  # KP's weight decay, of W and B alike; driven: the same rate
 SPEEDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # degrees a step
-MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -93,172 +74,6 @@ class Following:
         return pd.DataFrame(rows, columns=["seed", "epoch", "layer", "depth", "metric", "value"])
 
 
-# --------------------------------------------------------------------------------------------------- one layer, driven
-
-
-def input_of(S: Tensor, gen: torch.Generator, n: int = 64) -> Tensor:
-    """Inputs (n, in) whose second moment is exactly S."""
-    z = torch.randn(n, len(S), generator=gen, dtype=torch.float64)
-    white = torch.linalg.qr(z)[0] * math.sqrt(n)  # (n, in), second moment 1
-    return white @ torch.linalg.cholesky(S).T  # (n, in) (in, in) -> (n, in)
-
-
-def drive(layer: nn.Module, S: Tensor, x: Tensor, path: list[Tensor]) -> None:
-    """Move the layer's weight along a path by SGD at learning rate 1; the rule's own code moves the feedback.
-
-    The error at the output is made such that the gradient of W, and weight decay with it, is the next step of the path.
-    """
-    decay = KP_DECAY["driven"] if layer.feedback.rule.name == "kp" else 0.0
-    opt = torch.optim.SGD(param_groups(layer, lr=1.0, weight_decay=decay))
-    for W, following in zip(path, path[1:]):
-        dW = W - following - decay * W  # (out, in)
-        dy = x @ torch.linalg.solve(S, dW.T) / len(x)  # (n, in) (in, out) -> (n, out): dy^T x = dW
-        opt.zero_grad()
-        layer(x).backward(dy)
-        opt.step()
-
-
-def converted_layer(config: Following, W: Tensor, gen: torch.Generator) -> nn.Module:
-    """A linear layer of weight W under the rule."""
-    layer = nn.Linear(config.n_in, config.n_out, bias=False).double()
-    with torch.no_grad():
-        layer.weight.copy_(W)
-    seed = int(torch.randint(2**31, (), generator=gen))
-    return convert(layer, make_rule(config.rule, **OPTIONS[config.rule]), seed=seed)
-
-
-def rotation(config: Following, gen: torch.Generator) -> dict[str, dict[str, float]]:
-    """W turns: every right singular vector in a plane of its own, all at one speed, so that W S W^T stays."""
-    n_in, n_out, omega = config.n_in, config.n_out, math.radians(config.speed)
-    U, Q = (torch.linalg.qr(torch.randn(n, n, generator=gen, dtype=torch.float64))[0] for n in (n_out, n_in))
-    w = 0.5 + torch.rand(n_out, generator=gen, dtype=torch.float64)  # singular values, (out,)
-    first, second = ((U * w) @ Q[:, i : i + n_out].T for i in (0, n_out))  # (out, out) (out, in) -> (out, in)
-
-    def at(t: float) -> Tensor:
-        return math.cos(omega * t) * first + math.sin(omega * t) * second
-
-    steps, S = 400, torch.eye(n_in, dtype=torch.float64)
-    layer = converted_layer(config, at(0), gen)
-    drive(layer, S, input_of(S, gen), [at(t) for t in range(steps + 1)])
-    W, B = layer.weight.detach(), feedback_weight(layer)
-    ahead = at(steps + math.pi / 2 / omega)  # W, a quarter turn later
-    behind = math.atan2(-(B * ahead).sum().item(), (B * W).sum().item())
-    size = torch.linalg.vector_norm
-    measured = {"angle_deg": angle(W, B), "norm_ratio": (size(B) / size(W)).item(), "lag": behind / omega}
-    return {"": measured | {f"{name}_theory": v for name, v in rotation_theory(config.rule, w, omega).items()}}
-
-
-def rotation_theory(rule: str, w: Tensor, omega: float) -> dict[str, float]:
-    r"""Angle, norm ratio and lag behind a W that turns by ``omega`` radians a step; white input, learning rate 1.
-
-    .. math:: H_i = \frac{a + s}{e^{i\omega} - 1 + r_i}, \qquad r_i = 2(d + n w_i^2 + p)
-
-    is the response of the mode with singular value w_i; its argument is the phase by which the feedback is behind, about
-    arctan(ω / r_i) for slow modes. KP is not behind. Source: our derivation.
-    """
-    if rule == "kp":
-        return {"angle_deg": 0.0, "norm_ratio": 1.0, "lag": 0.0}
-    c, z = coefficients(make_rule(rule, **OPTIONS[rule])), complex(math.cos(omega), math.sin(omega))
-    rates = 2 * (c["decay"] + c["null"] * w**2 + c["sparse"])  # (out,)
-    H = (c["amp"] + c["self"]) / (z - 1 + rates)  # (out,), complex
-    power = w**2 / (w**2).sum()
-    total, size = (power * H).sum(), (power * H.abs() ** 2).sum().sqrt()
-    return {
-        "angle_deg": math.degrees(math.acos(min(1.0, (total.real / size).item()))),
-        "norm_ratio": size.item(), "lag": -math.atan2(total.imag.item(), total.real.item()) / omega,
-    }  # fmt: skip
-
-
-def ramp(config: Following, gen: torch.Generator) -> dict[str, dict[str, float]]:
-    """W moves along a line, the input is coloured: the lag of each mode of the input."""
-    shape, dtype = (config.n_out, config.n_in), torch.float64
-    start, speed = (torch.randn(shape, generator=gen, dtype=dtype) for _ in range(2))
-    V = torch.linalg.qr(torch.randn(config.n_in, config.n_in, generator=gen, dtype=dtype))[0]  # (in, in)
-    powers = torch.logspace(math.log10(0.25), math.log10(4), config.n_in, dtype=dtype)
-    S = (V * powers) @ V.T  # (in, in)
-    path = [start + 0.01 * t * speed for t in range(601)]
-    layer = converted_layer(config, start, gen)
-    drive(layer, S, input_of(S, gen), path)
-    if config.rule == "kp":
-        goals, rates = path[-2:], None  # it follows W itself, however fast
-    else:
-        ends = [end(coefficients(layer.feedback.rule), W, S) for W in path[-2:]]
-        goals, rates = [e.B for e in ends], ends[1].rates[0]  # (in,), of the modes by rising power
-    lags = modes_behind(goals[1] - feedback_weight(layer), goals[1] - goals[0], V)
-    found = {}
-    for i, j in enumerate(reversed(range(config.n_in)), 1):
-        theory = 0.0 if rates is None else 1 / rates[j].item()
-        found[f"mode{i}"] = {"lag": lags[j].item(), "lag_theory": theory, "power": powers[j].item()}
-    return found
-
-
-def modes_behind(distance: Tensor, step: Tensor, V: Tensor) -> Tensor:
-    """Distance (out, in) in steps (out, in), for each mode, a column of V (in, in); -> (in,)."""
-    distance, step = distance @ V, step @ V  # (out, in) (in, in) -> (out, in)
-    return (distance * step).sum(0) / step.square().sum(0)
-
-
-# --------------------------------------------------------------------------------------------------------- a real run
-
-
-def real_run(config: Following, gen: torch.Generator, horizon: int = 60) -> dict[str, dict[str, float]]:
-    """A network that learns: the lag of each layer's feedback, in steps, over the second half of the run.
-
-    The lag is the shift at which the angle between the feedback and an earlier W is smallest, and between whole steps
-    where a parabola through the three smallest has its lowest point. The mirrors' input is normal noise; SGD with
-    momentum.
-    """
-    sets = data.load(config.dataset)
-    net = models.xavier_(models.build(config.model, sets.shape, sets.classes, (64, 64)), gen)
-    convert(net, make_rule(config.rule, **run_options(config.rule)), seed=int(torch.randint(2**31, (), generator=gen)))
-    decay = KP_DECAY["run"] if config.rule == "kp" else 0.0
-    opt = torch.optim.SGD(param_groups(net, lr=config.lr, weight_decay=decay), momentum=MOMENTUM)
-    layers, images = converted(net), sets.train
-    past: dict[str, list[Tensor]] = {name: [] for name in layers}
-    lags: dict[str, list[float]] = {name: [] for name in layers}
-    for step in range(config.steps):
-        batch = torch.randint(len(images), (64,), generator=gen)
-        opt.zero_grad()
-        F.cross_entropy(net(images.x[batch]), images.y[batch]).backward()
-        opt.step()
-        for name, layer in layers.items():
-            past[name] = [layer.weight.detach().flatten().clone(), *past[name][:horizon]]  # the newest first
-            if step >= config.steps // 2 and step % 10 == 0:
-                lags[name].append(behind(feedback_weight(layer).flatten(), torch.stack(past[name])))
-    found = {
-        name: {"lag": float(np.mean(lags[name])), "angle_deg": angle(layer.weight, feedback_weight(layer))}
-        for name, layer in layers.items()
-    }
-    for about in found.values():
-        if (rate := run_rate(config.rule)) is not None:
-            about["lag_theory"] = (1 - MOMENTUM) / (config.lr * rate) if rate else 0.0
-    return found
-
-
-def run_options(rule: str) -> dict[str, Any]:
-    """Options of the rule in a network: twice the coefficients, and noise as the mirrors' input."""
-    noise = {"input": "normal"} if rule in ("aa", "wm", "ia") else {}
-    return {name: 2 * value for name, value in OPTIONS[rule].items()} | noise
-
-
-def run_rate(rule: str) -> float | None:
-    """Relaxation rate under noise of power 1; 0: none is needed (KP); None: it depends on W (IA)."""
-    if rule == "kp":
-        return 0.0
-    c = coefficients(make_rule(rule, **run_options(rule)))
-    return None if c["null"] else 2 * (c["decay"] + c["sparse"])
-
-
-def behind(B: Tensor, past: Tensor) -> float:
-    """The lag of B (k,) behind the past W (steps, k), the newest first, in steps; see :func:`real_run`."""
-    cosines = (past @ B) / torch.linalg.vector_norm(past, dim=1)  # (steps,)
-    best = int(cosines.argmax())
-    if not 0 < best < len(cosines) - 1:
-        return float(best)
-    before, at, after = cosines[best - 1 : best + 2].double().tolist()
-    return best + 0.5 * (before - after) / (before - 2 * at + after)
-
-
 # --------------------------------------------------------------------------------------------------------------- plan
 
 
@@ -271,7 +86,7 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
         raise UserError(f"p2_estimation is about {', '.join(RULES)}, not {', '.join(sorted(unknown))}")
     quick, runs = mode == "quick", []
     repeats = seeds or (1 if quick else 3)
-    learning = dict(model="mlp", steps=200, lr=0.02) if quick else RESNET
+    learning = dict(model="mlp", steps=100, lr=0.02) if quick else RESNET
     for rule in rules:
         runs += [Following(rule, "rotation", repeats, speed) for speed in SPEEDS]
         runs += [Following(rule, "ramp", repeats)] if rule != "ia" else []
@@ -279,9 +94,88 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
     return runs
 
 
-RESNET: dict[str, Any] = dict(model="resnet8", dataset="cifar10-16", steps=200, lr=0.02)
+RESNET: dict[str, Any] = dict(model="resnet8", dataset="cifar10-16", steps=100, lr=0.02)
 
 EXPERIMENT = Experiment(
     "Feedback that follows a moving weight", "p2", "25_weight_estimation", RULES, grid,
     swept=lambda config: {"part": config.part, "speed": config.speed},
 )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- figure
+
+CAPTION = """Feedback that follows a moving weight (Kunin et al. 2020: weight estimation). a, b: one layer, W turns at
+a constant speed, white input: angle between feedback and W, and the number of steps that the feedback is behind;
+lines: theory, markers: measured (mean of 3 draws; all sd are smaller than the marker). SA, AA and WM have one rate
+here and so one line. KP is not behind: its lag is 0. c: W moves along a line, coloured input: lag of each mode of the
+input. d: ResNet-8 that learns CIFAR-10 at 16x16 pixels, 100 steps: lag of each layer's feedback, mean +/- 1 sd of 3
+runs; grey line: prediction for SA, AA and WM. IA has no lag there, for its feedback goes elsewhere than to W."""
+
+
+def listing(table: pd.DataFrame) -> str:
+    """Text table: angle and lag behind a W that turns, and in a network that learns; measured and of theory."""
+    if table.empty:
+        return "no run yet"
+    means = table.groupby(["rule", "part", "speed", "metric"]).value.mean().unstack("metric").reset_index()
+    turns, runs = means[means.part == "rotation"], means[means.part == "run"]
+    rows = [
+        {"rule": plot.look(r.rule).label, "W": f"turns {r.speed:g}°/step", "angle": r.angle_deg,
+         "theory": r.angle_deg_theory, "lag": r.lag + 0, "theory ": r.lag_theory}
+        for r in pd.concat([turns[turns.rule == rule] for rule in plot.in_order(turns.rule)]).itertuples()
+    ]  # fmt: skip
+    rows += [
+        {"rule": plot.look(rule).label, "W": "learns", "angle": r.angle_deg.item(), "theory": math.nan,
+         "lag": r.lag.item() if rule != "ia" else math.nan, "theory ": r.lag_theory.item()}
+        for rule in plot.in_order(runs.rule) if len(r := runs[runs.rule == rule])
+    ]  # fmt: skip
+    shown = pd.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format, na_rep="-")
+    return shown.replace("-0.00", " 0.00")
+
+
+@plot.style()
+def draw(page: Page) -> Figure:
+    """The figure; ``page`` is what ``fa.notebook`` returns."""
+    table = page.table()
+    fig, axes = plot.figure("ab;cd", height=4.2)
+    rules = plot.in_order(table.rule)
+    turns = table[table.part == "rotation"]
+    for i, rule in enumerate(rules):
+        own, nudge = plot.look(rule), 1.06 ** (i - (len(rules) - 1) / 2)  # so that equal markers do not hide each other
+        for name, metric in (("a", "angle_deg"), ("b", "lag")):
+            of = turns[turns.rule == rule].groupby(["metric", "speed"]).value.mean()
+            if metric in of:
+                axes[name].plot(of[f"{metric}_theory"].index, of[f"{metric}_theory"], color=own.color, lw=0.9)
+                axes[name].plot(of[metric].index * nudge, of[metric], own.marker, color=own.color, ms=4, mew=0)
+        draw_modes(axes["c"], table[(table.part == "ramp") & (table.rule == rule)], rule)
+    draw_run(axes["d"], table[table.part == "run"])
+    axes["a"].set(
+        xscale="log", xlabel="Speed of W (° a step)", ylabel="Angle to W (°)", ylim=(-4, 98), yticks=range(0, 91, 30)
+    )
+    axes["b"].set(xscale="log", xlabel="Speed of W (° a step)", ylabel="Lag (steps)", ylim=(-0.6, 11))
+    axes["c"].set(xscale="log", xlabel="Input power of the mode", ylabel="Lag (steps)", ylim=(-2, 42))
+    axes["d"].set(xlabel="Layer, from the input", ylabel="Lag (steps)")
+    plot.rule_key(axes["a"], rules, loc="upper left", bbox_to_anchor=None, ncols=1)
+    plot.letters(axes.values())
+    return fig
+
+
+def draw_modes(ax: Axes, rows: pd.DataFrame, rule: str) -> None:
+    """Panel c: lag of each mode of one rule against the mode's input power."""
+    if rows.empty:
+        return
+    of, own = rows.groupby(["layer", "metric"]).value.mean().unstack("metric").sort_values("power"), plot.look(rule)
+    ax.plot(of.power, of.lag_theory, color=own.color, lw=0.9)
+    ax.plot(of.power, of.lag, own.marker, color=own.color, ms=3.5, mew=0)
+
+
+def draw_run(ax: Axes, rows: pd.DataFrame) -> None:
+    """Panel d: lag of each layer of a network that learns."""
+    rules = [rule for rule in plot.in_order(rows.rule) if rule != "ia"]
+    for i, rule in enumerate(rules):
+        own = plot.look(rule)
+        of = rows[(rows.rule == rule) & (rows.metric == "lag")].groupby("depth").value.agg(["mean", "std"])
+        x = of.index + 0.12 * (i - (len(rules) - 1) / 2)
+        ax.errorbar(x, of["mean"], of["std"], fmt=own.marker, color=own.color, ms=3.5, elinewidth=0.7, mew=0)
+    if len(expected := rows[(rows.metric == "lag_theory") & (rows.rule != "kp")]):
+        ax.axhline(expected.value.mean(), color="0.6", lw=0.8, zorder=0)
+    plot.note(ax, plot.repeats(rows))

@@ -29,6 +29,7 @@ PRIMITIVES = ("decay", "amp", "null", "sparse", "self")
 
 RULES = ("fa", "wm", "ia", "sa", "aa", "kp", "primitives")
 
+
 @dataclass(frozen=True)
 class Framework:
     """One rule, or one primitive alone, on random layers; nothing is trained.
@@ -106,12 +107,12 @@ EXPERIMENT = Experiment(
 
 # ------------------------------------------------------------------------------------------------------------- figure
 
-CAPTION = """The framework of Kunin et al. (2020), asked of the rules' code. a: what the update of the feedback synapse
-from neuron i to neuron j reads: its own value, the two activities, the activity sent back by B, the error; and, not
-local, the activity sent up through B and the value of the forward synapse. Filled: the update changes when that quantity
-alone is changed (means of 5 draws; relative change). b: angle between feedback and W after descent with W at rest and
-coloured input, and the ratio of their norms; marker: mean +/- 1 sd of 5 draws, bar: theory. c: relaxation rate of the
-slowest and of the fastest mode, in units of learning rate and step, against theory."""
+CAPTION = """The framework of Kunin et al. (2020), asked of the rules' code. a: what the update of the feedback
+synapse from neuron i to neuron j reads: its own value, the two activities, the activity sent back by B, the error;
+and, not local, the activity sent up through B and the value of the forward synapse. Filled: the update changes when
+that quantity alone is changed (means of 5 draws; relative change). b: angle between feedback and W after descent with
+W at rest and coloured input, and the ratio of their norms; marker: mean +/- 1 sd of 5 draws, bar: theory. c:
+relaxation rate of the slowest and of the fastest mode, in units of learning rate and step, against theory."""
 
 READ = 1e-9  # relative change above which an update counts as reading a quantity: far above rounding
 
@@ -158,7 +159,9 @@ def ends(table: pd.DataFrame) -> str:
             for name in ("angle_deg", "norm_ratio", "rate_slow", "rate_fast"):
                 told[name], told[f"{name} "] = f"{row[name] + 0:.4f}", f"{row[f'{name}_theory'] + 0:.4f}"
             rows.append(told)
-    return pd.DataFrame(rows).rename(columns=lambda name: "theory" if name.endswith(" ") else name).to_string(index=False)
+    return (
+        pd.DataFrame(rows).rename(columns=lambda name: "theory" if name.endswith(" ") else name).to_string(index=False)
+    )
 
 
 @plot.style()
@@ -174,7 +177,9 @@ def draw(page: Page) -> Figure:
         own, at = plot.look(rule), (rule, "")
         b.errorbar(i, means.loc[at, "angle_deg"], sds.loc[at, "angle_deg"], fmt=own.marker, color=own.color, ms=4)
         ratio = means.loc[at, "norm_ratio"] if rule != "fa" else 1.0
-        b.annotate(f"{ratio:.2f}", (i, means.loc[at, "angle_deg"]), (0, 7), textcoords="offset points", ha="center", fontsize=6)
+        b.annotate(
+            f"{ratio:.2f}", (i, means.loc[at, "angle_deg"]), (0, 7), textcoords="offset points", ha="center", fontsize=6
+        )
         if rule == "fa":
             continue
         b.hlines(means.loc[at, "angle_deg_theory"], i - 0.3, i + 0.3, color=own.color, lw=0.9)
