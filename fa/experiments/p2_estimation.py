@@ -106,10 +106,11 @@ EXPERIMENT = Experiment(
 
 CAPTION = """Feedback that follows a moving weight (Kunin et al. 2020: weight estimation). a, b: one layer, W turns at
 a constant speed, white input: angle between feedback and W, and the number of steps that the feedback is behind;
-lines: theory, markers: measured (mean of 3 draws; all sd are smaller than the marker). SA, AA and WM have one rate
-here and so one line. KP is not behind: its lag is 0. c: W moves along a line, coloured input: lag of each mode of the
-input. d: ResNet-8 that learns CIFAR-10 at 16x16 pixels, 100 steps: lag of each layer's feedback, mean +/- 1 sd of 3
-runs; grey line: prediction for SA, AA and WM. IA has no lag there, for its feedback goes elsewhere than to W."""
+lines: theory (joined), markers: measured (mean of 3 draws; all sd are smaller than the marker). SA, AA and WM have
+one rate here and so one line. KP is not behind: its lag is 0. c: W moves along a line, coloured input: lag of each
+mode of the input. d: ResNet-8 that learns CIFAR-10 at 16x16 pixels, 100 steps: lag of each layer's feedback, mean +/-
+1 sd of 3 runs; grey line: prediction for SA, AA and WM. IA has no lag there, for its feedback goes elsewhere than to
+W."""
 
 
 def listing(table: pd.DataFrame) -> str:
@@ -146,26 +147,34 @@ def draw(page: Page) -> Figure:
             if metric in of:
                 axes[name].plot(of[f"{metric}_theory"].index, of[f"{metric}_theory"], color=own.color, lw=0.9)
                 axes[name].plot(of[metric].index * nudge, of[metric], own.marker, color=own.color, ms=4, mew=0)
-        draw_modes(axes["c"], table[(table.part == "ramp") & (table.rule == rule)], rule)
+        draw_modes(axes["c"], table[(table.part == "ramp") & (table.rule == rule)], rule, nudge)
     draw_run(axes["d"], table[table.part == "run"])
     axes["a"].set(
         xscale="log", xlabel="Speed of W (° a step)", ylabel="Angle to W (°)", ylim=(-4, 98), yticks=range(0, 91, 30)
     )
     axes["b"].set(xscale="log", xlabel="Speed of W (° a step)", ylabel="Lag (steps)", ylim=(-0.6, 11))
-    axes["c"].set(xscale="log", xlabel="Input power of the mode", ylabel="Lag (steps)", ylim=(-2, 42))
-    axes["d"].set(xlabel="Layer, from the input", ylabel="Lag (steps)")
+    axes["c"].set(
+        xscale="log",
+        xticks=(ticks := (0.25, 0.5, 1, 2, 4)),
+        xlabel="Input power of the mode",
+        ylabel="Lag (steps)",
+        ylim=(-2, 42),
+    )
+    axes["c"].set_xticklabels([f"{tick:g}" for tick in ticks])
+    axes["c"].minorticks_off()
+    axes["d"].set(xlabel="Layer, from the input", ylabel="Lag (steps)", ylim=(-1.5, None))
     plot.rule_key(axes["a"], rules, loc="upper left", bbox_to_anchor=None, ncols=1)
     plot.letters(axes.values())
     return fig
 
 
-def draw_modes(ax: Axes, rows: pd.DataFrame, rule: str) -> None:
-    """Panel c: lag of each mode of one rule against the mode's input power."""
+def draw_modes(ax: Axes, rows: pd.DataFrame, rule: str, nudge: float) -> None:
+    """Panel c: lag of each mode of one rule against the mode's input power, markers moved aside by a factor."""
     if rows.empty:
         return
     of, own = rows.groupby(["layer", "metric"]).value.mean().unstack("metric").sort_values("power"), plot.look(rule)
     ax.plot(of.power, of.lag_theory, color=own.color, lw=0.9)
-    ax.plot(of.power, of.lag, own.marker, color=own.color, ms=3.5, mew=0)
+    ax.plot(of.power * nudge, of.lag, own.marker, color=own.color, ms=3.5, mew=0)
 
 
 def draw_run(ax: Axes, rows: pd.DataFrame) -> None:
@@ -178,4 +187,5 @@ def draw_run(ax: Axes, rows: pd.DataFrame) -> None:
         ax.errorbar(x, of["mean"], of["std"], fmt=own.marker, color=own.color, ms=3.5, elinewidth=0.7, mew=0)
     if len(expected := rows[(rows.metric == "lag_theory") & (rows.rule != "kp")]):
         ax.axhline(expected.value.mean(), color="0.6", lw=0.8, zorder=0)
+    ax.set_xticks(sorted(rows.depth.unique()))
     plot.note(ax, plot.repeats(rows))
