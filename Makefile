@@ -14,7 +14,6 @@ made  := $(filter own lock,$(shell cat '$(stamp)' 2>/dev/null))
 TORCH ?= $(made)
 
 pages  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.ipynb)),$(wildcard notebooks/*.ipynb))
-unkept := $(addprefix metadata.language_info.,codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -54,10 +53,11 @@ lint: $(stamp)  ## ruff and mypy, installed when they are not there
 
 refresh: $(stamp)  ## for those who commit: run the notebooks (NOTEBOOKS) in place in record mode, and strip them
 	$(py) -m nbconvert --execute --inplace --coalesce-streams $(pages)
-	$(py) -m nbstripout --keep-count --keep-id --extra-keys '$(unkept)' $(pages)
+	$(py) -m nbstripout --keep-count --keep-id --extra-keys metadata.language_info.version $(pages)
 
 lab: $(stamp)  ## JupyterLab in the environment
-	$(py) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_index.ipynb $(ARGS)
+	$(py) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_index.ipynb \
+	    --FileContentsManager.pre_save_hook=fa.results.contents.before_saving $(ARGS)
 
 clean:  ## remove build/, and nothing else
 	rm -rf build

@@ -13,7 +13,7 @@ from fa.rules import RULES, Rule
 from fa.theory import decay_for
 
 __all__ = [
-    "ROOT", "RULES", "Rule", "UserError", "after_step", "alignment", "check_rule", "convert", "decay_for",
+    "ROOT", "RULES", "Rule", "UserError", "after_step", "alignment", "check_rule", "cite", "convert", "decay_for",
     "exact_backprop", "feedback_parameters", "feedback_weight", "gradient_angles", "notebook", "param_groups",
 ]  # fmt: skip
 
@@ -23,6 +23,10 @@ def __getattr__(name: str) -> object:
         from fa.results.page import notebook
 
         return notebook
+    if name == "cite":
+        from fa.results.cite import cite
+
+        return cite
     if name == "__version__":
         return version("fa")
     raise AttributeError(f"module 'fa' has no attribute {name!r}")

@@ -88,8 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     data = command("data", _data, "say which data sets are here, or download one")
     data.add_argument("download", nargs="*", metavar="NAME", help="data sets to download")
 
-    cite = command("cite", _cite, "how to cite a figure: caption, data, code, machine")
+    cite = command("cite", _cite, "how to cite a figure: caption, references, data, code, machine")
     cite.add_argument("figure", metavar="FIGURE", help="a name in figures/, e.g. p3_fig2")
+    cite.add_argument("--format", default="text", help="text, markdown, latex or bibtex (default: text)")
+
+    figure = command("figure", _figure, "draw a figure again from its record, in another width or format")
+    figure.add_argument("figure", metavar="FIGURE", help="a name in figures/, e.g. p3_fig2")
+    figure.add_argument("--width", type=float, default=0, help="inches, e.g. 3.5 or 7.2 (default: the figure's own)")
+    figure.add_argument("--format", default="pdf,svg,png", help="of pdf, svg, png (default: all three)")
     return parser
 
 
@@ -211,9 +217,18 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _cite(args: argparse.Namespace) -> int:
-    from fa.results import contents
+    from fa.results.cite import cite
 
-    print(contents.cite(args.figure))
+    print(cite(args.figure, args.format))
+    return 0
+
+
+def _figure(args: argparse.Namespace) -> int:
+    from fa.paths import relative
+    from fa.results.cite import draw
+
+    for path in draw(args.figure, args.width, args.format.split(",")):
+        print(relative(path))
     return 0
 
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fa.errors import UserError
+from fa.errors import UserError, did_you_mean
 from fa.rules import RULES
 from fa.train import data
 from fa.train.config import Config
@@ -108,9 +108,12 @@ def check(rules: str, dataset: str, seeds: int, epochs: int) -> None:
         raise UserError(f"seeds={seeds} and epochs={epochs} must not be negative; 0 stands for the mode's own")
     for name in split(rules):
         if name not in RULES:
-            raise UserError(f"unknown rule {name!r}; known rules: {', '.join(sorted(RULES))}")
+            raise UserError(
+                f"unknown rule {name!r}; known rules: {', '.join(sorted(RULES))}{did_you_mean(name, RULES)}"
+            )
     if dataset and dataset not in data.SETS:
-        raise UserError(f"unknown data set {dataset!r}; known data sets: {', '.join(data.SETS)}")
+        known = f"{', '.join(data.SETS)}{did_you_mean(dataset, data.SETS)}"
+        raise UserError(f"unknown data set {dataset!r}; known data sets: {known}")
 
 
 def find(experiment: str) -> Experiment:
@@ -120,7 +123,8 @@ def find(experiment: str) -> Experiment:
         UserError: there is none.
     """
     if experiment not in EXPERIMENTS:
-        raise UserError(f"unknown experiment {experiment!r}; known experiments: {', '.join(EXPERIMENTS)}")
+        known = f"{', '.join(EXPERIMENTS)}{did_you_mean(experiment, EXPERIMENTS)}"
+        raise UserError(f"unknown experiment {experiment!r}; known experiments: {known}")
     return EXPERIMENTS[experiment]
 
 

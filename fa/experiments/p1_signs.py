@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from fa import tables
 from fa.errors import UserError
 from fa.experiments import Experiment
 from fa.layers.convert import convert
@@ -177,10 +178,10 @@ def draw(page: Any) -> Any:
 
 
 def listing(table: pd.DataFrame) -> str:
-    """Text table: measured mean and sd, n, and the formula's angle, for every pair of distributions at share 1."""
+    """Table: measured mean and sd, n, and the formula's angle, for every pair of distributions at share 1."""
     rows = table[(table.metric == "angle_deg") & (table.share == 1)]
     if rows.empty:
-        return "no draw yet"
+        return tables.several("no draw yet")
     found = rows.groupby(["weights", "magnitudes"], sort=False).value.agg(["mean", "std", "count"]).reset_index()
     found["theory"] = [concordant_angle(w, m) for w, m in zip(found.weights, found.magnitudes)]
-    return found.to_string(index=False, float_format="{:.2f}".format, na_rep="-")
+    return tables.shown(found, index=False, float_format="{:.2f}".format, na_rep="-")

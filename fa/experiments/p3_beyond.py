@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from fa import plot, theory
+from fa import plot, tables, theory
 from fa.experiments import Experiment, p3_fig2
 from fa.train.config import Config
 
@@ -259,7 +259,7 @@ def levels(ax: Axes, rows: pd.DataFrame, rules: Sequence[str]) -> None:
 
 
 def angles_text(page: Page) -> str:
-    """Text table: the four angles after the last epoch, mean over seeds, one step of the error's way down after
+    """Table: the four angles after the last epoch, mean over seeds, one step of the error's way down after
     another."""
     of, steps = tidy(page), []
     for lower, upper in UPPER.items():
@@ -268,37 +268,39 @@ def angles_text(page: Page) -> str:
             steps.append(rows.groupby("rule").value.mean().rename((f"{upper} to {lower}", name)))
     shown = pd.concat(steps, axis=1).reindex(of.rules)
     shown[("n", "")] = of.last.groupby("rule").seed.nunique()
-    return shown.to_string(float_format="{:.1f}".format, na_rep="-") if len(shown) else "nothing yet"
+    if shown.empty:
+        return tables.several("nothing yet")
+    return tables.shown(shown, float_format="{:.1f}".format, na_rep="-")
 
 
 def decay_text(page: Page) -> str:
-    """Text table: share of the mismatch after the first epoch, theory and measured; `worst`: farthest from theory
+    """Table: share of the mismatch after the first epoch, theory and measured; `worst`: farthest from theory
     ever."""
     of = tidy(page)
     if of.decayed.empty:
-        return "nothing yet"
+        return tables.several("nothing yet")
     measured, wanted = shares(of.decayed), {d: expected(page, d) for d in of.decays}
     shown = measured[measured.epoch == 1].pivot_table(index="decay", columns="rule", values="left")
     shown.insert(0, "theory", [wanted[d][1] for d in shown.index])
     off = [abs(s - wanted[d][int(e)]) for s, d, e in zip(measured.left, measured.decay, measured.epoch)]
     worst = measured.assign(off=off).groupby("decay").off.max().rename("worst")
-    return shown.join(worst).to_string(float_format="{:.5f}".format, na_rep="-")
+    return tables.shown(shown.join(worst), float_format="{:.5f}".format, na_rep="-")
 
 
 def cost_text(page: Page) -> str:
-    """Text table: test accuracy after one epoch and after four, by the first epoch's weight decay."""
+    """Table: test accuracy after one epoch and after four, by the first epoch's weight decay."""
     rows = tidy(page).decayed
     rows = rows[(rows.metric == "test_accuracy") & rows.epoch.isin([1, 4])]
     shown = rows.pivot_table(index="decay", columns=["rule", "epoch"], values="value")
-    return shown.to_string(float_format="{:.2f}".format, na_rep="-") if len(rows) else "nothing yet"
+    return tables.shown(shown, float_format="{:.2f}".format, na_rep="-") if len(rows) else tables.several("nothing yet")
 
 
 def expansion_text(page: Page) -> str:
-    """Text tables of pfa after ten epochs: path angle, theory and gradient angle by layer; accuracy, sd, n; BP's and
+    """Tables of pfa after ten epochs: path angle, theory and gradient angle by layer; accuracy, sd, n; BP's and
     FA's."""
     of = tidy(page)
     if of.ten.empty:
-        return "nothing yet"
+        return tables.several("nothing yet")
     wide = of.ten.pivot_table(index="expansion", columns=["metric", "layer"], values="value", sort=False)
     angle = wide["angle_deg"].add_prefix("path ")
     angle.insert(0, "theory", theory.path_angle(angle.index))
@@ -306,5 +308,6 @@ def expansion_text(page: Page) -> str:
     accuracy = of.ten[of.ten.metric == "test_accuracy"].groupby("expansion").value.agg(["mean", "std", "count"])
     accuracy = accuracy.set_axis(["accuracy", "sd", "n"], axis=1)
     others = of.beside[of.beside.rule.isin(["bp", "fa"])].groupby("rule").value.mean()
-    tables = angle.to_string(float_format="{:.1f}".format), accuracy.to_string(float_format="{:.2f}".format)
-    return "\n\n".join([*tables, ", ".join(f"{plot.look(r).label} {v:.2f}" for r, v in others.items())])
+    means = ", ".join(f"{plot.look(r).label} {v:.2f}" for r, v in others.items())
+    angles = tables.shown(angle, float_format="{:.1f}".format)
+    return tables.several(angles, "", tables.shown(accuracy, float_format="{:.2f}".format), "", means)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from fa import plot, theory
+from fa import plot, tables, theory
 from fa.experiments import Experiment, p3_beyond, p3_fig2, p3_fig4
 from fa.train.config import Config
 
@@ -104,15 +104,15 @@ def draw(page: Page) -> Figure:
 
 
 def text(page: Page) -> str:
-    """Text table after the last epoch: accuracy (mean, sd, n over seeds); path angle, theory, gain and gradient
+    """Table after the last epoch: accuracy (mean, sd, n over seeds); path angle, theory, gain and gradient
     angle (means)."""
     _, accuracy, layers = tidy(page.table())
     if accuracy.empty:
-        return "nothing yet; theory: " + ", ".join(f"{theory.path_angle(λ):.1f}° at {λ:g}" for λ in EXPANSIONS)
+        return tables.several("theory: " + ", ".join(f"{theory.path_angle(λ):.1f}° at {λ:g}" for λ in EXPANSIONS))
     shown = accuracy.groupby(["rule", "expansion"], dropna=False).value.agg(["mean", "std", "count"])
     shown = shown.set_axis(["accuracy", "sd", "n"], axis=1)
     for name, title in (("angle_deg", "path"), ("norm_ratio", "gain"), ("grad_angle_global_deg", "gradient")):
         shown[title] = layers[layers.metric == name].groupby(["rule", "expansion"], dropna=False).value.mean()
     wanted = [float(theory.path_angle(λ)) if rule == "pfa" else np.nan for rule, λ in shown.index]
     shown.insert(4, "theory", wanted)
-    return shown.to_string(float_format="{:.2f}".format, na_rep="-")
+    return tables.shown(shown, float_format="{:.2f}".format, na_rep="-")

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fa import plot
+from fa import plot, tables
 from fa.experiments import Experiment
 from fa.layers.convert import convert
 from fa.layers.dfa import DirectFeedback
@@ -119,7 +119,7 @@ def circuit(name: str) -> Circuit:
 
 
 def summary(page: Page) -> str:
-    """Text table: what each panel of the drawing shows, as asked of the rules' code."""
+    """Table: what each panel of the drawing shows, as asked of the rules' code."""
     rows = []
     for c in map(circuit, page.rules or PANELS):
         told = {n: f"{n} ({' x '.join(c.shapes[n])})" for n in c.feedback}
@@ -133,7 +133,7 @@ def summary(page: Page) -> str:
             "it learns from": "W" if c.reads_value else "W x" if c.sees_activity else product,
             "noise": "yes" if c.noise else "-",
         })  # fmt: skip
-    return pd.DataFrame(rows).replace("", "-").to_string(index=False)
+    return tables.shown(pd.DataFrame(rows).replace("", "-"), index=False)
 
 
 # -------------------------------------------------------------------------------------------------------- drawing

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fa import plot, theory
+from fa import plot, tables, theory
 from fa.errors import UserError
 from fa.experiments import Experiment
 from fa.layers.feedback import generator
@@ -155,23 +155,23 @@ def _angles(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def dense_angles(page: Page) -> str:
-    """Text table of the path angle of dense PFA by expansion: measured, the authors' recipe recomputed, and theory."""
+    """Table of the path angle of dense PFA by expansion: measured, the authors' recipe recomputed, and theory."""
     ours, recipe = (t[t.density == 1] for t in (_angles(page.table()), _angles(page.reference())))
     if ours.empty:
-        return "no angles yet"
+        return tables.several("no angles yet")
     shown = ours.groupby("expansion").value.agg(["mean", "std", "count"])
     theirs = recipe.set_index("expansion").value
     shown["recipe"] = theirs.reindex(shown.index, method="nearest", tolerance=1e-6)
     shown["theory"] = theory.path_angle(shown.index, n_out=page.own["n_out"])
-    return shown.round(2).to_string()
+    return tables.shown(shown.round(2))
 
 
 def sparse_angles(page: Page) -> str:
-    """Text table of PFA's path angle, mean over repeats, by density (rows) and expansion (columns)."""
+    """Table of PFA's path angle, mean over repeats, by density (rows) and expansion (columns)."""
     rows = _angles(page.table()).assign(expansion=lambda t: t.expansion.round(1))
     if rows.empty:
-        return "no angles yet"
-    return rows.pivot_table(index="density", columns="expansion", values="value").round(1).to_string()
+        return tables.several("no angles yet")
+    return tables.shown(rows.pivot_table(index="density", columns="expansion", values="value").round(1))
 
 
 def spread(ax: Axes, table: pd.DataFrame, x: str, mean: str, sd: str, color) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from fa import models, plot
+from fa import models, plot, tables
 from fa.experiments import Experiment, of_rules
 from fa.experiments.p3_fig2 import DECAYED, OPTIONS, layer_grid
 from fa.metrics import linear_layers
@@ -134,19 +134,15 @@ def near(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def accuracies(page: Page) -> str:
-    """Text tables of the accuracies after the last epoch, ours and the paper's."""
-    return "\n".join(f"{plot.LABELS[of]}\n{page.compare(of)}" for of in measured(page.table()))
+    """Tables of the accuracies after the last epoch, ours and the paper's."""
+    return tables.several(*[part for of in measured(page.table()) for part in (plot.LABELS[of], page.compare(of))])
 
 
 def alignment(page: Page) -> str:
-    """Text tables of angle and norm ratio after training: mean, smallest and largest layer, ours and the paper's."""
-    tables = {of: over_layers(page.table(), of, page.reference()) for of in ("angle_deg", "norm_ratio")}
-    return "\n".join(f"{plot.LABELS[of]}\n{shown(table)}" for of, table in tables.items())
-
-
-def shown(table: pd.DataFrame) -> str:
-    """A table as text, with two decimals."""
-    return table.to_string(float_format="{:.2f}".format, na_rep="-")
+    """Tables of angle and norm ratio after training: mean, smallest and largest layer, ours and the paper's."""
+    found = {of: over_layers(page.table(), of, page.reference()) for of in ("angle_deg", "norm_ratio")}
+    parts = [(plot.LABELS[of], tables.shown(t, float_format="{:.2f}".format, na_rep="-")) for of, t in found.items()]
+    return tables.several(*[part for labelled in parts for part in labelled])
 
 
 def over_layers(table: pd.DataFrame, metric: str, reference: pd.DataFrame | None = None) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fa import models, plot, theory
+from fa import models, plot, tables, theory
 from fa.experiments import Experiment, of_rules, p3_fig4
 from fa.experiments.p3_fig2 import DECAYED, OPTIONS, layer_grid
 from fa.metrics import linear_layers
@@ -102,7 +102,8 @@ def accuracy_of(page: Page) -> str:
 
 
 def accuracies(page: Page) -> str:
-    """Text tables of the accuracy after the last epoch, and after epoch 66, the last of the paper's PFA-o."""
+    """Tables of the accuracy after the last epoch, and after epoch 66, the last of the paper's PFA-o."""
     metric = accuracy_of(page)
     told = [plot.LABELS[metric], page.compare(metric)]
-    return "\n".join(told + (["after epoch 66", page.compare(metric, epoch=66)] if page.trained == "paper" else []))
+    told += ["after epoch 66", page.compare(metric, epoch=66)] if page.trained == "paper" else []
+    return tables.several(*told)

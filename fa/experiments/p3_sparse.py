@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fa import plot, theory
+from fa import plot, tables, theory
 from fa.experiments import Experiment, p3_fig2
 from fa.train.config import Config
 
@@ -130,7 +130,7 @@ def draw(page: Page) -> Figure:
 
 
 def accuracies(page: Page) -> str:
-    """Text tables by density: best accuracy, mean over seeds; what is lost against density 1, paired by seed; the
+    """Tables by density: best accuracy, mean over seeds; what is lost against density 1, paired by seed; the
     paper's BP."""
     ours, paper, told = best(page.table()), page.reference().value, []
     if len(ours):
@@ -141,20 +141,20 @@ def accuracies(page: Page) -> str:
         for frame in (ours, lost[(lost.density < 1) & (lost.rule != "bp")]):
             shown = frame.pivot_table(index="rule", columns="density", values="value")
             shown = shown.loc[plot.in_order(shown.index)].join(seeds)
-            told += [shown.to_string(float_format="{:.2f}".format, na_rep="-"), ""]
+            told += [tables.shown(shown, float_format="{:.2f}".format, na_rep="-"), ""]
     bp = f"{paper.mean():.2f}, n {len(paper)}" if len(paper) else "not comparable"
-    return "\n".join([*told, f"the paper's BP: {bp}; its other values are unknown to us"])
+    return tables.several(*told, f"the paper's BP: {bp}; its other values are unknown to us")
 
 
 def alignment(page: Page) -> str:
-    """Text tables by density: each layer's angle after the last epoch, mean over seeds; theory for pfa and kp."""
+    """Tables by density: each layer's angle after the last epoch, mean over seeds; theory for pfa and kp."""
     ours, layers, told = angles(page.table()), shapes(page), []
     if len(ours):
         shown = ours.pivot_table(index=["rule", "layer"], columns="density", values="value", sort=False)
         order = [(r, l) for r in plot.in_order(ours.rule) for l in layers if (r, l) in shown.index]
-        told = [shown.loc[order].sort_index(axis=1).to_string(float_format="{:.1f}".format, na_rep="-")]
+        told = [tables.shown(shown.loc[order].sort_index(axis=1), float_format="{:.1f}".format, na_rep="-"), ""]
     ds = np.array(sorted(ours.density.unique()) or DENSITIES)
-    told += ["\ntheory, density   " + " ".join(f"{d:6g}" for d in ds)]
     lines = {f"pfa {layer}": theory.path_angle(10, ds, n) for layer, (_, n) in layers.items()}
     lines["kp"] = theory.masked_angle(ds)
-    return "\n".join(told + [f"{name:17s} " + " ".join(f"{v:6.1f}" for v in values) for name, values in lines.items()])
+    theirs = pd.DataFrame(lines, index=pd.Index(ds, name="density")).T.rename_axis("theory")
+    return tables.several(*told, tables.shown(theirs, float_format="{:.1f}".format))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fa import plot
+from fa import plot, tables
 from fa.experiments import Experiment, p3_fig2
 from fa.experiments._ticks import NUMBERS, PROPERTIES, cells
 from fa.train.config import Config
@@ -59,33 +59,34 @@ means over seeds (BP, FA, SF, KP: 5; others: 3); row 6: mean +/- 1 sd of the dif
 
 
 def listing(page: Page) -> str:
-    """Text table: our numbers, our tick / the paper's (y, n, a footnote's letter); "*" where the two disagree."""
+    """Table: our numbers, our tick / the paper's (y, n, a footnote's letter); "*" where the two disagree."""
     table, mark = cells(page.table(), page.reference()), {1.0: "y", 0.0: "n"}
     text = [f"{c.ours or '-'} {mark.get(c.met, '-')}/{c.note or mark.get(c.paper, '-')}" for c in table.itertuples()]
     text = [t + "*" * (verdict == "disagrees") for t, verdict in zip(text, table.verdict)]
     wide = table.assign(text=text).pivot(index="rule", columns="property", values="text")
     wide = wide.loc[plot.in_order(wide.index), list(PROPERTIES)]
-    return wide.set_axis([plot.look(r).label for r in wide.index]).rename_axis(index=None, columns=None).to_string()
+    wide = wide.set_axis([plot.look(r).label for r in wide.index]).rename_axis(index=None, columns=None)
+    return tables.shown(wide)
 
 
 def evidence(page: Page) -> str:
-    """Text table: the metrics of the record, and the claims, behind the cells of each property."""
+    """Table: the metrics of the record, and the claims, behind the cells of each property."""
     table = cells(page.table(), page.reference())
     rows = table[table.ours != ""]
     if rows.empty:
-        return "no run yet"
+        return tables.several("no run yet")
     rows = rows.groupby(["property", "evidence"], sort=False).rule
     rows = rows.agg(lambda rules: " ".join(plot.look(r).label for r in plot.in_order(rules))).reset_index()
     rows = rows.sort_values("property", key=lambda c: c.map(list(PROPERTIES).index), kind="stable")
-    return rows.to_string(index=False)
+    return tables.shown(rows, index=False)
 
 
 def mirrors(page: Page) -> str:
-    """Text table of the symmetry of every feedback matrix of the trained networks, means over seeds after training."""
+    """Table of the symmetry of every feedback matrix of the trained networks, means over seeds after training."""
     names, table = ("correlation", "match", "mixed", "chance"), page.table()
     rows = table[table.metric.str.fullmatch(f"[BRK]_({'|'.join(names)})")]
     if rows.empty:
-        return "no run yet"
+        return tables.several("no run yet")
     rows = rows[rows.epoch == rows.groupby("run").epoch.transform("max")]
     rows = rows.assign(matrix=rows.metric.str[0], metric=rows.metric.str[2:])
     wide = rows.pivot_table(index=["rule", "depth", "layer", "matrix"], columns="metric", values="value")
@@ -93,7 +94,7 @@ def mirrors(page: Page) -> str:
     wide = wide.reindex(columns=names).reset_index()
     wide = wide.sort_values(["rule", "depth", "matrix"], key=lambda c: c.map(rank.get(c.name, lambda v: v)))
     wide["rule"] = [plot.look(r).label for r in wide.rule]
-    return wide.drop(columns="depth").to_string(index=False, float_format="{:.2f}".format, na_rep="-")
+    return tables.shown(wide.drop(columns="depth"), index=False, float_format="{:.2f}".format, na_rep="-")
 
 
 @plot.style()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from fa import plot
+from fa import plot, tables
 from fa.experiments import Experiment, p3_fig2
 from fa.train.config import Config
 
@@ -193,7 +193,7 @@ def columns_by_rule(ax: Axes, rules: list[str], end: float, label: str) -> None:
 
 
 def text(page: Page, metric: str, by: Sequence[str] = ("rule",), digits: int = 2, scale: float = 1) -> str:
-    """Text table: the summary of `metric` after the last epoch, in units of 1/`scale`; of the accuracy, `chance`
+    """Table: the summary of `metric` after the last epoch, in units of 1/`scale`; of the accuracy, `chance`
     too."""
     rules, rows = compared(page.table()), last(tidy(page.table()))
     rows = rows[rows.metric == metric].sort_values(list(by), key=lambda names: names.map([*rules, *LAYERS].index))
@@ -202,4 +202,4 @@ def text(page: Page, metric: str, by: Sequence[str] = ("rule",), digits: int = 2
     if metric == "test_accuracy":
         shown.insert(5, "chance", chance(shown, len(rules)))
     form = {"float_format": f"{{:.{digits}f}}".format, "formatters": {"n": "{:.0f}".format}, "na_rep": "-"}
-    return shown.to_string(**form) if len(shown) else "nothing yet"
+    return tables.shown(shown, **form) if len(shown) else tables.several("nothing yet")

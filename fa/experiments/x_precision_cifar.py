@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from fa import plot
+from fa import plot, tables
 from fa.experiments import Experiment, p3_fig4
 from fa.experiments.x_precision import BOTH, PRECISIONS, columns_by_rule, last, precision_of, tidy, two_precisions
 from fa.train.config import Config
@@ -101,7 +101,7 @@ def draw(page: Page) -> Figure:
 
 
 def text(page: Page) -> str:
-    """Text tables of ResNet-20 after the last epoch: both precisions, difference, tolerance and the paper's; then
+    """Tables of ResNet-20 after the last epoch: both precisions, difference, tolerance and the paper's; then
     angles."""
     end, paper, told = last(tidy(page.table())), published(page), []
     for metric in ("val_accuracy", "test_accuracy", "angle_deg"):
@@ -113,6 +113,6 @@ def text(page: Page) -> str:
         if metric == "angle_deg":
             shown["largest"] = by_rule.difference.agg(lambda d: d[d.abs().idxmax()])
         shown = shown.loc[plot.in_order(shown.index)]
-        text = shown.to_string(float_format="{:.2f}".format, na_rep="-") if len(shown) else "nothing yet"
-        told += [plot.LABELS[metric], text]
-    return "\n".join(told)
+        told += [plot.LABELS[metric]]
+        told += [tables.shown(shown, float_format="{:.2f}".format, na_rep="-") if len(shown) else "nothing yet"]
+    return tables.several(*told)

@@ -44,8 +44,9 @@ class Converted:
 
     def extra_repr(self) -> str:
         """The stock layer's line, then the rule with the options that are not at their defaults."""
-        rule = self.feedback.rule
+        rule = getattr(self.feedback.rule, "explicit", self.feedback.rule)
         options = [f"{f.name}={getattr(rule, f.name)!r}" for f in fields(rule) if getattr(rule, f.name) != f.default]
+        options += ["implicit=True"] * (rule is not self.feedback.rule)
         given = f"({', '.join(options)})" if options else ""
         return ", ".join(filter(None, [super().extra_repr(), f"rule={rule.name}{given}"]))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fa.errors import UserError
+from fa.errors import UserError, did_you_mean
 from fa.experiments import EXPERIMENTS
 from fa.paths import ROOT, relative
 from fa.results.contents import find
@@ -144,7 +144,8 @@ def _typed(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     values = {}
     for name, text in raw.items():
         if name not in default:
-            raise UserError(f"unknown parameter {name!r} of {path.stem}; known: {', '.join(default)}")
+            known = f"{', '.join(default)}{did_you_mean(name, default)}"
+            raise UserError(f"unknown parameter {name!r} of {path.stem}; known: {known}")
         kind = type(default[name])
         try:
             values[name] = words[str(text)] if kind is bool else kind(text)

@@ -1,10 +1,11 @@
-"""The notebooks and the figures of the repository: found by name, listed with their verdicts, cited."""
+"""The notebooks of the repository: found by name, listed with their verdicts, saved clean."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fa.errors import UserError
 from fa.experiments import EXPERIMENTS
@@ -29,6 +30,13 @@ def find(names: Sequence[str] = ()) -> list[Path]:
             raise UserError(f"unknown notebook {name!r}; known: {', '.join(p.stem for p in there)}")
         found += fits
     return list(dict.fromkeys(found)) if names else there
+
+
+def before_saving(model: dict[str, Any], **_: object) -> None:
+    """Jupyter's hook before it saves: takes the Python version out of a notebook, so that opening a committed one
+    leaves it as it is in git."""
+    if model["type"] == "notebook":
+        model["content"]["metadata"].get("language_info", {}).pop("version", None)
 
 
 def index() -> str:
@@ -57,18 +65,3 @@ def rules() -> str:
         equation = RULES[name].equation.replace("|", r"\|")  # a bar ends a cell, in code too
         lines.append(f"| `{name}` | `{equation}` | {RULES[name].source} |")
     return "\n".join(lines)
-
-
-def cite(name: str) -> str:
-    """How to cite a committed figure: its file, caption, citation and trail.
-
-    Raises:
-        UserError: no such figure; names those that are there.
-    """
-    path = ROOT / "figures" / f"{name}.json"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none yet"
-        raise UserError(f"unknown figure {name!r}; known: {known}")
-    figure = json.loads(path.read_text(encoding="utf-8"))
-    head = [f"figures/{name}.pdf", figure.pop("caption"), figure.pop("cite")]
-    return "\n\n".join([*head, "\n".join(f"{k:12s} {v}" for k, v in figure.items() if v and k != "name")])

@@ -13,27 +13,36 @@ paper   trains what is missing, at the paper's scale         data/records/     f
 ======  ===================================================  ================  =====================
 
 Record mode shows the paper's scale where its record is complete, else the small scale where the figure has one;
-``scale`` asks for one by name. In small and paper mode, parameters other than the figure's own keep table and figures
-in build/MODE/, and with $FA_ADD (``fa reproduce --add``) runs that data/records/ holds are not trained again.
+``scale`` asks for one by name. Parameters other than the figure's own give table and figure a name of their own, such
+as p3_fig2__seeds=2, in build/MODE/. With $FA_ADD (``fa reproduce --add``) runs that data/records/ holds are not trained
+again in small and paper mode. Tables and texts are :class:`fa.tables.Shown`: print makes text of them, and at the end
+of a cell they are rendered.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
+from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from fa import citations, experiments, plot, provenance
+from fa import citations, experiments, plot, provenance, tables
 from fa.paths import ROOT, relative
 from fa.results import claims, records
+from fa.results.markdown import labelled
 from fa.results.parameters import STANDARD, check, given
 from fa.results.table import FigureTable
+from fa.tables import Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+SHOWN_DPI = 136  # pixels of the page an inch of the figure is wide; the picture itself has 300, for sharp screens
 
 
 def notebook(namespace: Mapping[str, Any], experiment: str = "") -> Page:
@@ -67,8 +76,11 @@ class Page(FigureTable):
         defaults."""
         return Page(experiment, self.mode, device=self.device, scale=self.trained if self.mode == "record" else "")
 
-    def banner(self) -> str:
+    def banner(self) -> Shown:
         """A sentence or two: what this page shows, and whether anything was trained for it."""
+        return tables.several(self._banner())
+
+    def _banner(self) -> str:
         if not self.runs:
             return "Nothing is trained for this page: its figure is drawn from the code of the rules."
         rows, where, part = self.table(), relative(self.path), self.partial()
@@ -85,7 +97,7 @@ class Page(FigureTable):
         return f"Made here, mode {self.mode!r}: {', '.join([what, *self.datasets])}; read back from {where}."
 
     def compare(self, metric: str, by: Sequence[str] = ("rule",), epoch: int | None = None, digits: int = 2) -> str:
-        """Text table of `metric` at `epoch` (default: the last): our mean, sd (ddof 1) and n, and the published ones.
+        """Table of `metric` at `epoch` (default: the last): our mean, sd (ddof 1) and n, and the published ones.
 
         Args:
             metric: a metric of the table.
@@ -106,18 +118,30 @@ class Page(FigureTable):
         rank = {"rule": plot.in_order(both.rule).index, "layer": depth.index}
         both = both.sort_values(by, key=lambda column: column.map(rank.get(column.name, lambda v: v)))
         whole = {n: lambda v: "-" if pd.isna(v) else f"{v:.0f}" for n in ("n", "n ")}
-        return both.to_string(index=False, float_format=f"{{:.{digits}f}}".format, na_rep="-", formatters=whole)
+        form = f"{{:.{digits}f}}".format
+        return tables.shown(both, index=False, float_format=form, na_rep="-", formatters=whole)
 
-    def judged(self) -> str:
-        """Text table of this figure's claims: target, measured, n and verdict, then how many hold."""
+    def judged(self) -> Shown:
+        """Table of this figure's claims: target, measured, n and verdict, then how many hold.
+
+        Rendered it has each claim's sentence, the reason of a verdict, and those that fail first; the criterion shows
+        when the pointer rests on the claim.
+        """
         table = self.verdicts()
         short = table[["id", "target", "measured", "n", "verdict"]].astype(str).map(cut)
         short["id"] = short.id.str.removeprefix(f"{self.name}_")
-        return short.to_string(index=False) + "\n\n" + claims.counted(table.verdict)
+        counted = claims.counted(table.verdict)
+        if self.mode == "record" and self.chosen:
+            counted += "; the verdicts are about the whole record"
+        return tables.Shown(f"{short.to_string(index=False)}\n\n{counted}", f"<p>{counted}</p>\n{_verdicts(table)}")
 
-    def provenance(self) -> str:
-        """Text table: where the numbers come from, by file, hash, commit and machine."""
-        return "\n".join(f"{k:12s} {v}" for k, v in {"mode": self.mode, **self.trail()}.items() if v)
+    def provenance(self) -> Shown:
+        """Table: where the numbers come from, by file, hash, commit and machine."""
+        told = {k: str(v) for k, v in {"mode": self.mode, **self.trail()}.items() if v}
+        if self.parameters:
+            told["parameters"] = ", ".join(f"{n}={v}" for n, v in self.parameters.items())
+        html = tables.shown(pd.Series(told, dtype=str).to_frame(), header=False).html
+        return tables.Shown("\n".join(f"{k:12s} {v}" for k, v in told.items()), html)
 
     def trail(self) -> dict[str, Any]:
         """What leads from a figure back to its data, code and machine; nothing in it depends on the clock."""
@@ -137,14 +161,16 @@ class Page(FigureTable):
             "commit": provenance.told(made.get("environments", []), "commit"),
             "machine": provenance.told(made.get("environments", []), "torch", "cuda", "gpu", "cpu"),
             "cite": citations.figure(self.name, about.paper),
+            **({"parameters": self.parameters} if self.parameters else {}),
+            **({"seeds": int(self.table().seed.nunique())} if self.runs and self.mode == "quick" else {}),
         }
 
     def draw(self) -> None:
-        """Draw the figure by the ``draw`` of its file in fa/experiments, save it under that file's caption, and say
-        where it is."""
+        """Draw the figure by the ``draw`` of its file in fa/experiments, save it under that file's caption, and show
+        picture, caption and where the files are."""
         module = import_module(f"fa.experiments.{self.experiment}")
-        path = self.save(module.draw(self), module.SMALL_CAPTION if self.trained == "small" else module.CAPTION)
-        print(f"{relative(path)}, .png and .json")
+        fig = module.draw(self)
+        _show(self.save(fig, module.SMALL_CAPTION if self.trained == "small" else module.CAPTION), fig)
 
     def save(self, fig: Figure, caption: str) -> Path:
         """Stamp and write a figure (see `fa.plot.save`): to figures/ in small and paper mode, else to
@@ -156,15 +182,56 @@ class Page(FigureTable):
         published = self.mode in ("small", "paper") and not self.chosen
         folder = ROOT / "figures" if published else records.build(self.mode) / "figures"
         words = []
+        given = [f"{n}={v}" for n, v in self.parameters.items() if n not in ("seeds", "dataset")]
         if self.mode == "quick":
             words = [", ".join(["quick mode", *self.datasets]) + ": not the paper's scale"]
-            seeds = [f"{self.table().seed.nunique()} seeds"] if self.runs else []
-            caption = f"Quick mode ({', '.join([*self.datasets, *seeds])}), not the paper's scale. {caption}"
+            n = self.table().seed.nunique() if self.runs else 0
+            told = [*self.datasets, *[f"{n} seed" + "s" * (n != 1)] * bool(n), *given]
+            caption = f"Quick mode ({', '.join(told)}), without the paper's values. At the paper's scale: {caption}"
+        elif self.parameters:
+            caption = f"With {', '.join(f'{n}={v}' for n, v in self.parameters.items())}. {caption}"
         if part := self.partial():
             words.append("no run yet: published values only" if self.table().empty else f"partial: {part}")
         if words:
             plot.stamp(fig, " · ".join(words))
-        return plot.save(fig, self.name, caption, folder, **self.trail())
+        return plot.save(fig, self.own_name, caption, folder, **self.trail())
+
+
+def _show(path: Path, fig: Figure) -> None:
+    """Close a figure that was saved, and show its file in a notebook, sharp on every screen, with caption, alternative
+    text and the names of its files. Elsewhere the names are printed."""
+    import matplotlib.pyplot as plt
+
+    plt.close(fig)
+    files = f"{relative(path)}, .png and .json"
+    if "ipykernel" not in sys.modules:
+        print(files)
+        return
+    from IPython.display import HTML, Image, display
+
+    caption = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["caption"]
+    width = round(fig.get_figwidth() * SHOWN_DPI)
+    display(Image(path.with_suffix(".png"), width=width, alt=caption))
+    display(HTML(f"<p>{escape(caption).replace('+/-', '±')}</p>\n<p><code>{escape(files)}</code></p>"))
+
+
+COLORS = {"fails": "#d0342c", "partly": "#c77700", "holds": "#2e8b57", "not tested": "#808080"}
+"""Of verdicts, in the order of the rendered table."""
+
+
+def _verdicts(table: pd.DataFrame) -> str:
+    """The verdicts as an HTML table, those that fail first."""
+    left = 'style="text-align: left"'
+    rows = ["<tr>" + "".join(f"<th {left}>{c}</th>" for c in ("claim", "target", "ours", "n", "verdict")) + "</tr>"]
+    for row in table.sort_values("verdict", key=lambda v: v.map(list(COLORS).index), kind="stable").itertuples():
+        pairs = zip(row.measured.split("; "), row.sd.split("; "))
+        ours = "; ".join(m if sd in ("", "nan") else f"{m} ± {sd}" for m, sd in pairs)
+        verdict = f'<b style="color:{COLORS[row.verdict]}">{row.verdict}</b>'
+        why = f"<br><small>{escape(labelled(row.why))}</small>" if row.why else ""
+        claim = f'<span title="{escape(row.criterion)}">{escape(row.claim)}</span>'
+        cells = [claim, escape(row.target), escape(labelled(ours)), row.n, verdict + why]
+        rows.append("<tr>" + "".join(f"<td {left}>{cell}</td>" for cell in cells) + "</tr>")
+    return "<table>\n" + "\n".join(rows) + "\n</table>"
 
 
 def cut(text: str, width: int = 48) -> str:

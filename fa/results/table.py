@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from fa import experiments, plot, provenance
-from fa.errors import UserError
+from fa.errors import Interrupted, UserError
 from fa.experiments import Experiment, plan
 from fa.paths import relative, write_bytes
 from fa.results import claims, records, runs
@@ -71,14 +72,27 @@ class FigureTable:
         return records.name_of(self.experiment, self.trained)
 
     @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters whose value is not the figure's own; the device is none of them, for it changes no recipe."""
+        named = {"seeds": self.seeds, "epochs": self.epochs, "rules": ",".join(self.rules), "dataset": self.dataset}
+        own = {n: v for n, v in self.own.items() if v != self.about.own[n]}
+        return {n: v for n, v in named.items() if v} | own
+
+    @property
+    def own_name(self) -> str:
+        """Name of these files: :attr:`name`, and the parameters that the reader chose ("p3_fig2__seeds=2")."""
+        words = [re.sub(r"[^\w=,.+-]", "-", f"{n}={v}") for n, v in self.parameters.items()]
+        return "__".join([self.name, *words])
+
+    @property
     def _changed(self) -> bool:
         """Whether this is another experiment than the figure's, and not only a part of it."""
-        return bool(self.epochs or self.dataset) or any(self.about.own[n] != v for n, v in self.own.items())
+        return bool(self.parameters.keys() - {"seeds", "rules"})
 
     @property
     def chosen(self) -> bool:
         """Whether the reader asked for anything but the figure as it is published."""
-        return bool(self.seeds or self.rules) or self._changed
+        return bool(self.parameters)
 
     @cached_property
     def runs(self) -> list[Any]:
@@ -94,8 +108,8 @@ class FigureTable:
     @property
     def path(self) -> Path:
         """The figure's own table on disk; runs that it shares with other figures lie in theirs."""
-        if self.mode in ("small", "paper") and self.chosen:
-            return records.build(self.mode) / f"{self.name}.csv"
+        if self.mode != "record" and self.chosen:
+            return records.build(self.mode) / f"{self.own_name}.csv"
         return records.record_path(self.name, self.trained)
 
     def table(self) -> pd.DataFrame:
@@ -146,10 +160,15 @@ class FigureTable:
         add = os.environ.get("FA_ADD") and self.mode != "quick" and not self.chosen
         held = set(records.holders()) if add else set()
         missing = [c for c in self.runs if c.run not in held]
-        summary = runs.run(missing, workers=1 if own_rule else "auto", device=self.device)
+        try:
+            summary = runs.run(missing, workers=1 if own_rule else "auto", device=self.device)
+        except KeyboardInterrupt:
+            done = sum(RunFolder(c).finished for c in self.runs)
+            told = f"{done} of {len(self.runs)} runs are finished; run the cell again and training goes on"
+            raise Interrupted(told) from None
         if summary.failed:
             raise RuntimeError(f"{len(summary.failed)} of {len(self.runs)} runs failed, the first: {summary.failed[0]}")
-        if self.mode == "quick" or not self.chosen:
+        if not self.chosen:
             records.collect(self.experiment, self.mode, self.runs, partial=True)
             return records.union(self.experiment, self.mode, self.runs)
         finished = [f.table().assign(**self.about.swept(f.config)) for f in map(RunFolder, self.runs) if f.finished]
@@ -192,8 +211,12 @@ class FigureTable:
         return table.reset_index(drop=True) if comparable else table.iloc[:0]
 
     def verdicts(self) -> pd.DataFrame:
-        """The claims of this figure and their verdicts, from the committed record (from the quick table in `quick`
-        mode)."""
+        """The claims of this figure and their verdicts, from its record, which they are about as a whole; of a quick
+        table, or of runs with other parameters, no claim is tested."""
+        if self.chosen and self.mode != "record":
+            given = ", ".join(f"{n}={v}" for n, v in self.parameters.items())
+            untested = {"measured": "", "sd": "", "n": "", "verdict": "not tested", "why": f"another run: {given}"}
+            return claims.verdicts(self.name).assign(**untested)
         return claims.verdicts(self.name, mode="quick" if self.mode == "quick" else "record")
 
 

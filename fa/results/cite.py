@@ -1,0 +1,179 @@
+"""How a figure is cited: caption, references and the lines that include it, for LaTeX, BibTeX, Markdown or plain text;
+and the same figure in another width or format, redrawn from its record."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from fa import citations, plot, provenance
+from fa.errors import UserError, did_you_mean
+from fa.paths import ROOT
+from fa.results import records
+from fa.results.page import Page
+
+FORMATS = ("text", "markdown", "latex", "bibtex")
+FILES = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
+"""Format of a picture -> the metadata that would depend on the clock or the version, left out."""
+
+SYMBOLS = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\ensuremath{<}", ">": r"\ensuremath{>}",
+    "|": r"\ensuremath{|}", "±": r"\ensuremath{\pm}", "°": r"\ensuremath{^\circ}", "×": r"\ensuremath{\times}",
+    "λ": r"\ensuremath{\lambda}", "θ": r"\ensuremath{\theta}", "μ": r"\ensuremath{\mu}", "γ": r"\ensuremath{\gamma}",
+    "η": r"\ensuremath{\eta}", "≤": r"\ensuremath{\leq}", "≥": r"\ensuremath{\geq}", "−": r"\ensuremath{-}",
+    "–": "--", "∘": r"\ensuremath{\circ}", "ø": r"{\o}",
+}  # fmt: skip
+"""What LaTeX does not take as it is."""
+
+
+def cite(name: str, format: str = "text") -> str:
+    """How to cite a committed figure.
+
+    Args:
+        name: of a file in figures/, such as "p3_fig2".
+        format: "text" (default): file, caption, citation and trail. "markdown": the picture with its caption. "latex":
+            a figure environment with the caption escaped. "bibtex": this repository, with version and commit, and the
+            paper of the figure: the entries that the latex form cites.
+
+    Raises:
+        UserError: an unknown figure or format; the sentence names the known ones.
+
+    Example:
+        >>> print(cite("p3_fig2", "latex").splitlines()[0])
+        \\begin{figure}[tb]
+    """
+    path = _sidecar(name)
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
+    forms = {"text": _text, "markdown": _markdown, "latex": _latex, "bibtex": _bibtex}
+    return forms[format](json.loads(path.read_text(encoding="utf-8")))
+
+
+def draw(name: str, width: float = 0, formats: Sequence[str] = tuple(FILES), folder: Path | None = None) -> list[Path]:
+    """Draw a committed figure again from its record, in another width or format; nothing is trained.
+
+    Args:
+        name: of a file in figures/, such as "p3_fig2".
+        width: inches (default 0: the figure's own). The height changes with its square root, so that panels stay
+            readable; fonts keep their size.
+        formats: of "pdf", "svg" and "png" (default: all). Text stays text in pdf and svg.
+        folder: where to (default: build/figures; the files in figures/ stay as they are).
+
+    Returns:
+        paths of the files.
+
+    Raises:
+        UserError: an unknown figure or format, or a negative width.
+    """
+    _sidecar(name)
+    if unknown := [f for f in formats if f not in FILES]:
+        raise UserError(f"unknown format {unknown[0]!r}; known: {', '.join(FILES)}")
+    if width < 0:
+        raise UserError(f"width={width} must be a positive number of inches")
+    experiment, mode = records.figure_of(name)
+    fig = import_module(f"fa.experiments.{experiment}").draw(Page(experiment, scale=mode if mode == "small" else ""))
+    if width:
+        own, height = fig.get_size_inches()
+        fig.set_size_inches(width, height * (width / own) ** 0.5)
+    folder = folder or records.build("figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{ending}" for ending in formats]
+    with plot.style():
+        for path in paths:
+            fig.savefig(path, dpi=300, metadata=FILES[path.suffix[1:]])
+    return paths
+
+
+def tex(text: str) -> str:
+    """A text as LaTeX: what LaTeX would read as a command is escaped, "+/-" and transposes are formulas."""
+    text = "".join(SYMBOLS.get(letter, letter) for letter in text.replace("+/-", "±"))
+    return re.sub(r"\b(\w+)\\textasciicircum\{\}T\b", r"$\1^\\mathsf{T}$", text)
+
+
+def _sidecar(name: str) -> Path:
+    path = ROOT / "figures" / f"{name}.json"
+    if not path.exists():
+        known = sorted(p.stem for p in path.parent.glob("*.json"))
+        raise UserError(f"unknown figure {name!r}; known: {', '.join(known) or 'none yet'}{did_you_mean(name, known)}")
+    return path
+
+
+def _version() -> str:
+    """Version and commit of this repository, in words."""
+    commit = provenance.commit()
+    return f"version {citations.citation()['version']}" + (f", commit {commit}" if commit else "")
+
+
+def _text(figure: dict[str, Any]) -> str:
+    name = figure["name"]
+    head = [f"figures/{name}.pdf", figure["caption"], f"{figure['cite']} ({_version()})"]
+    trail = {k: v for k, v in figure.items() if v and k not in ("name", "caption", "cite")}
+    if "+" in str(figure.get("commit", "")):
+        trail["a commit with +"] = "some files of fa/ differed from it when the runs were trained"
+    return "\n\n".join([*head, "\n".join(f"{k:12s} {v}" for k, v in trail.items())])
+
+
+def _markdown(figure: dict[str, Any]) -> str:
+    name, caption = figure["name"], figure["caption"].replace("+/-", "±")
+    caption = re.sub(r"([\\`*_<])", r"\\\1", caption)
+    source = f"{figure['cite']} ({_version()})".replace("_", r"\_")
+    return f"![{name}](figures/{name}.png)\n\n**Figure.** {caption} *Source: {source}.*"
+
+
+def _latex(figure: dict[str, Any]) -> str:
+    name, keys = figure["name"], [key for key, _ in _entries(figure)]
+    return "\n".join([
+        r"\begin{figure}[tb]",
+        r"  \centering",
+        rf"  \includegraphics[width=\linewidth]{{figures/{name}.pdf}}",
+        rf"  \caption{{{tex(figure['caption'])} From~\cite{{{','.join(keys)}}}.}}",
+        rf"  \label{{fig:{name}}}",
+        r"\end{figure}",
+    ])  # fmt: skip
+
+
+def _bibtex(figure: dict[str, Any]) -> str:
+    return "\n\n".join(entry for _, entry in _entries(figure))
+
+
+def _entries(figure: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, BibTeX entry) of this repository, and of the paper that the figure is after."""
+    about = citations.citation()
+    own = {
+        "author": " and ".join(f"{{{a['name']}}}" for a in about["authors"]),
+        "title": f"{{{tex(about['title'])}}}",
+        "version": about["version"],
+        "year": about["date-released"][:4],
+        "date": about["date-released"],
+        "url": about.get("repository-code", ""),
+        "note": tex(f"Figure {figure['name']}, {_version()}"),
+    }
+    entries = [("fa", _entry("software", "fa", own))]
+    for paper in about["references"]:
+        if citations.short(paper) == figure["paper"]:
+            kind = "article" if paper["type"] == "article" else "inproceedings"
+            key = re.sub(r"\W", "", paper["authors"][0]["family-names"].lower()) + str(paper["year"])
+            arxiv = [i["value"].removeprefix("arXiv:") for i in paper.get("identifiers", []) if "arXiv" in i["value"]]
+            entries.append((key, _entry(kind, key, {
+                "author": " and ".join(tex(f"{a['family-names']}, {a['given-names']}") for a in paper["authors"]),
+                "title": f"{{{tex(paper['title'])}}}",
+                "journal": paper.get("journal", f"arXiv:{arxiv[0]}" if kind == "article" and arxiv else ""),
+                "booktitle": paper.get("collection-title", ""),
+                "volume": paper.get("volume", ""),
+                "pages": "--".join(str(paper[k]) for k in ("start", "end") if k in paper),
+                "year": paper["year"],
+                "doi": paper.get("doi", ""),
+                "eprint": arxiv[0] if arxiv else "",
+                "archiveprefix": "arXiv" if arxiv else "",
+            })))  # fmt: skip
+    return entries
+
+
+def _entry(kind: str, key: str, fields: dict[str, Any]) -> str:
+    lines = [f"  {name} = {{{value}}}," for name, value in fields.items() if value]
+    return "\n".join([f"@{kind}{{{key},", *lines, "}"])
