@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fa import plot
+from fa import plot, tables
 from fa.errors import UserError
 from fa.experiments import Experiment
 from fa.experiments import _dynamics as theory
@@ -132,10 +132,10 @@ def rows_of(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def listing(table: pd.DataFrame) -> str:
-    """Text table: measured and theoretical rate of every mode of every layer, means of networks; the largest error."""
+    """Table: measured and theoretical rate of every mode of every layer, means of networks; the largest error."""
     rates = rows_of(table)
     if rates.empty:
-        return "no run yet"
+        return tables.several("no run yet")
     rates = rates.assign(error=100 * (rates.measured / rates.theory - 1).abs())
     keys = ["rule", "part", "forward", "layer", "metric"]
     found = rates.groupby(keys, sort=False).agg(
@@ -144,7 +144,7 @@ def listing(table: pd.DataFrame) -> str:
     found = found.reset_index().rename(columns={"forward": "W learns", "error": "largest error (%)"})
     found["rule"] = [plot.look(r).label for r in found.rule]
     found["W learns"] = found["W learns"].map({0: "no", 1: "yes"})
-    return found.to_string(index=False, float_format="{:.4f}".format)
+    return tables.shown(found, index=False, float_format="{:.4f}".format)
 
 
 @plot.style()

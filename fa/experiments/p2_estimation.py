@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from fa import plot
+from fa import plot, tables
 from fa.errors import UserError
 from fa.experiments import Experiment
 from fa.experiments._following import ramp, real_run, rotation
@@ -114,9 +114,9 @@ W."""
 
 
 def listing(table: pd.DataFrame) -> str:
-    """Text table: angle and lag behind a W that turns, and in a network that learns; measured and of theory."""
+    """Table: angle and lag behind a W that turns, and in a network that learns; measured and of theory."""
     if table.empty:
-        return "no run yet"
+        return tables.several("no run yet")
     means = table.groupby(["rule", "part", "speed", "metric"]).value.mean().unstack("metric").reset_index()
     turns, runs = means[means.part == "rotation"], means[means.part == "run"]
     rows = [
@@ -129,8 +129,9 @@ def listing(table: pd.DataFrame) -> str:
          "lag": r.lag.item() if rule != "ia" else math.nan, "theory ": r.lag_theory.item()}
         for rule in plot.in_order(runs.rule) if len(r := runs[runs.rule == rule])
     ]  # fmt: skip
-    shown = pd.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format, na_rep="-")
-    return shown.replace("-0.00", " 0.00")
+    found = pd.DataFrame(rows).round(2)
+    found[["angle", "lag"]] += 0.0  # no minus before a zero
+    return tables.shown(found, index=False, float_format="{:.2f}".format, na_rep="-")
 
 
 @plot.style()
@@ -141,13 +142,13 @@ def draw(page: Page) -> Figure:
     rules = plot.in_order(table.rule)
     turns = table[table.part == "rotation"]
     for i, rule in enumerate(rules):
-        own, nudge = plot.look(rule), 1.06 ** (i - (len(rules) - 1) / 2)  # so that equal markers do not hide each other
+        own, size = plot.look(rule), 7.5 - 1.1 * i  # markers at one place lie in each other
         for name, metric in (("a", "angle_deg"), ("b", "lag")):
             of = turns[turns.rule == rule].groupby(["metric", "speed"]).value.mean()
             if metric in of:
                 axes[name].plot(of[f"{metric}_theory"].index, of[f"{metric}_theory"], color=own.color, lw=0.9)
-                axes[name].plot(of[metric].index * nudge, of[metric], own.marker, color=own.color, ms=4, mew=0)
-        draw_modes(axes["c"], table[(table.part == "ramp") & (table.rule == rule)], rule, nudge)
+                axes[name].plot(of[metric].index, of[metric], own.marker, color=own.color, ms=size, mew=0)
+        draw_modes(axes["c"], table[(table.part == "ramp") & (table.rule == rule)], rule, size)
     draw_run(axes["d"], table[table.part == "run"])
     axes["a"].set(
         xscale="log", xlabel="Speed of W (° a step)", ylabel="Angle to W (°)", ylim=(-4, 98), yticks=range(0, 91, 30)
@@ -168,13 +169,13 @@ def draw(page: Page) -> Figure:
     return fig
 
 
-def draw_modes(ax: Axes, rows: pd.DataFrame, rule: str, nudge: float) -> None:
-    """Panel c: lag of each mode of one rule against the mode's input power, markers moved aside by a factor."""
+def draw_modes(ax: Axes, rows: pd.DataFrame, rule: str, size: float) -> None:
+    """Panel c: lag of each mode of one rule against the mode's input power."""
     if rows.empty:
         return
     of, own = rows.groupby(["layer", "metric"]).value.mean().unstack("metric").sort_values("power"), plot.look(rule)
     ax.plot(of.power, of.lag_theory, color=own.color, lw=0.9)
-    ax.plot(of.power * nudge, of.lag, own.marker, color=own.color, ms=3.5, mew=0)
+    ax.plot(of.power, of.lag, own.marker, color=own.color, ms=size, mew=0)
 
 
 def draw_run(ax: Axes, rows: pd.DataFrame) -> None:

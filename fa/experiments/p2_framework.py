@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fa import plot
+from fa import plot, tables
 from fa.errors import UserError
 from fa.experiments import Experiment
 from fa.experiments._framework import NON_LOCAL, READS, coloured, gradient_check, reads, settle
@@ -136,21 +136,21 @@ def found(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def listing(table: pd.DataFrame) -> str:
-    """Text table: what each primitive and rule reads ("x": yes), and whether all of it is local."""
+    """Table: what each primitive and rule reads ("x": yes), and whether all of it is local."""
     if table.empty:
-        return "no draw yet"
+        return tables.several("no draw yet")
     means, rows = found(table)["mean"], []
     for pair in ordered(table):
         read = {name: means.loc[pair, f"read_{name}"] > READ for name in READS}
         marks = {name: "x" if yes else "." for name, yes in read.items()}
         rows.append({"": label(*pair), **marks, "local": "no" if any(read[n] for n in NON_LOCAL) else "yes"})
-    return pd.DataFrame(rows).to_string(index=False)
+    return tables.shown(pd.DataFrame(rows), index=False)
 
 
 def ends(table: pd.DataFrame) -> str:
-    """Text table: angle, norm ratio and rates of every rule, measured and as theory has them."""
+    """Table: angle, norm ratio and rates of every rule, measured and as theory has them."""
     if table.empty:
-        return "no draw yet"
+        return tables.several("no draw yet")
     means, rows = found(table)["mean"], []
     for rule, primitive in ordered(table):
         if not primitive and f"{rule}" != "fa":
@@ -159,9 +159,8 @@ def ends(table: pd.DataFrame) -> str:
             for name in ("angle_deg", "norm_ratio", "rate_slow", "rate_fast"):
                 told[name], told[f"{name} "] = f"{row[name] + 0:.4f}", f"{row[f'{name}_theory'] + 0:.4f}"
             rows.append(told)
-    return (
-        pd.DataFrame(rows).rename(columns=lambda name: "theory" if name.endswith(" ") else name).to_string(index=False)
-    )
+    names = {name: "theory" for name in rows[0] if name.endswith(" ")} if rows else {}
+    return tables.shown(pd.DataFrame(rows).rename(columns=names), index=False)
 
 
 @plot.style()
@@ -176,12 +175,10 @@ def draw(page: Page) -> Figure:
     for i, rule in enumerate(rules):
         own, at = plot.look(rule), (rule, "")
         b.errorbar(i, means.loc[at, "angle_deg"], sds.loc[at, "angle_deg"], fmt=own.marker, color=own.color, ms=4)
-        ratio = means.loc[at, "norm_ratio"] if rule != "fa" else 1.0
-        b.annotate(
-            f"{ratio:.2f}", (i, means.loc[at, "angle_deg"]), (0, 7), textcoords="offset points", ha="center", fontsize=6
-        )
-        if rule == "fa":
+        if rule == "fa":  # drawn at W's size, and it stays as it is
             continue
+        place = (i, means.loc[at, "angle_deg"])
+        b.annotate(f"{means.loc[at, 'norm_ratio']:.2f}", place, (0, 7), textcoords="offset points", ha="center", size=6)
         b.hlines(means.loc[at, "angle_deg_theory"], i - 0.3, i + 0.3, color=own.color, lw=0.9)
         for speed, fill in (("slow", "white"), ("fast", own.color)):
             x, y = (means.loc[at, f"rate_{speed}{theory}"] for theory in ("_theory", ""))
