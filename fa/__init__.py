@@ -1,7 +1,5 @@
 """Learning without weight transport: every rule, on any network, and the papers' figures rebuilt."""
 
-from importlib.metadata import version
-
 from fa.check import check_rule
 from fa.errors import UserError
 from fa.layers import dfa  # noqa: F401  (registers "dfa")
@@ -17,6 +15,8 @@ __all__ = [
     "exact_backprop", "feedback_parameters", "feedback_weight", "gradient_angles", "notebook", "param_groups",
 ]  # fmt: skip
 
+__version__ = "0.2.0"
+
 
 def __getattr__(name: str) -> object:
     if name == "notebook":  # on demand: `import fa` and `fa run` need no notebook library
@@ -27,6 +27,4 @@ def __getattr__(name: str) -> object:
         from fa.results.cite import cite
 
         return cite
-    if name == "__version__":
-        return version("fa")
     raise AttributeError(f"module 'fa' has no attribute {name!r}")

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fa import __version__
 from fa.errors import UserError
 
 
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fa", allow_abbrev=False, description="Learning without weight transport: train, draw, report."
     )
+    parser.add_argument("--version", action="version", version=f"fa {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, do: object, help: str) -> argparse.ArgumentParser:

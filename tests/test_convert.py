@@ -3,7 +3,6 @@
 import copy
 import gc
 import io
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -728,10 +727,6 @@ def test_a_printed_network_shows_rule_and_options():
     assert "in_features=3, out_features=2, bias=True, rule=pfa(init='xavier', expansion=3)\n" in text
     assert "in_features=2, out_features=2, bias=True, rule=dfa\n" in text
     assert text.count("rule=pfa(") == 5, "the three projections of the attention too"
-
-
-def test_the_package_knows_its_version():
-    assert fa.__version__ == version("fa")
 
 
 def test_implicit_feedback_needs_a_weight_that_moves():

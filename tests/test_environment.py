@@ -20,10 +20,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import fa
+from fa.__main__ import main
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NEEDED = [
-    Requirement(r) for r in PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]
+    Requirement(r)
+    for r in [
+        *PROJECT["project"]["dependencies"],
+        *PROJECT["project"]["optional-dependencies"]["notebooks"],
+        *PROJECT["project"]["optional-dependencies"]["dev"],
+    ]
 ]
 LOCK_LINES = (ROOT / "requirements.lock").read_text().splitlines()
 PIN = re.compile(r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)==(?P<version>[0-9][0-9a-z.]*)(?: ; (?P<marker>.+))?")
@@ -102,7 +110,7 @@ def test_conda_takes_python_and_pip_only() -> None:
     assert set(environment["channels"]) <= {"conda-forge", "nodefaults"}
     *conda, last = environment["dependencies"]
     assert conda == ["python" + PROJECT["project"]["requires-python"], "pip"]
-    assert last == {"pip": ["-e .[dev]"]}
+    assert last == {"pip": ["-e .[notebooks,dev]"]}
 
 
 def test_environment_is_the_lock() -> None:
@@ -123,13 +131,26 @@ def test_environment_is_the_lock() -> None:
         if installed.get(name) != version
     }
     assert not wrong, f"(pinned, installed): {wrong}; `make env` mends it"
-    assert str(installed["fa"]) == PROJECT["project"]["version"]
+    if stamp.stat().st_mtime < (ROOT / "pyproject.toml").stat().st_mtime:
+        pytest.skip("pyproject.toml is newer than this environment; `make env` installs the package anew")
+    assert str(installed[PROJECT["project"]["name"]]) == fa.__version__
+
+
+def test_the_command_line_tells_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"fa {fa.__version__}\n"
+
+
+def test_the_library_alone_needs_torch_numpy_and_pandas() -> None:
+    assert [Requirement(r).name for r in PROJECT["project"]["dependencies"]] == ["torch", "numpy", "pandas"]
+    assert (ROOT / "fa" / "py.typed").exists()
 
 
 def test_citation() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0"
-    assert str(citation["version"]) == PROJECT["project"]["version"]
+    assert str(citation["version"]) == fa.__version__
     assert [(reference["abbreviation"], reference["doi"]) for reference in citation["references"][:3]] == [
         (f"p{i}", f"10.48550/arXiv.{paper}") for i, paper in enumerate(("1812.06488", "2003.01513", "2405.20594"), 1)
     ]
