@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fa.errors import UserError
 from fa.layers.feedback import Feedback
 from fa.layers.hooks import converted
+from fa.rules.base import float64
 
 
 def linear_layers(net: nn.Module) -> dict[str, nn.Module]:
@@ -30,14 +31,14 @@ def angle(a: Tensor, b: Tensor) -> float:
 
 
 def _angle(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a.detach().double().flatten(), b.detach().double().flatten()  # (entries,)
+    a, b = float64(a).flatten(), float64(b).flatten()  # (entries,)
     cosine = a @ b / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
     return torch.rad2deg(torch.arccos(cosine.clip(-1, 1)))
 
 
 def _sample_angle(a: Tensor, b: Tensor) -> Tensor:
     """Mean over the first axis of the angles in degrees between samples; a sample with a zero vector is left out."""
-    a, b = a.detach().double().flatten(1), b.detach().double().flatten(1)  # (n, entries)
+    a, b = float64(a).flatten(1), float64(b).flatten(1)  # (n, entries)
     cosine = (a * b).sum(1) / (torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1))  # (n,)
     return torch.rad2deg(torch.arccos(cosine.clip(-1, 1))).nanmean()
 
@@ -90,7 +91,7 @@ def alignment(net: nn.Module) -> pd.DataFrame:
         if not isinstance(layer.feedback, Feedback):
             continue
         try:
-            W, K = layer.weight.detach().double(), feedback_weight(layer).double()
+            W, K = float64(layer.weight), float64(feedback_weight(layer))
         except UserError:  # dense feedback between maps has no kernel of W's shape
             continue
         rows.append({
@@ -98,7 +99,7 @@ def alignment(net: nn.Module) -> pd.DataFrame:
             "depth": depth,
             "angle_deg": _angle(W, K),
             "norm_ratio": torch.linalg.vector_norm(K) / torch.linalg.vector_norm(W),
-            "sign_concordance": (W.sign() == K.sign()).double().mean(),
+            "sign_concordance": float64(W.sign() == K.sign()).mean(),
             "weight_norm": torch.linalg.vector_norm(W),
         })  # fmt: skip
     return _table(rows, ["layer", "depth", "angle_deg", "norm_ratio", "sign_concordance", "weight_norm"])
@@ -141,12 +142,12 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
         inputs, edges, handles = {}, {}, []
         for name, layer in layers.items():
 
-            def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
-                inputs[name] = args[0].detach()
+            def keep(m: nn.Module, args: tuple, kwargs: dict, out: Tensor, name: str = name) -> None:
+                inputs[name] = (*args, *kwargs.values())[0].detach()
                 if out.requires_grad:  # a place in the graph still means this output after an in-place operation on it
                     edges[name] = torch.autograd.graph.get_gradient_edge(out)
 
-            handles.append(layer.register_forward_hook(keep))
+            handles.append(layer.register_forward_hook(keep, with_kwargs=True))
         try:
             # the generator is put back, so that both passes draw the same dropout
             with torch.enable_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):

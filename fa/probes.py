@@ -26,6 +26,7 @@ from fa.errors import UserError
 from fa.layers.dfa import DirectFeedback
 from fa.layers.feedback import Feedback, generator
 from fa.layers.hooks import converted
+from fa.rules.base import float64
 from fa.symmetry import matrices
 
 WHAT = ("sign", "magnitude")
@@ -139,7 +140,7 @@ def taught(
 def change(after: Tensor, before: Tensor) -> float:
     """Relative change, norm of the difference over the norm before, in float64; 0 where nothing is sent before or
     after."""
-    after, before = after.detach().double(), before.detach().double()
+    after, before = float64(after), float64(before)
     moved = torch.linalg.vector_norm(after - before).item()
     return moved / torch.linalg.vector_norm(before).item() if moved else 0.0
 

@@ -11,6 +11,7 @@ from fa.errors import UserError
 from fa.layers.feedback import generator
 from fa.layers.hooks import converted
 from fa.metrics import angle, feedback_weight
+from fa.rules.base import float64
 
 
 def matrices(layer: nn.Module) -> dict[str, Tensor]:
@@ -55,9 +56,9 @@ def symmetry(net: nn.Module, seed: int = 0) -> pd.DataFrame:
     """
     rows = []
     for depth, (name, layer) in enumerate(converted(net).items(), 1):
-        W = layer.weight.detach().double()
+        W = float64(layer.weight)
         for key, M in matrices(layer).items():
-            M, found = M.double(), {"correlation": float("nan"), "angle_deg": float("nan")}
+            M, found = float64(M), {"correlation": float("nan"), "angle_deg": float("nan")}
             if M.shape == W.shape:
                 pair = torch.stack([M.flatten(), W.flatten()])
                 found = {"correlation": torch.corrcoef(pair)[0, 1].item(), "angle_deg": angle(M, W)}

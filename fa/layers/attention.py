@@ -33,12 +33,14 @@ class RowsLinear(Converted, nn.Module):
         """Add this layer to the attention as a child, and make the attention call its projections."""
         owner = self.owner[0]
         owner.__class__ = FeedbackAttention
+        owner.__module__ = nn.MultiheadAttention.__module__  # for torch.fx, as in put_on
         owner.add_module(self.key, self)
         owner._modules["out_proj"] = owner._modules.pop("out_proj")  # last, so that layers are listed from the input
 
     def remove(self) -> None:
         """Give the attention back as it was."""
         self.owner[0].__class__ = nn.MultiheadAttention
+        vars(self.owner[0]).pop("__module__", None)
         delattr(self.owner[0], self.key)
 
     @property
@@ -120,6 +122,7 @@ class FeedbackAttention(nn.MultiheadAttention):
         if is_causal and attn_mask is None:
             raise RuntimeError("attention: is_causal is a hint about attn_mask, and there is none")
         batched = query.dim() == 3
+        query, key, value = self.q(query), self.k(key), self.v(value)  # (n, tokens, embed), axes as they come
         if not batched:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
@@ -130,7 +133,7 @@ class FeedbackAttention(nn.MultiheadAttention):
         def split(t: Tensor) -> Tensor:  # (n, tokens, embed) -> (n, heads, tokens, embed / heads)
             return t.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-        q, k, v = split(self.q(query)), split(self.k(key)), split(self.v(value))  # (n, heads, tokens, embed / heads)
+        q, k, v = split(query), split(key), split(value)  # (n, heads, tokens, embed / heads)
         mask = _additive(attn_mask, q.dtype)
         if mask is not None and mask.dim() == 3:
             mask = mask.view(n, heads, *mask.shape[1:])  # (n * heads, queries, keys) -> (n, heads, queries, keys)
@@ -147,10 +150,10 @@ class FeedbackAttention(nn.MultiheadAttention):
             weights = weights.mean(1) if average_attn_weights else weights  # (n, queries, keys), or for each head
         else:
             out, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout), None
-        out = self.out_proj(out.transpose(1, 2).flatten(2))  # (n, queries, embed)
+        out = out.transpose(1, 2).flatten(2)  # (n, queries, embed)
         if not batched:
-            return out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return (out if self.batch_first else out.transpose(0, 1)), weights
+            return self.out_proj(out.squeeze(0)), None if weights is None else weights.squeeze(0)
+        return self.out_proj(out if self.batch_first else out.transpose(0, 1)), weights
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

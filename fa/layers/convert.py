@@ -29,11 +29,11 @@ Sizes = tuple[torch.Size, torch.Size]
 class FeedbackLinear(Converted, nn.Linear):
     """``nn.Linear`` whose error goes down through ``self.feedback``; made by :func:`convert`, never constructed."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (..., in) -> (..., out), as ``nn.Linear``."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Shapes: input (..., in) -> (..., out), as ``nn.Linear``."""
         if self.feedback.bypassed():
-            return super().forward(x)
-        return self.feedback.forward(x, self.weight, self.bias)
+            return super().forward(input)
+        return self.feedback.forward(input, self.weight, self.bias)
 
 
 class FeedbackConv2d(Converted, nn.Conv2d):
@@ -99,8 +99,8 @@ def convert(
         rule: a name of :data:`fa.RULES`, or a rule object.
         seed: of the feedback's random draws (default 0). Every layer draws from a generator of its own, made of this
             seed and the layer's name; the global generator is not touched.
-        skip: qualified names of modules (or one name) that stay plain backprop, with all modules inside them (default
-            none).
+        skip: qualified names of modules or parameters (or one name) that stay plain backprop, with all modules inside
+            them (default none). The name of a layer's parameter leaves out the layer.
         treat_as_base: subclasses of ``nn.Linear`` and ``nn.Conv2d`` (or one) that compute what their base class
             computes, and so may be converted as their base, e.g. ``timm.layers.Linear`` (default none; a subclass is
             refused).
@@ -110,9 +110,10 @@ def convert(
 
     Raises:
         UserError: ``net`` is no module; unknown rule or option; a layer that cannot be converted, by name (tied or
-            computed weights, subclasses, transposed, recurrent, complex and lazy layers); learned feedback within
-            ``DistributedDataParallel``; a parametrization (``torch.nn.utils.parametrize``) that came after an earlier
-            rule. Nothing is changed then.
+            computed weights, subclasses, transposed, recurrent, complex and lazy layers); any other trained tensor of
+            two or more axes, by name, unless kind, name or shape say that it is an embedding, a norm, a token, a scale
+            or a bias; weights on the meta device; learned feedback within ``DistributedDataParallel``; a
+            parametrization (``torch.nn.utils.parametrize``) that came after an earlier rule. Nothing is changed then.
 
     Example:
         >>> net = fa.convert(torch.nn.Linear(4, 2), "fa", seed=1)
@@ -166,10 +167,10 @@ def _sizes(net: nn.Module, sample: Tensor) -> dict[str, Sizes]:
     for name, m in net.named_modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
 
-            def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
-                sizes[name] = args[0].shape[1:], out.shape[1:]
+            def keep(m: nn.Module, args: tuple, kwargs: dict, out: Tensor, name: str = name) -> None:
+                sizes[name] = (*args, *kwargs.values())[0].shape[1:], out.shape[1:]
 
-            handles.append(m.register_forward_hook(keep))
+            handles.append(m.register_forward_hook(keep, with_kwargs=True))
     try:
         net.eval()(sample)
     finally:
@@ -187,6 +188,7 @@ def put_on(layer: nn.Module, feedback: nn.Module) -> None:
     layer.feedback = feedback
     classes = getattr(feedback, "classes", _CONVERTED)
     layer.__class__ = next((new for stock, new in classes.items() if isinstance(layer, stock)), type(layer))
+    layer.__module__ = "torch.nn.modules.linear"  # torch.fx calls layers of torch.nn, and traces into all others
     if hasattr(layer, "install"):
         layer.install()
     watch(layer)
@@ -210,6 +212,7 @@ def revert(net: nn.Module) -> nn.Module:
         if hasattr(layer, "remove"):
             layer.remove()
         layer.__class__ = layer.feedback.original
+        vars(layer).pop("__module__", None)
         del layer.feedback
     for tape in tapes:
         if not any(getattr(layer.feedback, "tape", None) is tape for layer in converted(tape.net).values()):

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from fa.errors import UserError
 from fa.layers.feedback import generator
 from fa.layers.hooks import Converted
-from fa.layers.tape import Spread, Tape, patterns, run_again
+from fa.layers.maps import flat, nested
+from fa.layers.passes import saved_elsewhere, traced_effect
+from fa.layers.tape import Spread, Tape, patterns
 from fa.rules import RULES, Rule, random_mask, rms, uniform
 
 
@@ -48,8 +50,9 @@ class DFA(Rule):
             B_l's shape (p3's); ``"kaiming"``; or a number: the standard deviation.
         density: fraction of entries of B_l (of the shared matrix) that exist, without rescaling (default 1).
 
-    Samples are the first axis of every layer's input, and of the output. The output may have one error a sample, which
-    all tokens of the sample share, or one error a token; then every layer's input has as many tokens.
+    Samples are the first axis of every layer's input, and of the output. The output (n, classes), or (n,) for one
+    class, has one error a sample, which all tokens of the sample share; (n, tokens, classes) has one error a token, and
+    then every layer's input has as many tokens. A dense prediction (n, classes, h, w) is refused.
     ``feedback_weight`` raises and ``alignment`` leaves its layers out: no kernel of W's shape exists.
     Source: Nokland 2016 (arXiv 1609.01596); the default form: authors' code of p3 (a fork of BioTorch); shared: after
     Launay et al. 2019 (arXiv 1906.04554) and their TinyDFA; which columns a layer takes and their scale is our reading.
@@ -141,6 +144,7 @@ class DirectFeedback(nn.Module):
         self.register_buffer("B", B)
         self.use_backprop = False
         self.backward_ran = self.traced = False
+        self.exact = False  # whether the last pass with a graph was one of exact backprop
         self._spread: dict[tuple[int, int, bool], Spread] = {}
 
     def tap(self, x: Tensor, layer: nn.Module | None = None) -> Tensor:
@@ -153,19 +157,28 @@ class DirectFeedback(nn.Module):
         Raises:
             RuntimeError: the layer was called by itself, or by a reentrant gradient checkpoint.
         """
+        return traced_effect(self._tap, x, layer) if torch.compiler.is_compiling() else self._tap(x, layer)
+
+    def _tap(self, x: Tensor, layer: nn.Module | None) -> Tensor:
         self.traced = True  # the layer's own forward ran, so that its weight's hook (hooks.watch) has nothing to find
         if self.bypassed():
+            if torch.is_grad_enabled():
+                self.exact = True
             return x
+        if x.is_nested:
+            return nested(self._tap(flat(x), layer), x)
         if self.tape.taps is None:
-            if run_again():
-                return x.detach()  # the first pass has tapped x
+            if saved_elsewhere():
+                return x if self.exact else x.detach()  # the first pass has tapped x; another guess fails loudly
             raise RuntimeError(
                 f"layer {self.layer_name!r} is under dfa: call the whole network that was converted, not a part of it; "
                 "gradient checkpointing works with use_reentrant=False"
             )
+        if self.exact:
+            self.exact = False
         if x.requires_grad:
             kernel = isinstance(layer, nn.Conv2d) and self.rule.form == "kernel"
-            self.tape.add(x, self.spread(layer, x) if kernel else (self.B, None, None))
+            self.tape.add(x, self.spread(layer, x) if kernel else (self.B, None, None), self.layer_name)
         return x.detach()
 
     def bypassed(self) -> bool:
@@ -207,17 +220,17 @@ class DirectFeedback(nn.Module):
 class DirectLinear(Converted, nn.Linear):
     """``nn.Linear`` under DFA; made by ``convert``, never constructed."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (..., in) -> (..., out)."""
-        return super().forward(self.feedback.tap(x, self))
+    def forward(self, input: Tensor) -> Tensor:
+        """Shapes: input (..., in) -> (..., out)."""
+        return super().forward(self.feedback.tap(input, self))
 
 
 class DirectConv2d(Converted, nn.Conv2d):
     """``nn.Conv2d`` under DFA; made by ``convert``, never constructed."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (n, in, h, w), as ``nn.Conv2d``."""
-        return super().forward(self.feedback.tap(x, self))
+    def forward(self, input: Tensor) -> Tensor:
+        """Shapes: input (n, in, h, w), as ``nn.Conv2d``."""
+        return super().forward(self.feedback.tap(input, self))
 
 
 DirectFeedback.classes = {nn.Linear: DirectLinear, nn.Conv2d: DirectConv2d}

@@ -1,8 +1,4 @@
-"""One layer's feedback: the one autograd function, and the module that holds the rule's tensors.
-
-In the backward pass the kernel takes the weight's place in a single ``convolution_backward`` call, which returns dx
-through the kernel together with the exact dW and db, at the price of plain backprop.
-"""
+"""One layer's feedback: the module that holds the rule's tensors, and what it computes from them in a backward pass."""
 
 from __future__ import annotations
 
@@ -13,56 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fa.errors import UserError
-from fa.layers.maps import ConvMap, LinearMap
+from fa.layers.maps import ConvMap, LinearMap, flat, nested
+from fa.layers.passes import (
+    NO_FUNCTORCH,
+    ExactBackward,
+    LocalBackward,
+    autocast_dtype,
+    lowered,
+    saved_elsewhere,
+    traced_effect,
+    unless_functorch,
+)  # fmt: skip
 from fa.rules.base import Rule, Terms, gradient_of, multiply, terms_of
-
-
-def cast(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` in the dtype of ``like``; in small layers a call of ``to`` that changes nothing is a cost that shows."""
-    return x if x.dtype == like.dtype else x.to(like.dtype)
-
-
-class LocalBackward(torch.autograd.Function):
-    """Forward y = W x + b; backward through the rule's kernel. State tensors come last and get the rule's gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, feedback: Feedback, *state: Tensor) -> Tensor:
-        out = feedback.op.forward(x, cast(W, x), b)  # (..., out), or (n, out, h', w')
-        ctx.feedback, saved = feedback, None
-        if feedback.keeps_y and torch.compiler.is_compiling():
-            saved = out
-        elif feedback.keeps_y:
-            # The next layer may overwrite the output in place, as nn.ReLU(inplace=True) does. Autograd would raise for
-            # a saved tensor; here the output is kept with its version counter, which every in-place operation raises.
-            ctx.out = (out.detach(), out._version)
-        ctx.save_for_backward(x, W, b if feedback.keeps_y else None, saved, *state)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        fb, op = ctx.feedback, ctx.feedback.op
-        x, W, b, out, *state = ctx.saved_tensors
-        need_x, need_W, need_b, _, *need_state = ctx.needs_input_grad
-        known = dict(zip(fb.names, state), W=W, op=op, x=x, y=None, dy=dy)
-        sent, K = fb.send(known) if need_x else (None, W)
-        dx, dW, db = op.backward(dy, x, cast(K, dy), [need_x and sent is None, need_W, need_b])
-        if dW is not None:
-            known["dW"] = dW = cast(dW, W)
-        # Feedback that follows W's own update rests while W is frozen.
-        learns = any(need_state) and (need_W or "dW" not in fb.grad_args)
-        if learns and fb.keeps_y:
-            if out is None:  # the version counter tells whether the kept output was overwritten; then W x is made again
-                kept, version = ctx.out
-                out = kept if kept._version == version else op.forward(x, W.to(x.dtype), b)
-            known["y"] = out if b is None else out - b.view(-1, *[1] * (W.dim() - 2))
-        grads = fb.gradient_from(known) if learns else {}
-        fb.mark_backward()
-        mine = (grads[name] if learns and need else None for name, need in zip(fb.names, need_state))
-        return dx if sent is None else sent, dW, db, None, *mine
 
 
 @cache
@@ -122,21 +82,36 @@ class Feedback(nn.Module):
         self.steps: int | None = None  # the buffer's value, so that it is read, and the device waited for, once only
         self.use_backprop = False  # True: plain backprop for the moment (fa.exact_backprop)
         self.backward_ran = self.traced = False
+        self.exact_without_graph = False  # the layer ran without a graph under exact backprop
         self.steps_alone = 0  # optimizer steps of the weight without its learned feedback
 
     def forward(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """The layer's output, y = W x + b; x, W, b as the layer holds them."""
-        if torch.compiler.is_compiling():
-            self.traced = True
+        """The layer's output, y = W x + b; x, W, b as the layer holds them.
+
+        Raises:
+            RuntimeError: under a transformation of ``torch.func``, or of a nested tensor that is not jagged.
+        """
+        if x.is_nested and isinstance(self.op, LinearMap):
+            return nested(self.forward(flat(x), W, b), x)
+        if compiling := torch.compiler.is_compiling():
+            traced_effect(setattr, self, "traced", True)
             # Dynamo makes an input of the graph of every float that differs between two rules. It can do so in the
             # forward pass only, so each number is used here once; a number first met in the backward pass fails to
             # compile.
             for option in self.numbers:
                 getattr(self.rule, option) * 1.0
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, b = x.to(dtype), b if b is None else b.to(dtype)
-        return LocalBackward.apply(x, W, b, self, *(getattr(self, n) for n in self.names))
+        if dtype := autocast_dtype(x.device):
+            x, b = lowered(x, dtype), b if b is None else lowered(b, dtype)
+        function = ExactBackward if self.use_backprop else LocalBackward
+        state = [getattr(self, n) for n in self.names]
+        if compiling:
+            if torch._C._are_functorch_transforms_active():
+                raise RuntimeError(NO_FUNCTORCH)  # the compiler would give upper layers and feedback gradients of zero
+            return function.apply(x, W, b, self, *state)
+        try:
+            return function.apply(x, W, b, self, *state)
+        except RuntimeError as error:
+            raise unless_functorch(error) from None
 
     def tensors(self, W: Tensor) -> dict[str, Any]:
         """The rule's tensors and the weight, by the names that the rule's methods know."""
@@ -225,10 +200,24 @@ class Feedback(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def bypassed(self) -> bool:
-        """Whether the forward pass at hand is the stock layer's: none to differentiate, or exact backprop asked for."""
+        """Whether the forward pass at hand is the stock layer's: none to differentiate, or exact backprop asked for.
+
+        Raises:
+            RuntimeError: a reentrant gradient checkpoint that began under exact backprop runs again without it.
+        """
+        if not torch.is_grad_enabled():
+            if self.use_backprop:
+                self.exact_without_graph = True
+            return True
         if self.use_backprop:
             self.backward_ran = True  # the gradient to come is meant
-        return self.use_backprop or not torch.is_grad_enabled()
+            return torch.compiler.is_compiling() or not saved_elsewhere()
+        if self.exact_without_graph and torch._C._current_graph_task_id() != -1 and not saved_elsewhere():
+            raise RuntimeError(
+                f"layer {self.layer_name!r} ran under fa.exact_backprop, and a reentrant gradient checkpoint runs it "
+                "again outside of that block: checkpoint with use_reentrant=False, or call backward() within the block"
+            )
+        return False
 
     def mark_backward(self) -> None:
         """Note that the layer's own backward ran (the check of :func:`fa.layers.hooks.watch` reads it)."""

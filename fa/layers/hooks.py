@@ -42,6 +42,19 @@ class Converted:
         super().__setstate__(state)
         watch(self)
 
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What torch.jit.trace calls in place of ``forward``.
+
+        Raises:
+            RuntimeError: gradients are on; a trace keeps no rule, so that its network would train by backprop.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"torch.jit.trace keeps no learning rule, and layer {self.feedback.layer_name!r} has one: trace under "
+                "torch.no_grad() to look at the network or to export it, and train the network itself"
+            )
+        return super()._slow_forward(*args, **kwargs)
+
     def extra_repr(self) -> str:
         """The stock layer's line, then the rule with the options that are not at their defaults."""
         rule = getattr(self.feedback.rule, "explicit", self.feedback.rule)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fa.errors import UserError
+
 
 @dataclass
 class _Map:
@@ -67,6 +69,22 @@ class LinearMap(_Map):
 def rows(x: Tensor) -> Tensor:
     """All leading axes as one: (..., n) -> (samples, n)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def flat(x: Tensor) -> Tensor:
+    """The rows of all samples of a jagged nested tensor, one after the other: (n, ragged, in) -> (rows, in).
+
+    Raises:
+        UserError: a nested tensor of another layout.
+    """
+    if x.layout is not torch.jagged:
+        raise UserError("a nested tensor must be jagged here: torch.nested.nested_tensor(..., layout=torch.jagged)")
+    return x.values()
+
+
+def nested(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows (rows, out) as a jagged nested tensor (n, ragged, out), with the samples of ``like``."""
+    return torch.nested.nested_tensor_from_jagged(rows, like.offsets(), like.lengths(), like._ragged_idx)
 
 
 @dataclass

@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from fa.errors import UserError
 from fa.layers.hooks import Converted
+from fa.layers.maps import flat, nested
+from fa.layers.passes import unless_functorch
 
 Spread = tuple[Tensor, Tensor | None, Tensor | None]
 """What sends an error to a tap: S (classes, in, ...) and, for a map, two index vectors. Positions inside a map are
@@ -103,21 +105,23 @@ class Tape:
     """
 
     def __init__(self, net: nn.Module, blocks: list[nn.Module]) -> None:
-        self.net, self.blocks, self.own = net, blocks, None
+        self.net, self.blocks, self.own, self.wrapper = net, blocks, None, None
         self.handles: list[Any] = []
         self.taps: list[list[Tensor]] | None = None  # None: no pass is under way
+        self.names: list[str] = []  # of the tapped layers
 
     def put_on(self) -> None:
         """Stand between the network, whose layers are converted, and its ``forward``."""
         self.own = vars(self.net).get("forward")  # one that somebody set on this network alone
-        self.net.forward = self.forward
+        # no bound method, whose function others, as Accelerate, take and bind to the network
+        self.net.forward = self.wrapper = partial(Tape.forward, self)
         for block in self.blocks:
             first = next(m for m in block.modules() if isinstance(m, Converted))
-            self.handles.append(block.register_forward_pre_hook(partial(_cut, first)))
+            self.handles.append(block.register_forward_pre_hook(partial(_cut, first), with_kwargs=True))
 
     def remove(self) -> None:
         """Step aside, unless somebody has set another ``forward`` since, which calls this one."""
-        if getattr(vars(self.net).get("forward"), "__self__", None) is self:
+        if vars(self.net).get("forward") is self.wrapper:
             del self.net.forward
             if self.own:
                 self.net.forward = self.own
@@ -130,58 +134,85 @@ class Tape:
         try:
             own = self.own or partial(type(self.net).forward, self.net)
             return self.close(own(*args, **kwargs))
+        except RuntimeError as error:
+            raise unless_functorch(error) from None
         finally:  # a pass that failed, or that a checkpoint ran only in part, leaves nothing behind
             self.taps = None
 
-    def add(self, x: Tensor, spread: Spread) -> None:
+    def add(self, x: Tensor, spread: Spread, name: str) -> None:
         """Tap ``x``, (*rows, in) or (*rows, in, h, w): its gradient will be the output error, spread.
 
         The end of the pass shows whether the output has an error for each row or for each sample; both are prepared.
         """
         rows = x.dim() - spread[0].dim() + 1  # number of leading axes
-        self.taps.append([Tap.apply(x, leading, spread) for leading in ((rows,) if rows < 2 else (rows, 1))])
+        self.names = [*self.names, name] if self.taps else [name]
+        taps = [Tap.apply(x, leading, spread) for leading in ((rows,) if rows < 2 else (rows, 1))]
+        # within a gradient checkpoint the compiler hands out what operations make, and not what a Function makes
+        self.taps.append([tap.view(tap.shape) for tap in taps] if torch.compiler.is_compiling() else taps)
 
     def close(self, out: Any) -> Any:
-        """The network's output (..., classes), whose error will go to every tap.
+        """The network's output, whose error will go to every tap: (n, classes), (n, tokens, classes), or (n,).
+
+        No axis is guessed: the output has the axes of a layer's rows, or the samples alone, and then that of the
+        classes, axes of one entry aside.
 
         Raises:
-            UserError: the output is not one tensor, or its last axis does not have ``classes`` entries.
+            UserError: the output is not one tensor, its last axis does not have ``classes`` entries, or it is a map.
             RuntimeError: the output has an error neither for each row of a tapped input nor for each sample.
         """
         if not self.taps:
             return out
         if not isinstance(out, Tensor):
             raise UserError(f"dfa needs a network whose output is one tensor, not {type(out).__name__}")
-        classes = self.taps[0][0].shape[-1]
-        if (last := out.shape[-1]) != classes:
-            raise UserError(
-                f"dfa: the output's last axis has {last} entries, its feedback {classes}; convert(..., classes={last})"
-            )
-        chosen = []
-        for tap in self.taps:
-            fitting = [zeros for zeros in tap if zeros.shape == out.shape]
-            if not fitting:
-                raise RuntimeError(
-                    f"dfa: an output of shape {tuple(out.shape)} has no error for each row of a layer's input, whose "
-                    f"leading axes are {tuple(tap[0].shape[:-1])}"
-                )
-            chosen.append(fitting[0])
+        if out.is_nested:
+            return nested(self.close(flat(out)), out)
+        shape, chosen = _long(out), []
+        strides = [stride for stride, n in zip(out.stride(), out.shape) if n != 1]
+        for name, taps in zip(self.names, self.taps):
+            fitting = [tap for tap in taps if _long(tap) == shape]
+            # axes that lie in memory in another order than a layer makes them have been exchanged
+            if not fitting or (len(shape) > 2 and strides != sorted(strides, reverse=True)):
+                raise _misfit(out, name, taps)
+            chosen.append(fitting[0].view(out.shape))
         return Close.apply(out, *chosen)
 
 
-def _cut(layer: nn.Module, block: nn.Module, args: tuple) -> tuple:
-    """A forward pre-hook of a block: cut the graph at its input with the B_l of ``layer``."""
+def _long(x: Tensor) -> list[int]:
+    """Sizes of the axes of more than one entry."""
+    return [n for n in x.shape if n != 1]
+
+
+def _misfit(out: Tensor, layer: str, taps: list[Tensor]) -> Exception:
+    """Why the error of an output cannot go to a layer that has these taps."""
+    *leading, classes = taps[0].shape
+    got = f"dfa: the network's output has shape {tuple(out.shape)}"
+    for tap in taps:
+        if out.shape[:-1] == tap.shape[:-1] and out.shape[-1] != classes:
+            last = out.shape[-1]
+            return UserError(
+                f"dfa: the output's last axis has {last} entries, its feedback {classes}; convert(..., classes={last})"
+            )
+        if out.shape == tap.shape[:-1]:
+            return UserError(f"{got}, one error a sample, and its feedback {classes} classes; convert(..., classes=1)")
+    takes = "dfa takes (n, classes), (n,) or, with as many tokens in every layer, (n, tokens, classes)"
+    if out.dim() > 2 and len(leading) < 2:
+        return UserError(
+            f"{got}, and layer {layer!r} one error for each of {leading} samples: {takes}; a dense prediction needs "
+            "another rule, such as 'fa'"
+        )
+    return RuntimeError(
+        f"{got}, which has no error for each row of the input of layer {layer!r}, with leading axes {tuple(leading)}: "
+        f"{takes}, samples first, no axes exchanged"
+    )
+
+
+def _cut(layer: nn.Module, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A forward pre-hook of a block: cut the graph at its first input with the B_l of ``layer``."""
     feedback = getattr(layer, "feedback", None)
-    return (feedback.tap(args[0], layer), *args[1:]) if hasattr(feedback, "tape") else args  # or another rule by now
-
-
-def run_again() -> bool:
-    """Whether a gradient checkpoint of the non-reentrant kind runs this part of a pass again.
-
-    It does so under hooks for saved tensors. A reentrant checkpoint has none, and is refused.
-    """
-    try:
-        with torch.autograd.graph.disable_saved_tensors_hooks("dfa: hooks for saved tensors are in use"):
-            return False
-    except RuntimeError:
-        return True
+    if hasattr(feedback, "tape"):  # or another rule by now
+        if args:
+            args = feedback.tap(args[0], layer), *args[1:]
+        else:
+            first = next(iter(kwargs))
+            kwargs = kwargs | {first: feedback.tap(kwargs[first], layer)}
+    return args, kwargs

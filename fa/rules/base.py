@@ -64,9 +64,18 @@ def fans(W: Tensor) -> tuple[int, int]:
     return W.shape[1] * receptive, W.shape[0] * receptive
 
 
+def float64(x: Tensor) -> Tensor:
+    """``x`` in float64, detached: on its device, or on the CPU where its device has no float64, as Apple's MPS."""
+    x = x.detach()
+    try:
+        return x.double()
+    except (TypeError, RuntimeError):
+        return torch.empty(x.shape, dtype=torch.float64, device="cpu").copy_(x.cpu())
+
+
 def rms(W: Tensor) -> float:
     """Root mean square of the entries of ``W``."""
-    return W.detach().double().square().mean().sqrt().item()
+    return float64(W).square().mean().sqrt().item()
 
 
 def uniform(shape: tuple[int, ...], std: float, like: Tensor, gen: torch.Generator) -> Tensor:

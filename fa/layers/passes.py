@@ -1,0 +1,116 @@
+"""A layer's passes: the one autograd function, and what may surround a pass.
+
+In the backward pass the kernel takes the weight's place in a single ``convolution_backward`` call, which returns dx
+through the kernel together with the exact dW and db, at the price of plain backprop. Around a pass there may be
+autocast, hooks for saved tensors, a compiler or a transformation of ``torch.func``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from fa.layers.feedback import Feedback
+
+
+def cast(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the dtype of ``like``; in small layers a call of ``to`` that changes nothing is a cost that shows."""
+    return x if x.dtype == like.dtype else x.to(like.dtype)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The lower precision of autocast where that is on for a kind of device; None elsewhere."""
+    try:
+        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    except RuntimeError:  # a kind of device without autocast, such as "meta"
+        return None
+
+
+def lowered(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``x`` as autocast to ``dtype`` hands it to a layer: integers and float64 stay as they are."""
+    return x.to(dtype) if dtype and x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def saved_elsewhere() -> bool:
+    """Whether hooks for saved tensors are in use, as in a gradient checkpoint of the non-reentrant kind."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("hooks for saved tensors are in use"):
+            return False
+    except RuntimeError:
+        return True
+
+
+def traced_effect(call: Callable[..., Any], *args: Any) -> Any:
+    """``call(*args)`` in code that a compiler traces, where a gradient checkpoint forbids its effects on modules."""
+    return torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(call, *args)
+
+
+NO_FUNCTORCH = (
+    "torch.func (grad, vmap, jvp) does not pass through a learning rule: call loss.backward() or torch.autograd.grad, "
+    "or differentiate plain backprop, fa.convert(net, 'bp')"
+)
+
+
+def unless_functorch(error: RuntimeError) -> RuntimeError:
+    """The error, or a sentence that says what to do where a transformation of ``torch.func`` raised it."""
+    return RuntimeError(NO_FUNCTORCH) if "functorch" in str(error) else error
+
+
+class LocalBackward(torch.autograd.Function):
+    """Forward y = W x + b; backward through the rule's kernel. State tensors come last and get the rule's gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, feedback: Feedback, *state: Tensor) -> Tensor:
+        # without autocast the stock operation refuses an x of another dtype
+        K = W if W.dtype == x.dtype else lowered(W, autocast_dtype(W.device))
+        out = feedback.op.forward(x, K, b)  # (..., out), or (n, out, h', w')
+        ctx.feedback, ctx.version, saved = feedback, None, None
+        if feedback.keeps_y and torch.compiler.is_compiling():
+            saved = out
+        elif feedback.keeps_y:
+            # The next layer may overwrite the output in place, as nn.ReLU(inplace=True) does, and autograd would refuse
+            # to hand out the saved output. So its data are saved, which have a version of their own; an empty tensor
+            # shares the output's version, which every in-place operation raises.
+            saved, ctx.version = out.data, (out.detach(), out._version)
+            ctx.version[0].data = out.new_empty(0)
+        ctx.save_for_backward(x, W, b if feedback.keeps_y else None, saved, *state)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        fb, op = ctx.feedback, ctx.feedback.op
+        x, W, b, out, *state = ctx.saved_tensors
+        need_x, need_W, need_b, _, *need_state = ctx.needs_input_grad
+        known = dict(zip(fb.names, state), W=W, op=op, x=x, y=None, dy=dy)
+        sent, K = fb.send(known) if need_x else (None, W)
+        dx, dW, db = op.backward(dy, x, cast(K, dy), [need_x and sent is None, need_W, need_b])
+        if dW is not None:
+            known["dW"] = dW = cast(dW, W)
+        # Feedback that follows W's own update rests while W is frozen.
+        learns = any(need_state) and (need_W or "dW" not in fb.grad_args)
+        if learns and fb.keeps_y:
+            if ctx.version and ctx.version[0]._version != ctx.version[1]:  # overwritten: W x is made again
+                out = op.forward(x, W.to(x.dtype), b)
+            known["y"] = out if b is None else out - b.view(-1, *[1] * (W.dim() - 2))
+        grads = fb.gradient_from(known) if learns else {}
+        fb.mark_backward()
+        mine = (grads[name] if learns and need else None for name, need in zip(fb.names, need_state))
+        return dx if sent is None else sent, dW, db, None, *mine
+
+
+class ExactBackward(LocalBackward):
+    """Plain backprop with the saved tensors of :class:`LocalBackward`, so that a gradient checkpoint that began under
+    exact backprop may run again under the rule; may be differentiated twice, as the stock layer."""
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        fb, (x, W, *_) = ctx.feedback, ctx.saved_tensors
+        dx, dW, db = fb.op.backward(dy, x, cast(W, dy), list(ctx.needs_input_grad[:3]))
+        fb.mark_backward()
+        return dx, dW if dW is None else cast(dW, W), db, None, *[None] * len(fb.names)
