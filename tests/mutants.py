@@ -251,6 +251,25 @@ MUTANTS = [
            "test_plot.py::test_an_error_bar_at_the_last_epoch_is_one_sample_sd"),
     Mutant("a job is lost with its worker", "results/executors.py", "if attempt < attempts:", "if False:",
            "test_kill.py::test_a_job_is_taken_up_by_another_worker"),
+    # --------------------------------------------------------------------------------------------- the pages of paper 2
+    Mutant("rate of a mode without its null term", "experiments/_estimation.py", "c[\"null\"] * mu[:, None]",
+           "0 * mu[:, None]", "test_estimation.py::test_the_end_solves_the_linear_system_and_its_rates_are_the_systems"),
+    Mutant("drive of the fixed point without amp", "experiments/_estimation.py", "c[\"amp\"] * W @ S +", "0 * W @ S +",
+           "test_estimation.py::test_the_end_solves_the_linear_system_and_its_rates_are_the_systems"),
+    Mutant("W and B not exchanged where W learns", "experiments/_estimation.py", "return down(B, W) if forward",
+           "return down(W, B) if forward", "test_estimation.py::test_both_sides_descend_the_objective_under_white_input"),
+    Mutant("resting point of a pair without its factor 2", "experiments/_dynamics.py", "(2 * rule.null * power)",
+           "(rule.null * power)", "test_estimation.py::test_rates_of_a_pair_are_the_jacobians"),
+    Mutant("rate of the difference at IA's point", "experiments/_dynamics.py", "return -2 * excess, -4 * rule.decay",
+           "return -2 * excess, -2 * rule.decay", "test_estimation.py::test_rates_of_a_pair_are_the_jacobians"),
+    Mutant("sign of an eigenvalue", "experiments/_dynamics.py", "found.append(Mode(point, direction, -extreme.item()))",
+           "found.append(Mode(point, direction, extreme.item()))",
+           "test_estimation.py::test_eigenvalues_of_a_layer_under_white_input_are_the_pairs"),
+    Mutant("response without the step", "experiments/_following.py", "/ (z - 1 + rates)", "/ (z + rates)",
+           "test_estimation.py::test_the_response_to_a_turning_weight_is_that_of_the_recursion"),
+    Mutant("activity not held where x changes", "experiments/_framework.py",
+           "W=moved(W, (every, 1, -W[:, 0] * by / x[0, 1]))", "W=W",
+           "test_estimation.py::test_an_intervention_moves_one_quantity_and_no_other"),
 ]  # fmt: skip
 
 

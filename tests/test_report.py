@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def test_nothing_generated_is_stale(rendered: dict[Path, str]) -> None:
     for path, text in rendered.items():
         assert path.exists(), f"{path.name} is missing; run python -m fa report"
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale; run python -m fa report"
-    assert len(rendered[report.ROOT / "REPORT.md"].encode()) <= 40_000
+    assert len(rendered[report.ROOT / "REPORT.md"].encode()) <= 50_000
     by_hand = [line for line in rendered[report.ROOT / "README.md"].splitlines() if not line.startswith("| [")]
     assert len(by_hand) <= 118
 
@@ -92,7 +93,7 @@ def test_a_figure_without_a_text_of_its_own_has_its_title(site: Path) -> None:
     (site / "report" / "p3_fig2.md").write_text("The finding.\n\nA sentence, {{ n.claims }} claims.\n")
     rendered = report.render()
     text = rendered[site / "REPORT.md"]
-    assert "4.4 Alignment against the expansion ratio\n" in text
+    assert re.search(r"\n### 4\.\d+ Alignment against the expansion ratio\n", text)
     assert "The finding.\n" in text and f"A sentence, {len(claims.load())} claims." in text
     assert "| The finding. |" in rendered[site / "README.md"]
 
