@@ -202,7 +202,7 @@ def test_the_same_seed_gives_the_same_start_and_the_same_batches_under_every_rul
         net = train.build_network(config, (1, 8, 8), 10)
         W = [m.weight.detach().clone() for m in linear_layers(net).values()]
         with engine.numerics("cpu"):
-            return W, torch.cat([steps(net, train.sgd(net, config), config, digits, epoch, 6) for epoch in (0, 1)])
+            return W, torch.cat([steps(net, train.make_optimizer(net, config), config, digits, epoch, 6) for epoch in (0, 1)])
 
     W, want = losses("bp", 0)
     assert not torch.equal(want[:6], want[6:])  # every epoch has an order of its own
@@ -228,7 +228,7 @@ def test_an_epoch_sees_every_image_once():
 
     split = data.Split(torch.arange(50.0).view(-1, 1), torch.zeros(50, dtype=torch.int64))
     net, config = Net(), replace(TINY, batch=8, lr=0.0)
-    losses = steps(net, train.sgd(net, config), config, split, 0)
+    losses = steps(net, train.make_optimizer(net, config), config, split, 0)
     assert len(losses) == 6 and len(seen) == 48 == len(set(seen))  # the last, smaller batch is dropped
     assert seen != sorted(seen)
 
@@ -243,7 +243,7 @@ def test_first_steps_by_hand():
     assert all(m.bias.abs().max() == 0 for m in linear_layers(net).values())
     std = [m.weight.std().item() * (sum(m.weight.shape) / 2) ** 0.5 for m in linear_layers(net).values()]
     assert std == pytest.approx([1, 1, 1], rel=0.12)  # Xavier
-    losses = steps(net, train.sgd(net, config), config, digits, 0, 3)
+    losses = steps(net, train.make_optimizer(net, config), config, digits, 0, 3)
     order = torch.randperm(len(digits), generator=generator(0, "order", 0))
     speed = {n: torch.zeros_like(p) for n, p in other.named_parameters()}
     for i in range(3):
@@ -452,7 +452,7 @@ def test_the_schedule_of_the_decay_leaves_feedback_with_its_own_alone(rule):
     config = Config(rule, 0, dataset="digits", hidden="8,8", weight_decay=0.01, first_weight_decay=0.5)
     digits = data.load("digits").train
     net = train.build_network(config, (1, 8, 8), 10)
-    opt = train.sgd(net, config)
+    opt = train.make_optimizer(net, config)
     learned = {id(p) for p in fa.feedback_parameters(net)}
     for epoch, decay in enumerate((0.5, 0.01)):
         steps(net, opt, config, digits, epoch, limit=1)
