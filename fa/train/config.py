@@ -120,7 +120,7 @@ class Config:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
-        if self.optimizer != "sgd" and make_rule(self.rule, **self.rule_options).needs_sgd:
+        if self.optimizer != "sgd" and make_rule(self.rule, **self.rule_options).at(0).needs_sgd:
             raise UserError(
                 f"implicit feedback of {self.rule} is exact only under SGD, not {self.optimizer}; leave implicit out"
             )

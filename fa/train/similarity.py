@@ -43,6 +43,11 @@ class Similarity:
     run = property(identity)
 
     @property
+    def dataset(self) -> str:
+        """Name of the data set that the networks know."""
+        return self.needs[0].dataset
+
+    @property
     def needs(self) -> tuple[Config, ...]:
         """The runs whose trained weights :meth:`table` takes: network, reference, another."""
         return tuple(Config(**json.loads(text)) for text in (self.network, self.reference, self.another))
