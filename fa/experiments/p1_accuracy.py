@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from fa import plot
+from fa import plot, tables
 from fa.experiments import Experiment
 from fa.train.config import Config, format_options, parse_options
 
@@ -198,5 +198,17 @@ def finals(ax: Axes, rows: pd.DataFrame, reference: pd.DataFrame) -> None:
 
 
 def accuracies(page: Page) -> str:
-    """Text table of the accuracies of panel b: our mean, sd and n, and the published value."""
+    """Table of the accuracies of panel b: our mean, sd and n, and the published value."""
     return page.compare(measured(page.table()), by=("variant",))
+
+
+def layer_table(page: Page, metric: str, epoch: float | None = None) -> str:
+    """Table of a layer metric, mean over seeds, a row a variant; at the last epoch if none is given."""
+    table = page.table()
+    rows = table[(table.metric == metric) & (table.epoch == (table.epoch.max() if epoch is None else epoch))]
+    if rows.empty:
+        return tables.several(f"no {metric} yet")
+    names = rows.sort_values("depth").layer.unique()
+    means = rows.pivot_table(index="variant", columns="layer", values="value").loc[in_order(rows.variant), names]
+    means.index = pd.Index([label(v) for v in means.index])
+    return tables.shown(means.rename_axis(columns=None), float_format="{:.2f}".format, na_rep="-")

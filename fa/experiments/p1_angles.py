@@ -11,7 +11,7 @@ import pandas as pd
 from fa import plot
 from fa.experiments import Experiment
 from fa.experiments.p1_accuracy import (
-    BARS, RULES, SCALED, SET_UP, by_layer, curves, grid, in_order, key, label, swept
+    BARS, RULES, SCALED, SET_UP, by_layer, curves, grid, key, swept
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -102,15 +102,3 @@ def growth(table: pd.DataFrame) -> pd.DataFrame:
     end = rows[rows.epoch == table.epoch.max()]
     before = pd.Series([first[run, layer] for run, layer in zip(end.run, end.layer)], index=end.index, dtype=float)
     return end.assign(value=end.value / before)
-
-
-def listing(page: Page, metric: str, epoch: float | None = None) -> str:
-    """Text table of a layer metric, mean over seeds, a row a variant; at the last epoch if none is given."""
-    table = page.table()
-    rows = table[(table.metric == metric) & (table.epoch == (table.epoch.max() if epoch is None else epoch))]
-    if rows.empty:
-        return f"no {metric} yet"
-    names = rows.sort_values("depth").layer.unique()
-    means = rows.pivot_table(index="variant", columns="layer", values="value").loc[in_order(rows.variant), names]
-    means.index = [label(v) for v in means.index]
-    return means.to_string(float_format="{:.2f}".format, na_rep="-")

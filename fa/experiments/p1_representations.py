@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from fa import plot
 from fa.experiments import Experiment, p1_accuracy
 from fa.train.config import Config, canonical
@@ -78,19 +76,3 @@ def draw(page: Page) -> Figure:
                loc="outside lower center", ncols=5)  # fmt: skip
     plot.letters(ax.values())
     return fig
-
-
-def listing(page: Page, metric: str) -> str:
-    """Text table of a metric after training, mean over seeds, a row a variant, a column a layer."""
-    table = page.table()
-    rows = table[(table.metric == metric) & (table.epoch == table.epoch.max())]
-    return shown(rows) if len(rows) else f"no {metric} yet"
-
-
-def shown(rows: pd.DataFrame) -> str:
-    """Means over seeds of the rows of one metric as text."""
-    names = rows.sort_values("depth").layer.unique()
-    means = rows.pivot_table(index="variant", columns="layer", values="value")
-    means = means.loc[p1_accuracy.in_order(rows.variant), names]
-    means.index = [p1_accuracy.label(v) for v in means.index]
-    return means.to_string(float_format="{:.2f}".format, na_rep="-")

@@ -114,7 +114,7 @@ class Page(FigureTable):
         theirs = parts[1][["value", "sd", "n"]].first().set_axis(["paper", "sd ", "n "], axis=1)
         both = ours.join(theirs, how="outer", sort=False).reset_index()
         if both.empty:
-            return f"no {metric} yet"
+            return tables.several(f"no {metric} yet")
         depth = list(dict.fromkeys([*self.table().sort_values("depth").layer, *self.reference().layer]))
         rank = {"rule": plot.in_order(both.rule).index, "layer": depth.index}
         both = both.sort_values(by, key=lambda column: column.map(rank.get(column.name, lambda v: v)))
