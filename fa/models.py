@@ -2,7 +2,8 @@
 
 Parameter counts, asserted by the tests: ``mlp(784)`` 669,706 (p3's MNIST network, authors' ``ffn2``);
 ``resnet(20)`` 269,722, ``resnet(32)`` 464,154, ``resnet(56)`` 853,018, ``resnet(110)`` 1,727,962 for ten classes (He et
-al. 2016, section 4.2); ``build("resnet18", ...)``, torchvision's, 11,689,512 for a thousand.
+al. 2016, section 4.2); ``Arch1()`` 404,746 (p1's Architecture 1); ``build("resnet18", ...)``, torchvision's, 11,689,512
+for a thousand.
 """
 
 from __future__ import annotations
@@ -103,6 +104,40 @@ def resnet(depth: int = 20, classes: int = 10, inputs: int = 3) -> ResNet:
     return ResNet(depth, classes, inputs)
 
 
+class Arch1(nn.Module):
+    """p1's Architecture 1: two 5x5 convolutions of 64 channels, each with max-pooling by 2 and ReLU, and layers of 384,
+    192 and ``classes`` units; no normalisation. Weights and maps are channels-last, a fifth faster on a CPU.
+
+    Args:
+        shape: channels, height, width of an image (default: the 24x24 crops of CIFAR-10).
+        classes: number of classes.
+        padding: of the convolutions, ``"valid"`` (default; Lance & Kieu's) or ``"same"`` (which takes images of 8x8).
+
+    Source: Lance & Kieu 2026 (arXiv 2605.08564), who adopt it from p1. p1's padding, pooling and initialisation are not
+    known; the TensorFlow tutorial with these widths pads.
+    """
+
+    def __init__(self, shape: Sequence[int] = (3, 24, 24), classes: int = 10, padding: str = "valid") -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(shape[0], 64, 5, padding=padding)
+        self.conv2 = nn.Conv2d(64, 64, 5, padding=padding)
+        lost = 4 if padding == "valid" else 0  # pixels that a convolution takes off each axis
+        height, width = (((n - lost) // 2 - lost) // 2 for n in shape[1:])
+        if min(height, width) < 1:
+            raise UserError(f"arch1 takes images of 16x16 and more, not {shape[1]}x{shape[2]}; arch1-same takes 8x8")
+        self.fc1 = nn.Linear(64 * height * width, 384)
+        self.fc2 = nn.Linear(384, 192)
+        self.fc = nn.Linear(192, classes)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (n, channels, height, width) -> logits (n, classes)."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        for conv in (self.conv1, self.conv2):
+            x = torch.relu(F.max_pool2d(conv(x), 2))  # as pooling after ReLU, on a quarter of the units
+        return self.fc(torch.relu(self.fc2(torch.relu(self.fc1(x.flatten(1))))))
+
+
 def is_cifar_resnet(name: str) -> bool:
     """Whether :func:`build` makes a CIFAR ResNet of that name."""
     return name.startswith("resnet") and name[6:].isdigit() and name != "resnet18"
@@ -134,9 +169,12 @@ def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] =
         return resnet18(classes)
     if name == "mlp":
         return mlp(torch.Size(shape).numel(), hidden, classes)
+    if name in ("arch1", "arch1-same"):
+        return Arch1(shape, classes, "same" if name == "arch1-same" else "valid")
     if is_cifar_resnet(name):
         return resnet(int(name[6:]), classes, shape[0])
-    raise UserError(f"unknown model {name!r}; known models: mlp, resnet20, resnet32, resnet56, resnet110, resnet18")
+    known = "mlp, arch1, arch1-same, resnet20, resnet32, resnet56, resnet110, resnet18"
+    raise UserError(f"unknown model {name!r}; known models: {known}")
 
 
 @torch.no_grad()
@@ -151,4 +189,19 @@ def xavier_(net: nn.Module, gen: torch.Generator) -> nn.Module:
             m.weight.copy_(uniform(tuple(m.weight.shape), (2 / sum(fans(m.weight))) ** 0.5, m.weight, gen))
             if m.bias is not None:
                 m.bias.zero_()
+    return net
+
+
+@torch.no_grad()
+def default_(net: nn.Module, gen: torch.Generator) -> nn.Module:
+    """PyTorch's own initial weights and biases, U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), in place, drawn from ``gen``.
+
+    Source: ``torch.nn.Linear`` and ``torch.nn.Conv2d``; Lance & Kieu 2026 (authors' code). Entries are drawn in
+    float64, as in :func:`xavier_`.
+    """
+    for m in net.modules():
+        if isinstance(m, (nn.Linear, nn.Conv2d)):
+            std = (1 / (3 * fans(m.weight)[0])) ** 0.5
+            for p in filter(lambda p: p is not None, (m.weight, m.bias)):
+                p.copy_(uniform(tuple(p.shape), std, p, gen))
     return net

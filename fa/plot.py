@@ -60,6 +60,7 @@ RULE_STYLE: dict[str, Look] = {
 
 LABELS = {
     "test_accuracy": "Test accuracy (%)",
+    "chosen_test_accuracy": "Test accuracy, best validation epoch (%)",
     "val_accuracy": "Validation accuracy (%)",
     "train_accuracy": "Training accuracy (%)",
     "train_loss": "Training loss",

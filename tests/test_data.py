@@ -15,8 +15,11 @@ import pytest
 import torch
 
 from fa.errors import UserError
+from fa.layers.feedback import generator
 from fa.paths import ROOT
 from fa.train import data, sources
+from fa.train.config import Config
+from fa.train.step import Stepper, make_optimizer
 
 
 def md5(content: bytes) -> str:
@@ -321,6 +324,7 @@ def test_describe(small_mnist):
         "mnist": "yes",
         "cifar10": "no",
         "cifar10-16": "no",
+        "cifar10-24": "no",
         "imagenet": "no",
         "tiny-imagenet-20": "no",
     }
@@ -361,6 +365,49 @@ def test_augmentation_equals_the_per_image_reference(shape, pad):
     assert made.shape == x.shape and torch.equal(x, kept)
     if len(x):
         assert torch.equal(made, one_by_one(x, down, right, mirrored, pad, np.float32(data.SETS["cifar10"].black)))
+
+
+def test_crops_of_24_show_the_images_own_pixels(small_cifar, monkeypatch):
+    """Training: a window of 24x24 anywhere in the 32x32 pixels, mirrored or not; evaluation: the middle."""
+    folder, *_ = small_cifar
+    monkeypatch.setitem(data.SETS, "cifar10-24", replace(data.SETS["cifar10-24"], files=data.SETS["cifar10"].files))
+    whole, d = data.load("cifar10", root=folder), data.load("cifar10-24", root=folder)
+    assert d.shape == (3, 24, 24) and d.train.x.shape[2:] == (32, 32) and torch.equal(d.train.x, whole.train.x)
+    assert torch.equal(d.test.first(4)[0], whole.test.x[:4, :, 4:28, 4:28])
+    assert torch.equal(torch.cat([x for x, _ in d.val.batches(2)]), whole.val.x[:, :, 4:28, 4:28])
+    draws = data.draw_crops(45, torch.Generator().manual_seed(3))
+    source = data.SETS["cifar10-24"]
+    made = data.crop(d.train.x, draws, torch.tensor(source.black), source.pad, d.train.margin)
+    for image, crop, (down, right, mirrored) in zip(whole.train.x, made, draws.T.tolist()):
+        window = image[:, down : down + 24, right : right + 24]
+        assert torch.equal(crop, window.flip(-1) if mirrored else window)
+    assert {0, 8} <= set(draws[:2].flatten().tolist()) <= set(range(9))
+
+
+def test_the_trainer_crops_where_it_augments_and_takes_the_middle_else(small_cifar, monkeypatch):
+    monkeypatch.setitem(data.SETS, "cifar10-24", replace(data.SETS["cifar10-24"], files=data.SETS["cifar10"].files))
+    d, seen = data.load("cifar10-24", root=small_cifar[0]), []
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(3 * 24 * 24, 10)
+
+        def forward(self, x):
+            seen.append(x)
+            return self.fc(x.flatten(1))
+
+    for augment in (False, True):
+        config, net = Config("bp", 0, dataset="cifar10-24", batch=9, lr=0.0, augment=augment), Net()
+        Stepper(net, make_optimizer(net, config), config, d.train).epoch(0)
+        shown = torch.cat(seen)  # (45, 3, 24, 24)
+        order = torch.randperm(45, generator=generator(0, "order", 0))
+        want = d.train.middle(d.train.x)[order]
+        if augment:
+            draws = data.draw_crops(45, generator(0, "augment", 0))
+            want = data.crop(d.train.x[order], draws, torch.tensor(data.SETS["cifar10-24"].black), 4, 4)
+        assert torch.equal(shown, want)
+        seen.clear()
 
 
 def test_augmentation_draws_every_shift_and_both_mirrorings_for_each_image():

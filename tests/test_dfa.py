@@ -439,6 +439,16 @@ def test_no_kernel_is_claimed():
             fa.convert(net, "dfa", **options)
 
 
+def test_dense_feedback_can_have_noklands_scale():
+    """U(-1 / sqrt(n), 1 / sqrt(n)), n the units that receive it: a convolution's are all places of its input map."""
+    net = oracles.fixed_weights(nn.Sequential(nn.Conv2d(5, 7, 3), nn.Flatten(), nn.Linear(7 * 64, 9)).double())
+    fa.convert(net, "dfa", form="dense", init="kaiming", sample=randn(1, 5, 10, 10))
+    for layer, n in ((net[0], 500), (net[2], 448)):
+        B = layer.feedback.B
+        assert B.numel() == 9 * n and 0.99 * n**-0.5 < B.abs().max() <= n**-0.5
+        assert B.std().item() == pytest.approx((3 * n) ** -0.5, rel=0.03)
+
+
 @pytest.mark.parametrize("init", ["match", "xavier", "kaiming", 0.3])
 def test_scale_of_the_feedback(init):
     net = oracles.fixed_weights(nn.Sequential(nn.Conv2d(20, 40, 3), nn.Flatten(), nn.Linear(400, 50)).double())

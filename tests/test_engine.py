@@ -41,7 +41,7 @@ def test_compiled_steps_agree_with_eager_ones(rule):
         torch.compiler.reset()
         with engine.numerics("cpu"):
             net = train.build_network(of(CONV, rule), sets.shape, 10, torch.float64)
-            stepper = Stepper(net, train.sgd(net, of(CONV, rule)), of(CONV, rule), sets.train, compiled)
+            stepper = Stepper(net, train.make_optimizer(net, of(CONV, rule)), of(CONV, rule), sets.train, compiled)
             losses.append(torch.cat([stepper.epoch(e).clone() for e in (0, 1)]))
     assert len(losses[0]) == 22 and torch.allclose(*losses, rtol=1e-9)
 
@@ -77,7 +77,7 @@ def test_the_augmentation_of_an_epoch_is_the_one_that_draw_crops_drew():
             return self.fc(x.flatten(1))
 
     net = Net()
-    Stepper(net, train.sgd(net, CONV), CONV, split).epoch(1)
+    Stepper(net, train.make_optimizer(net, CONV), CONV, split).epoch(1)
     order = torch.randperm(len(split), generator=generator(0, "order", 1))[: 11 * 128]
     images, draws = split.x[order], data.draw_crops(11 * 128, generator(0, "augment", 1))
     black = data.SETS["digits"].black[0]
@@ -89,7 +89,7 @@ def test_the_augmentation_of_an_epoch_is_the_one_that_draw_crops_drew():
         assert torch.equal(got[i], want.flip(-1) if mirrored else want)
     plain = replace(CONV, augment=False)
     seen.clear()
-    Stepper(net, train.sgd(net, plain), plain, split).epoch(1)
+    Stepper(net, train.make_optimizer(net, plain), plain, split).epoch(1)
     assert torch.equal(torch.cat(seen), images)
 
 
@@ -97,7 +97,7 @@ def test_the_augmentation_of_an_epoch_is_the_one_that_draw_crops_drew():
 def test_the_feedbacks_own_learning_rate(rule):
     config = replace(of(MLP, rule), feedback_lr=0.2, lr=0.05)
     net = train.build_network(config, (1, 8, 8), 10)
-    opt = train.sgd(net, config)
+    opt = train.make_optimizer(net, config)
     stepper, learned = (
         Stepper(net, opt, config, data.load("digits").train),
         {id(p) for p in fa.feedback_parameters(net)},
@@ -129,7 +129,7 @@ class Recorder:
 def test_a_step_is_captured_once_it_is_warm_and_again_when_the_schedule_changes():
     split, config = data.load("digits").train, of(MLP, "pfa")
     nets = [train.build_network(config, (1, 8, 8), 10) for _ in range(2)]
-    plain, captured = (Stepper(n, train.sgd(n, config), config, split, capture=c) for n, c in zip(nets, (False, True)))
+    plain, captured = (Stepper(n, train.make_optimizer(n, config), config, split, capture=c) for n, c in zip(nets, (False, True)))
     recorder = Recorder(captured)
     captured._capture = recorder.capture
     for epoch, captures in ((0, 1), (1, 2), (1, 2), (2, 3)):  # the first epoch's decay, then none, then the rate drops
@@ -152,7 +152,7 @@ def test_a_checkpoint_in_another_memory_layout_goes_on_the_same(tmp_path):
     config = replace(CONV, epochs=2)
     sets = data.load("digits")
     nets = [train.build_network(config, sets.shape, 10) for _ in range(2)]
-    opts = [train.sgd(net, config) for net in nets]
+    opts = [train.make_optimizer(net, config) for net in nets]
     for net, opt in zip(nets, opts):
         Stepper(net, opt, config, sets.train).epoch(0)
 

@@ -80,7 +80,7 @@ def test_implicit_feedback_of_a_resnet_is_exact(rule: str) -> None:
     losses = []
     for config in (c, c.vary(implicit=False)):
         net = train.build_network(config, sets.shape, sets.classes, torch.float64)
-        stepper = train.Stepper(net, train.sgd(net, config), config, sets.train)
+        stepper = train.Stepper(net, train.make_optimizer(net, config), config, sets.train)
         losses.append(torch.cat([stepper.epoch(e, 3).clone() for e in (0, 1)]))
     assert torch.allclose(losses[0], losses[1], rtol=1e-9) and losses[0].unique().numel() == 6
 

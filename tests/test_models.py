@@ -115,6 +115,38 @@ def test_build():
     assert models.build("resnet20", (1, 8, 8), 5)(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
 
 
+@pytest.mark.parametrize("padding, side", [("valid", 24), ("same", 8)])
+def test_architecture_1_by_hand(padding, side):
+    """ReLU before pooling, as the source writes it; after pooling, as here, it is the same function."""
+    net = models.Arch1((3, side, side), 10, padding).double()
+    x = randn(5, 3, side, side, seed=1)
+    y = x
+    for conv in (net.conv1, net.conv2):
+        y = F.max_pool2d(F.conv2d(y, conv.weight, conv.bias, padding=2 * (padding == "same")).clamp_min(0), 2, 2)
+    assert y.shape[2:] == ((3, 3) if padding == "valid" else (2, 2))
+    y = y.reshape(5, -1)
+    for name in ("fc1", "fc2", "fc"):
+        layer = net.get_submodule(name)
+        y = y @ layer.weight.T + layer.bias
+        y = y.clamp_min(0) if name != "fc" else y
+    assert (net(x) - y).abs().max() < 1e-13
+    assert size(models.build("arch1", (3, 24, 24), 10)) == 404_746 and "404,746" in models.__doc__
+    assert models.build("arch1-same", (1, 8, 8), 7)(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+    with pytest.raises(UserError, match="arch1 takes images of 16x16 and more, not 8x8; arch1-same takes 8x8"):
+        models.build("arch1", (1, 8, 8), 10)
+
+
+def test_pytorchs_initial_weights_are_those_of_its_layers():
+    net, own = models.Arch1(), models.Arch1()
+    models.default_(net, torch.Generator().manual_seed(0))
+    for (name, p), q in zip(net.named_parameters(), own.parameters()):
+        bound = q.abs().max().item()
+        assert p.abs().max().item() == pytest.approx(bound, rel=0.06 if p.numel() > 100 else 0.6), name
+        assert abs(p.mean().item()) < 4 * bound / (3 * p.numel()) ** 0.5, name
+    again = models.default_(models.Arch1(), torch.Generator().manual_seed(0))
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), again.parameters()))
+
+
 def test_resnet18_is_torchvision_s() -> None:
     """p3's network for ImageNet: 21 layers with its three widening shortcuts, and the published number of
     parameters."""

@@ -46,7 +46,7 @@ def one_thread(tmp_path, monkeypatch):
 def made(config: Config, dtype: torch.dtype = torch.float32, **stepping) -> Stepper:
     sets = data.load("digits", dtype=dtype)
     net = train.build_network(config, sets.shape, sets.classes, dtype)
-    return Stepper(net, train.sgd(net, config), config, sets.train, **stepping)
+    return Stepper(net, train.make_optimizer(net, config), config, sets.train, **stepping)
 
 
 def epochs(stepper: Stepper, which: range) -> torch.Tensor:

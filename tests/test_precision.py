@@ -82,7 +82,7 @@ def test_only_the_arithmetic_of_a_step_is_in_bfloat16(rule: str) -> None:
     with engine.numerics("cpu"):
         for config in (full, half):
             net = train.build_network(config, sets.shape, sets.classes)
-            opt = train.sgd(net, config)
+            opt = train.make_optimizer(net, config)
             losses.append(engine.Stepper(net, opt, config, sets.train).epoch(0, 3).clone())
             kept = [*net.parameters(), *net.buffers(), *(s["momentum_buffer"] for s in opt.state.values())]
             assert {t.dtype for t in kept if t.is_floating_point()} == {torch.float32}

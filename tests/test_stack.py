@@ -44,7 +44,7 @@ def trained_alone(configs, sets, epochs=(0, 1)):
     made = []
     for config in configs:
         net = train.build_network(config, sets.shape, 10, torch.float64)
-        opt = train.sgd(net, config)
+        opt = train.make_optimizer(net, config)
         stepper = Stepper(net, opt, config, sets.train)
         made.append((torch.cat([stepper.epoch(e, 3)[:, 0].clone() for e in epochs]), net, opt))
     return made
@@ -54,7 +54,7 @@ def started(config, sets):
     """A run whose network, of float64, and optimizer are made."""
     run = Run(config)
     run.net = train.build_network(config, sets.shape, 10, torch.float64)
-    run.opt = train.sgd(run.net, config)
+    run.opt = train.make_optimizer(run.net, config)
     return run
 
 

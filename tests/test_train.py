@@ -72,10 +72,13 @@ def same(a, b):
 # ------------------------------------------------------------------------------------------ stopping and going on
 
 
-@pytest.mark.parametrize("rule", ["bp", "pfa", "kp", "brsf"])
+@pytest.mark.parametrize("rule", ["bp", "pfa", "kp", "brsf", "adam"])
 def test_a_run_that_is_stopped_several_times_equals_one_that_is_not(rule, undisturbed, monkeypatch):
-    config = replace(TINY, rule=rule, options=OPTIONS[rule])
-    want, folder, stops = undisturbed(rule), RunFolder(config), 0
+    config = replace(TINY, rule="kp" if rule == "adam" else rule, options=OPTIONS.get(rule, ""))
+    if rule == "adam":
+        config = replace(config, optimizer="adam", first_steps="1,3", keep=True)
+    want = train.train(config) if rule == "adam" else undisturbed(rule)
+    folder, stops = RunFolder(config), 0
     while True:
         torch.manual_seed(stops)  # the state of the global generator is none of a run's business
         clock = Clock(1.0)
@@ -228,7 +231,7 @@ def test_the_same_seed_gives_the_same_start_and_the_same_batches_under_every_rul
         net = train.build_network(config, (1, 8, 8), 10)
         W = [m.weight.detach().clone() for m in linear_layers(net).values()]
         with engine.numerics("cpu"):
-            return W, torch.cat([steps(net, train.sgd(net, config), config, digits, epoch, 6) for epoch in (0, 1)])
+            return W, torch.cat([steps(net, train.make_optimizer(net, config), config, digits, epoch, 6) for epoch in (0, 1)])
 
     W, want = losses("bp", 0)
     assert not torch.equal(want[:6], want[6:])  # every epoch has an order of its own
@@ -254,7 +257,7 @@ def test_an_epoch_sees_every_image_once():
 
     split = data.Split(torch.arange(50.0).view(-1, 1), torch.zeros(50, dtype=torch.int64))
     net, config = Net(), replace(TINY, batch=8, lr=0.0)
-    losses = steps(net, train.sgd(net, config), config, split, 0)
+    losses = steps(net, train.make_optimizer(net, config), config, split, 0)
     assert len(losses) == 6 and len(seen) == 48 == len(set(seen))  # the last, smaller batch is dropped
     assert seen != sorted(seen)
 
@@ -269,7 +272,7 @@ def test_first_steps_by_hand():
     assert all(m.bias.abs().max() == 0 for m in linear_layers(net).values())
     std = [m.weight.std().item() * (sum(m.weight.shape) / 2) ** 0.5 for m in linear_layers(net).values()]
     assert std == pytest.approx([1, 1, 1], rel=0.12)  # Xavier
-    losses = steps(net, train.sgd(net, config), config, digits, 0, 3)
+    losses = steps(net, train.make_optimizer(net, config), config, digits, 0, 3)
     order = torch.randperm(len(digits), generator=generator(0, "order", 0))
     speed = {n: torch.zeros_like(p) for n, p in other.named_parameters()}
     for i in range(3):
@@ -283,6 +286,71 @@ def test_first_steps_by_hand():
                 speed[n] = 0.9 * speed[n] + p.grad + 0.1 * p  # the first epoch's decay
                 p -= 0.05 * speed[n]
     assert all((p - q).abs().max() < 1e-13 for p, q in zip(net.parameters(), other.parameters()))
+
+
+def test_adam_by_hand():
+    """Adam with its bias corrections and L2 decay as Kingma and Ba write it, on learned feedback too."""
+    config = replace(TINY, rule="kp", options="", optimizer="adam", weights="torch", first_weight_decay=0.0)
+    digits = data.load("digits", dtype=torch.float64).train
+    net, other = (train.build_network(config, (1, 8, 8), 10, torch.float64) for _ in range(2))
+    for m in linear_layers(net).values():  # PyTorch's own bounds, biases too
+        bound = m.in_features**-0.5
+        assert 0.9 * bound < max(m.weight.abs().max(), m.bias.abs().max()) <= bound and m.bias.abs().max() > 0.3 * bound
+    steps(net, train.make_optimizer(net, config), config, digits, 0, 3)
+    order = torch.randperm(len(digits), generator=generator(0, "order", 0))
+    params = dict(other.named_parameters())
+    m, v = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in range(2))
+    for i in range(3):
+        index = order[64 * i : 64 * (i + 1)]
+        other.zero_grad()
+        F.cross_entropy(other(digits.x[index]), digits.y[index]).backward()
+        with torch.no_grad():
+            for n, p in params.items():
+                g = p.grad + 1e-3 * p
+                m[n], v[n] = 0.9 * m[n] + 0.1 * g, 0.999 * v[n] + 0.001 * g**2
+                p -= 0.05 * (m[n] / (1 - 0.9 ** (i + 1))) / ((v[n] / (1 - 0.999 ** (i + 1))).sqrt() + 1e-8)
+    assert len(params) == 9 and all((p - params[n]).abs().max() < 1e-12 for n, p in net.named_parameters())
+
+
+def test_what_is_exact_under_sgd_alone_is_refused_under_adam():
+    with pytest.raises(fa.UserError, match="implicit feedback of pfa is exact only under SGD, not adam"):
+        replace(TINY, optimizer="adam")
+    with pytest.raises(fa.UserError, match="unknown optimizer 'rmsprop'; known: sgd, adam"):
+        replace(TINY, optimizer="rmsprop")
+    with pytest.raises(fa.UserError, match="unknown weights 'he'; known: xavier, torch"):
+        replace(TINY, weights="he")
+
+
+def test_layers_within_the_first_epoch_are_measured_and_nothing_else_changes(undisturbed):
+    table = train.train(replace(TINY, rule="fa", options="", first_steps="2,11"))
+    early = table[table.epoch % 1 != 0]
+    assert sorted(set(early.epoch)) == [2 / 22, 11 / 22] and set(early.layer) == {"fc1", "fc2", "fc"}
+    rest = table[table.epoch % 1 == 0].reset_index(drop=True)
+    same(rest.astype({"epoch": int}), undisturbed("fa"))
+    start, then = (table[(table.epoch == e) & (table.metric == "weight_norm")].value.to_numpy() for e in (0, 2 / 22))
+    assert (abs(then - start) > 1e-4).all()
+
+
+def test_the_chosen_epoch_is_the_first_of_the_best_validation_accuracy():
+    def rows(metric, values):
+        return [[e, "", None, metric, v] for e, v in enumerate(values)]
+
+    val, test = rows("val_accuracy", [10.0, 40.0, 50.0, 50.0]), rows("test_accuracy", [9.0, 41.0, 48.0, 52.0])
+    layers = [[3, "fc", 1, "val_accuracy_of_a_layer", 99.0]]
+    want = [[3, "", None, "chosen_epoch", 2.0], [3, "", None, "chosen_test_accuracy", 48.0]]
+    assert train.chosen_rows(val + test + layers, 3) == want
+    assert train.chosen_rows(test, 3) == [] and train.chosen_rows(val + test[:2], 3) == []
+
+
+def test_kept_weights_are_the_trained_ones():
+    config = replace(TINY, rule="fa", options="", keep=True, epochs=1)
+    run = train.Run(config, RunFolder(config))
+    train.train_runs([run])
+    kept = RunFolder(config).weights()
+    assert set(kept) == {f"{layer}.{p}" for layer in ("fc1", "fc2", "fc") for p in ("weight", "bias")}
+    assert all(torch.equal(kept[n], p) for n, p in run.net.named_parameters())
+    with pytest.raises(fa.UserError, match="weights.pt is not there"):
+        RunFolder(replace(config, keep=False)).weights()
 
 
 def test_schedule():
@@ -351,7 +419,7 @@ def test_identity_does_not_know_how_a_default_was_said():
 
 CHANGED = dict(
     rule="kp", seed=1, options="init=match implicit=true", batch=32, lr=0.04, lr_drops="1", lr_factor=0.3, momentum=0.8,
-    weight_decay=2e-3, first_weight_decay=0.2, epochs=6, augment=True,
+    weight_decay=2e-3, first_weight_decay=0.2, epochs=6, augment=True, weights="torch",
 )  # fmt: skip
 PHASES, MIRROR = (
     dict(alternate=2, delay_epochs=3),
@@ -363,6 +431,8 @@ def test_identity_knows_every_field():
     names = {f.name for f in fields(Config)}
     other = CHANGED | dict(
         measure="symmetry",
+        first_steps="1,2",
+        keep=True,
         dataset="mnist",
         model="cnn",
         hidden="16,17",
@@ -370,10 +440,11 @@ def test_identity_knows_every_field():
         feedback_lr=0.1,
         precision="bfloat16",
     )
-    assert {*other, *PHASES} == names  # a new field must be listed here, and thought about
+    assert {*other, *PHASES, "optimizer"} == names  # a new field must be listed here, and thought about
+    assert replace(TINY, options="", optimizer="adam").run != replace(TINY, options="").run
     runs = {replace(TINY, **{name: value}).run for name, value in other.items()} | {TINY.run}
     runs |= {replace(MIRROR, **{name: value}).run for name, value in PHASES.items()} | {MIRROR.run}
-    assert len(runs) == len(names) + 2
+    assert len(runs) == len(names) + 1
 
 
 def test_fingerprint_is_stable_and_knows_every_field_of_the_recipe():
@@ -383,14 +454,12 @@ def test_fingerprint_is_stable_and_knows_every_field_of_the_recipe():
     for name, value in CHANGED.items():
         changed = {name: value} | ({"options": ""} if name == "rule" else {})
         assert train.fingerprint(replace(TINY, **changed)) != first, name
-    assert (
-        len(
-            {
-                tuple(train.fingerprint(replace(MIRROR, **changed)))
-                for changed in ({}, *({n: v} for n, v in PHASES.items()))
-            }
-        )
-        == 3
+    adam = dict(optimizer="adam")
+    told = {tuple(train.fingerprint(replace(MIRROR, **f))) for f in ({}, adam, *({n: v} for n, v in PHASES.items()))}
+    assert len(told) == 4
+    models = [train.fingerprint(replace(MIRROR, rule="fa", model=m, hidden=""), 2) for m in ("arch1", "resnet20")]
+    assert models[0] != models[1] and models[0] == train.fingerprint(
+        replace(MIRROR, rule="fa", model="arch1-same", hidden=""), 2
     )
 
 
@@ -473,7 +542,7 @@ def test_the_schedule_of_the_decay_leaves_feedback_with_its_own_alone(rule):
     config = Config(rule, 0, dataset="digits", hidden="8,8", weight_decay=0.01, first_weight_decay=0.5)
     digits = data.load("digits").train
     net = train.build_network(config, (1, 8, 8), 10)
-    opt = train.sgd(net, config)
+    opt = train.make_optimizer(net, config)
     learned = {id(p) for p in fa.feedback_parameters(net)}
     for epoch, decay in enumerate((0.5, 0.01)):
         steps(net, opt, config, digits, epoch, limit=1)

@@ -110,12 +110,13 @@ class Page(FigureTable):
         by, parts = list(by), []
         for frame in (self.table(), self.reference()):
             frame = frame[frame.metric == metric]
+            frame = frame.reindex(columns=list(dict.fromkeys([*frame, *by])))  # no published value has a swept column
             parts.append(frame[frame.epoch == (frame.epoch.max() if epoch is None else epoch)].groupby(by, sort=False))
         ours = parts[0].value.agg(["mean", "std", "count"]).set_axis(["ours", "sd", "n"], axis=1)
         theirs = parts[1][["value", "sd", "n"]].first().set_axis(["paper", "sd ", "n "], axis=1)
         both = ours.join(theirs, how="outer", sort=False).reset_index()
         if both.empty:
-            return f"no {metric} yet"
+            return tables.several(f"no {metric} yet")
         depth = list(dict.fromkeys([*self.table().sort_values("depth").layer, *self.reference().layer]))
         rank = {"rule": plot.in_order(both.rule).index, "layer": depth.index}
         both = both.sort_values(by, key=lambda column: column.map(rank.get(column.name, lambda v: v)))

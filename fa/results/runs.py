@@ -137,10 +137,11 @@ def _train(folders: Sequence[RunFolder], device: str, until: float, compiled: bo
 
 
 def drawn(config: Any) -> pd.DataFrame:
-    """The table of a run in which nothing is trained: its recipe makes it itself, in one thread."""
+    """The table of a run in which nothing is trained: its recipe makes it itself, in one thread, from the weights of
+    the runs that it needs, if any."""
     begin = time.monotonic()
     with numerics("cpu"):
-        table = config.table()
+        table = config.table(*(RunFolder(c).weights() for c in getattr(config, "needs", ())))
     table.attrs["status"] = {"state": "finished", "seconds": round(time.monotonic() - begin, 1)}
     return table
 
@@ -158,7 +159,7 @@ def run(
     compiled: bool | None = None,
     executor: Executor | None = None,
 ) -> Summary:
-    """Train the missing runs.
+    """Train the missing runs, and before them those whose weights they need (``needs`` of a run's recipe).
 
     Args:
         configs: runs, from :func:`fa.experiments.plan`.
@@ -177,6 +178,11 @@ def run(
     """
     begin = time.time()
     device, todo = pick_device(device), missing(configs)
+    if needed := missing(list({c.run: c for config in todo for c in getattr(config, "needs", ())}.values())):
+        first = run(needed, budget, workers, device, progress, together, compiled, executor)
+        if first.left:
+            return Summary(len(configs) - len(todo), 0, len(todo), first.failed, first.seconds)
+        budget = budget and max(budget - first.seconds, 1.0)
     if compiled is None:
         compiled = device != "cpu" and can_compile(device)
     jobs = stack.groups(todo, 1 if device == "cpu" else together or STACK)

@@ -36,7 +36,8 @@ def runs_root() -> Path:
 
 class RunFolder:
     """The folder of one run: ``config.json``, and ``metrics.csv`` with ``status.json`` once finished,
-    ``checkpoint.pt`` and the checkpoint before it, ``checkpoint.old.pt``, until then.
+    ``checkpoint.pt`` and the checkpoint before it, ``checkpoint.old.pt``, until then; ``weights.pt`` where the recipe
+    keeps them.
     """
 
     def __init__(self, config: Any) -> None:
@@ -125,6 +126,23 @@ class RunFolder:
         write_bytes(self.path / "status.json", json.dumps(status, indent=1).encode())
         for name in CHECKPOINTS:
             (self.path / name).unlink(missing_ok=True)
+
+    def keep(self, weights: dict[str, torch.Tensor]) -> None:
+        """Write the trained network's state, name -> tensor, which stays in the folder."""
+        buffer = io.BytesIO()
+        torch.save({name: t.cpu().clone() for name, t in weights.items()}, buffer)
+        write_bytes(self.path / "weights.pt", buffer.getvalue())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained network's state, name -> tensor, of a run that is finished and whose recipe keeps it.
+
+        Raises:
+            UserError: they are not there.
+        """
+        path = self.path / "weights.pt"
+        if not path.exists():
+            raise UserError(f"{path} is not there; delete the folder of that run to train it again")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
     def lock(self) -> AbstractContextManager[bool]:
         """Hold the run against other processes; yields False where another one holds it. See :func:`locked`."""

@@ -107,10 +107,15 @@ class FigureTable:
 
     @property
     def path(self) -> Path:
-        """The figure's own table on disk; runs that it shares with other figures lie in theirs."""
+        """The figure's own table on disk; runs that it shares with other figures lie in theirs, and where all do, this is
+        the first of them."""
         if self.mode != "record" and self.chosen:
             return records.build(self.mode) / f"{self.own_name}.csv"
-        return records.record_path(self.name, self.trained)
+        own = records.record_path(self.name, self.trained)
+        if self.trained == "quick" or own.exists():
+            return own
+        held = records.holders()
+        return next((records.record_path(held[c.run]) for c in self.runs if c.run in held), own)
 
     def table(self) -> pd.DataFrame:
         """The figure's table, read back from disk; `quick`, `small` and `paper` first train what is missing.

@@ -18,9 +18,21 @@ def identity(config: Any) -> str:
     Fields at their default are left out of it, so that a field added later, with a default that keeps the recipe, keeps
     identities.
     """
+    return hashlib.sha256(canonical(config).encode()).hexdigest()[:12]
+
+
+def canonical(config: Any) -> str:
+    """The fields of a run that are not at their defaults, as JSON in alphabetical order."""
     told = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
-    canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+    return json.dumps(told, sort_keys=True, separators=(",", ":"))
+
+
+CHOICES = {
+    "precision": ("float32", "bfloat16"),
+    "optimizer": ("sgd", "adam"),
+    "weights": ("xavier", "torch"),
+}
+"""Field -> the words that it takes."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +52,25 @@ class Config:
         lr: learning rate.
         lr_drops: epochs after which it is multiplied by ``lr_factor``, comma separated.
         lr_factor: see ``lr_drops``.
-        momentum: of SGD.
-        weight_decay: L2, of all parameters, learned feedback and biases included.
+        optimizer: "sgd", with momentum, or "adam" (decay rates ``momentum`` and 0.999, eps 1e-8, PyTorch's). Learned
+            feedback is in the same optimizer; Adam scales its gradient by a history of its own.
+        momentum: of SGD; under Adam the decay rate of the mean gradient.
+        weight_decay: L2, of all parameters, learned feedback and biases included; under Adam, too, a part of the
+            gradient.
         first_weight_decay: that of the first epoch (0: the same).
         feedback_lr: learning rate of feedback that holds its own decay (wm, ia, sa, aa), dropped as ``lr`` is (0:
             ``lr``).
         alternate: k > 0: a mirror-only step, then k task-only ones, and so on (0: both at every step). See below.
         delay_epochs: so many epochs come first, all steps mirror-only; the schedule of both parts begins after them, as
             p2's drops do.
-        augment: random crops (4 pixels of padding) and mirrored images.
+        augment: random crops (of the data set's ``pad`` pixels) and mirrored images.
         precision: "float32" (on CUDA convolutions are then made in TF32, PyTorch's default), or "bfloat16": forward and
             backward under autocast, weights and optimizer in float32.
+        weights: initial weights, "xavier" (uniform, biases 0) or "torch" (PyTorch's default for layers, biases too).
         measure: a further measurement, by its name in ``fa.train.measure.MEASURES`` ("": none).
+        first_steps: steps of the first epoch after which layers are measured as well, comma separated; their rows stand
+            at epoch step / steps of an epoch.
+        keep: whether the trained weights stay in the run's folder.
         revision: of the recipe; raised by any fix that changes numbers.
 
     Defaults are p3's MNIST recipe (the authors' configuration).
@@ -78,6 +97,7 @@ class Config:
     lr: float = 0.01
     lr_drops: str = "20,30"
     lr_factor: float = 0.5
+    optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
     first_weight_decay: float = 0.0
@@ -86,7 +106,10 @@ class Config:
     delay_epochs: int = 0
     augment: bool = False
     precision: str = "float32"
+    weights: str = "xavier"
     measure: str = ""
+    first_steps: str = ""
+    keep: bool = False
     revision: int = 1
 
     def __post_init__(self) -> None:
@@ -94,8 +117,13 @@ class Config:
             if f.type == "float":
                 object.__setattr__(self, f.name, float(getattr(self, f.name)))
         object.__setattr__(self, "options", format_options(parse_options(self.options)))
-        if self.precision not in ("float32", "bfloat16"):
-            raise UserError(f"unknown precision {self.precision!r}; known: float32, bfloat16")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+        if self.optimizer != "sgd" and make_rule(self.rule, **self.rule_options).at(0).needs_sgd:
+            raise UserError(
+                f"implicit feedback of {self.rule} is exact only under SGD, not {self.optimizer}; leave implicit out"
+            )
         for name in ("alternate", "delay_epochs"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} is negative; it must be 0 (none) or a positive number")

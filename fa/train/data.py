@@ -7,13 +7,15 @@ digits           8x8 grey, 10 classes  1,437 / - / 360          training split (
 mnist            28x28 grey, 10        60,000 / - / 10,000      0.1307, 0.3081 (p3)   ``MNIST/raw``
 cifar10          32x32 RGB, 10         45,000 / 5,000 / 10,000  per channel (p3)      ``cifar-10-batches-py``
 cifar10-16       16x16 RGB, 10         45,000 / 5,000 / 10,000  as cifar10            the same files
+cifar10-24       24x24 RGB, 10         45,000 / 5,000 / 10,000  as cifar10            the same files
 imagenet         224x224 RGB, 1,000    1,281,167 / 50,000 / -   ImageNet's (p3)       ``imagenet/{train,val}``
 tiny-imagenet-20 32x32 RGB, 20         2,000 / 500 / -          ImageNet's            ``tiny-imagenet-20``
 ================ ===================== ======================== ===================== =======================
 
 Every file is checked by its md5 *before* any is parsed, for CIFAR-10's are pickles and a pickle can run anything.
 Nothing is downloaded unless :func:`download` is called. The last two are photographs that stay on disk
-(:mod:`fa.train.photos`): their images are counted, and those of tiny-imagenet-20 checked by their sha256.
+(:mod:`fa.train.photos`): their images are counted, and those of tiny-imagenet-20 checked by their sha256. cifar10-24
+is the middle of CIFAR-10's images, of which a recipe that augments sees random crops of 24x24 pixels.
 
 Sources: normalisation, CIFAR-10's split and its augmentation are Li & Benna 2024 (authors' code ``datasets/mnist.py``,
 ``datasets/cifar.py``); the split of digits is ours; tiny-imagenet-20 is every tenth class of Tiny ImageNet (Le & Yang
@@ -44,21 +46,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Split:
-    """Images ``x`` (n, channels, height, width), normalised, and their classes ``y`` (n,), int64, on the device."""
+    """Images ``x`` (n, channels, height, width), normalised, and their classes ``y`` (n,), int64, on the device; of
+    ``x`` ``margin`` pixels on each side are for random crops alone."""
 
     x: Tensor
     y: Tensor
+    margin: int = 0
 
     def __len__(self) -> int:
         return len(self.y)
 
     def first(self, n: int) -> tuple[Tensor, Tensor]:
         """The first ``n`` images and their classes, as they are."""
-        return self.x[:n], self.y[:n]
+        return self.middle(self.x[:n]), self.y[:n]
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images and their classes in order, ``size`` at a time, as they are."""
-        return zip(self.x.split(size), self.y.split(size))
+        return zip(map(self.middle, self.x.split(size)), self.y.split(size))
+
+    def middle(self, x: Tensor) -> Tensor:
+        """Images without their margin; (n, c, h + 2 margin, w + 2 margin) -> (n, c, h, w)."""
+        cut = slice(self.margin, -self.margin or None)
+        return x[:, :, cut, cut].contiguous() if self.margin else x
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,8 @@ def load(
     def split(images: np.ndarray, labels: np.ndarray) -> Split:
         x = torch.tensor(images, device=device).to(wide)  # uint8 travels, floats are made on the device
         x = x if x.ndim == 4 else x[:, None]  # (n, h, w) -> (n, 1, h, w)
-        return Split(x.div_(source.top).sub_(mean).div_(sd).to(dtype), torch.tensor(labels, device=device).long())
+        x = x.div_(source.top).sub_(mean).div_(sd).to(dtype)
+        return Split(x, torch.tensor(labels, device=device).long(), source.margin)
 
     made = {part: split(*arrays) for part, arrays in splits.items()}
     return Data(name, source.classes, made["train"], made.get("val"), made.get("test"))
@@ -132,7 +142,7 @@ def draw_crops(n: int, generator: torch.Generator, pad: int = 4) -> Tensor:
     return torch.cat([torch.randint(2 * pad + 1, (2, n), **where), torch.randint(2, (1, n), **where)])
 
 
-def crop(x: Tensor, draws: Tensor, border: Tensor, pad: int = 4) -> Tensor:
+def crop(x: Tensor, draws: Tensor, border: Tensor, pad: int = 4, margin: int = 0) -> Tensor:
     """Crop every image, after ``pad`` pixels of border on each side, at its own corner, and mirror those drawn for it.
 
     Args:
@@ -140,11 +150,14 @@ def crop(x: Tensor, draws: Tensor, border: Tensor, pad: int = 4) -> Tensor:
         draws: (3, n), from :func:`draw_crops`, on the device of x.
         border: value of the border, (channels,) or (1,), on the device of x.
         pad: width of the border in pixels.
+        margin: 0, or ``pad`` where x has its own border: the crops are then 2 ``pad`` pixels smaller than x.
     """
-    n, channels, height, width = x.shape
+    n, channels, height, width = x.shape[:2] + tuple(size - 2 * margin for size in x.shape[2:])
     down, right, mirrored = draws
-    padded = border.to(x.dtype).view(1, -1, 1, 1).expand(n, channels, height + 2 * pad, width + 2 * pad).clone()
-    padded[:, :, pad : pad + height, pad : pad + width] = x
+    padded = x
+    if not margin:
+        padded = border.to(x.dtype).view(1, -1, 1, 1).expand(n, channels, height + 2 * pad, width + 2 * pad).clone()
+        padded[:, :, pad : pad + height, pad : pad + width] = x
     crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # (n, c, 2 pad + 1, 2 pad + 1, h, w), a view
     x = crops[torch.arange(n, device=x.device), :, down, right]  # (n, c, h, w)
     return torch.where(mirrored.bool().view(n, 1, 1, 1), x.flip(-1), x)

@@ -25,9 +25,9 @@ from fa.paths import write_bytes
 from fa.provenance import environment
 from fa.train import data, stack
 from fa.train.config import Config, integers
-from fa.train.measure import ALONE, MEASURES, accuracies, layer_epochs, layer_rows, splits_to_measure
+from fa.train.measure import ALONE, MEASURES, accuracies, chosen_rows, layer_epochs, layer_rows, splits_to_measure
 from fa.train.network import build_network
-from fa.train.step import Stepper, numerics, sgd
+from fa.train.step import Stepper, make_optimizer, numerics
 
 PROGRESS = ("epoch", "seconds", "train_loss", "train_accuracy", "val_accuracy", "test_accuracy")
 """Columns of ``progress.csv`` in a run's folder: one line an epoch; a metric that was not measured is empty."""
@@ -79,13 +79,13 @@ class Run:
     environments: list[dict[str, str]] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)  # of progress.csv
     net: nn.Module = field(init=False, repr=False)
-    opt: torch.optim.SGD = field(init=False, repr=False)
+    opt: torch.optim.Optimizer = field(init=False, repr=False)
 
     def start(self, sets: data.Data, device: str) -> None:
         """Make the network and its optimizer on the device, as the checkpoint has them, if there is one."""
         layout = torch.channels_last if torch.device(device).type == "cuda" else torch.preserve_format
         self.net = build_network(self.config, sets.shape, sets.classes).to(device).to(memory_format=layout)
-        self.opt = sgd(self.net, self.config)
+        self.opt = make_optimizer(self.net, self.config)
         if checkpoint := self.folder and self.folder.checkpoint():
             try:
                 self.load(checkpoint)
@@ -106,8 +106,9 @@ class Run:
         self.net.load_state_dict(checkpoint["net"])
         self.opt.load_state_dict(checkpoint["optimizer"])
         for p, state in self.opt.state.items():  # in this device's memory layout, which may not be the checkpoint's
-            if state.get("momentum_buffer") is not None:
-                state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
+            for name in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+                if state.get(name) is not None:
+                    state[name] = torch.empty_like(p).copy_(state[name])
 
     def measure(self, sets: data.Data, epoch: int, whole: dict[str, float]) -> None:
         """Add the rows of an epoch: those of the whole network (metric -> value), and at some epochs those of its
@@ -210,15 +211,21 @@ def train_runs(
                 for run in runs:
                     run.save()
                 return [None] * len(runs)
-            seen = step.epoch(epoch)  # (steps, runs)
-            losses = seen.mean(0).tolist()  # (runs,)
+            early = integers(config.first_steps) if epoch == 0 else []
+
+            def seen(number: int) -> None:
+                for run in runs if number in early else ():
+                    run.rows += layer_rows(run.net, sets, number / step.per_epoch)
+
+            by_step = step.epoch(epoch, seen=seen)  # (steps, runs)
+            losses = by_step.mean(0).tolist()  # (runs,)
             # no loss has seen the weights of the last step
             finite = all(map(math.isfinite, losses)) and all_finite(net.parameters())
             if stacked and not finite:
                 raise StackDiverged
             if not finite:
                 runs[0].seconds += time.monotonic() - since
-                at = (~torch.isfinite(seen)).any(1).nonzero().flatten().tolist() or [len(seen) - 1]
+                at = (~torch.isfinite(by_step)).any(1).nonzero().flatten().tolist() or [len(by_step) - 1]
                 return [runs[0].table(state="diverged", epoch=epoch + 1, step=at[0] + 1)]
             measure(runs, net, sets, epoch + 1, [{"train_loss": loss} for loss in losses])
             now = time.monotonic()
@@ -230,6 +237,10 @@ def train_runs(
                 for run in runs:
                     run.save()
                 saved = now
+        for run in runs:
+            run.rows += chosen_rows(run.rows, config.epochs)
+            if config.keep and run.folder:
+                run.folder.keep({k: v for k, v in run.net.state_dict().items() if ".feedback." not in k})
         return [run.table(state="finished") for run in runs]
 
 
@@ -252,17 +263,18 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def fingerprint(config: Config, batches: int = 20) -> list[str]:
     """The first losses of the same recipe, narrowed: digits, float64, one CPU thread; 10 digits each.
 
-    An mlp has 32 units a layer, every other network is the ResNet of 8 layers. A record whose fingerprint moved was
+    An mlp has 32 units a layer, Architecture 1 pads its convolutions, every other network is the ResNet of 8 layers. A
+    record whose fingerprint moved was
     made by a recipe that is no longer this one. The first half of the batches are trained with the first epoch's
     schedule, the second half with the last epoch's.
     """
     hidden = ",".join("32" for _ in integers(config.hidden))
-    model = "mlp" if config.model == "mlp" else "resnet8"
+    model = {"mlp": "mlp", "arch1": "arch1-same", "arch1-same": "arch1-same"}.get(config.model, "resnet8")
     small = replace(config, dataset="digits", hidden=hidden, model=model, precision="float32")
     with numerics("cpu"):
         sets = data.load("digits", dtype=torch.float64)
         net = build_network(small, sets.shape, sets.classes, torch.float64)
-        stepper = Stepper(net, sgd(net, small), small, sets.train)
+        stepper = Stepper(net, make_optimizer(net, small), small, sets.train)
         half = batches // 2
         losses = [stepper.epoch(e, half).flatten().clone() for e in (0, config.epochs - 1)]
     return [f"{value:.10g}" for value in torch.cat(losses).tolist()]

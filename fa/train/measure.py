@@ -61,7 +61,18 @@ def splits_to_measure(sets: Data, config: Config, epoch: int) -> dict[str, data.
     return {metric: split for metric, split in splits.items() if split is not None}
 
 
-def layer_rows(net: nn.Module, sets: Data, epoch: int) -> list[list[Any]]:
+def chosen_rows(rows: Rows, last: int) -> Rows:
+    """Rows of ``chosen_epoch``, the first epoch of the best validation accuracy, and of ``chosen_test_accuracy``, the
+    test accuracy after that epoch; none where either accuracy was not measured then. They stand at the last epoch.
+    """
+    val, test = ({row[0]: row[4] for row in rows if row[3] == metric} for metric in ("val_accuracy", "test_accuracy"))
+    best = max(val, key=val.get, default=None)  # of equals the first
+    if best not in test:
+        return []
+    return [[last, "", None, "chosen_epoch", float(best)], [last, "", None, "chosen_test_accuracy", test[best]]]
+
+
+def layer_rows(net: nn.Module, sets: Data, epoch: float) -> list[list[Any]]:
     """Rows (epoch, layer, depth, metric, value) of every layer: weight norm and, where a rule is on, alignment and
     gradient angles.
     """

@@ -31,6 +31,8 @@ class Source:
         files: path below the data folder -> md5 of the contents (of the unpacked ones, where the file is a ``.gz``).
         parse: the contents of those files, in that order -> the arrays of each split.
         pad: largest shift of a training image in pixels, where a recipe augments (default 4: p3's, for 32x32).
+        margin: pixels of the files' images that are cut off on each side (default 0). A shifted image shows them;
+            otherwise the border is black.
     """
 
     images: str
@@ -41,6 +43,7 @@ class Source:
     files: dict[str, str]
     parse: Callable[[list[bytes]], Arrays]
     pad: int = 4
+    margin: int = 0
 
     @property
     def black(self) -> tuple[float, ...]:
@@ -112,6 +115,7 @@ SETS: dict[str, Source | ImageFolderSource] = {
     "mnist": Source("28x28 grey: 60,000 train, 10,000 test", 10, 255, *GREY, MNIST, _mnist),
     "cifar10": Source("32x32 RGB: 45,000 train, 5,000 validation, 10,000 test", 10, 255, *RGB, CIFAR10, _cifar10),
     "cifar10-16": Source("16x16 RGB: means of 2x2 pixels of cifar10", 10, 255, *RGB, CIFAR10, _cifar10_16, 2),
+    "cifar10-24": Source("24x24 RGB: crops of cifar10", 10, 255, *RGB, CIFAR10, _cifar10, margin=4),
     "imagenet": ImageFolderSource("ILSVRC 2012 photographs: 1,281,167 train, 50,000 validation", 1000, "imagenet",
                                   {"train": 1_281_167, "val": 50_000}),
     "tiny-imagenet-20": ImageFolderSource("64x64 photographs: 2,000 train, 500 validation", 20, "tiny-imagenet-20",

@@ -24,7 +24,7 @@ from fa.rules import rule as make_rule
 from fa.rules.base import gradient_of, multiply, terms_of
 from fa.train import data
 from fa.train.config import Config
-from fa.train.step import sgd
+from fa.train.step import make_optimizer
 
 if TYPE_CHECKING:
     from fa.train.loop import Run
@@ -36,8 +36,8 @@ RULES = (BP, FA, USF, FRSF, KP, PFA, PFAo)
 def key(config: Any) -> Config | None:
     """The settings that stacked runs have in common: all but seed and rule. None for a run that cannot be stacked.
 
-    A run can be stacked if it trains a CIFAR ResNet on images that lie on the device, under one of :data:`RULES`,
-    with options that take no norm or mean over a whole layer (as ``norm="track"`` does). In float32 the stack's
+    A run can be stacked if it trains a CIFAR ResNet by SGD on images that lie on the device, under one of
+    :data:`RULES`, with options that take no norm or mean over a whole layer (as ``norm="track"`` does). In float32 the stack's
     output layer, a convolution, uses TF32.
     """
     if not isinstance(config, Config) or not models.is_cifar_resnet(config.model):
@@ -47,7 +47,7 @@ def key(config: Any) -> Config | None:
     implicit = options.get("implicit")
     between = options.get("form") == "dense" or implicit == "first" or (implicit and rule.density < 1)
     on_disk = isinstance(data.SETS.get(config.dataset), data.ImageFolderSource)
-    if on_disk or type(rule) not in RULES or by_layer or between:
+    if on_disk or type(rule) not in RULES or by_layer or between or config.optimizer != "sgd":
         return None
     return replace(config, rule="bp", options="", seed=0)
 
@@ -220,7 +220,7 @@ def join(runs: Sequence[Run], shape: Sequence[int], classes: int) -> tuple[nn.Mo
         classes: number of classes.
     """
     whole = build([run.config for run in runs], shape, classes, next(runs[0].net.parameters()))
-    opt = sgd(whole, runs[0].config)
+    opt = make_optimizer(whole, runs[0].config)
     momenta = []  # (parameter of the stack, the runs that have a part of it, their parameters)
     for name, layer in whole.named_modules():
         feedback = name.endswith(".feedback")

@@ -33,7 +33,7 @@ class Stepper:
 
     Args:
         net: the network of a run, or the stack of several (:mod:`fa.train.stack`), on its device.
-        opt: SGD on its parameters, in groups made by ``fa.param_groups``.
+        opt: the optimizer of its parameters, in groups made by ``fa.param_groups``.
         config: the run; of a stack any of its runs, for they share all that is read here.
         train: the training split, on the same device, or one that feeds batches from disk.
         compiled: forward and backward through ``torch.compile`` (default False).
@@ -107,16 +107,22 @@ class Stepper:
             self.draws.copy_(torch.cat([d.view(3, -1, config.batch) for d in drawn], 2).transpose(0, 1))
         self.at.zero_()
 
-    def epoch(self, epoch: int, limit: int | None = None) -> Tensor:
+    def epoch(self, epoch: int, limit: int | None = None, seen: Callable[[int], None] = lambda step: None) -> Tensor:
         """Train one epoch, or its first ``limit`` batches.
+
+        Args:
+            epoch: its number, from 0.
+            limit: of batches (default None: the whole epoch).
+            seen: called after every step with the number of steps taken (default: nothing is called).
 
         Returns:
             The losses, float64, on the device: (steps, runs). The next epoch overwrites them.
         """
         self.begin(epoch)
         steps = self.per_epoch if limit is None else min(limit, self.per_epoch)
-        for _ in range(steps):
+        for number in range(1, steps + 1):
             self.step()
+            seen(number)
         return self.losses[:steps]
 
     def step(self) -> None:
@@ -135,7 +141,9 @@ class Stepper:
         # On a CPU index_select is twice as fast as x[rows].
         x, y = self.train.x.index_select(0, rows), self.train.y.index_select(0, rows)  # (runs * batch, c, h, w)
         if self.draws is not None:
-            x = data.crop(x, self.draws.index_select(0, self.at)[0], self.border, self.pad)
+            x = data.crop(x, self.draws.index_select(0, self.at)[0], self.border, self.pad, self.train.margin)
+        else:
+            x = self.train.middle(x)
         self._learn(x, y)
 
     def _learn(self, x: Tensor, y: Tensor) -> None:
@@ -200,9 +208,13 @@ def numerics(device: str | torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def sgd(net: nn.Module, config: Config) -> torch.optim.SGD:
-    """The optimizer of every run: SGD with momentum on all parameters, learned feedback included."""
-    return torch.optim.SGD(param_groups(net, config.lr, config.weight_decay), momentum=config.momentum, fused=True)
+def make_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The optimizer of a run, on all parameters, learned feedback included: SGD with momentum, or Adam."""
+    groups = param_groups(net, config.lr, config.weight_decay)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, fused=True)
+    on_cuda = next(net.parameters()).is_cuda  # where a step may be captured
+    return torch.optim.Adam(groups, betas=(config.momentum, 0.999), fused=True, capturable=on_cuda)
 
 
 def compile_(net: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
