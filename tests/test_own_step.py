@@ -73,7 +73,10 @@ def test_A01_feedback_with_an_optimizer_of_its_own_outside_the_scaler_is_left_al
     nets = []
     for scaled in (False, True):
         net = fa.convert(mlp(torch.float32), "sa")
-        weights, own = (torch.optim.SGD(ps, lr=0.1) for ps in (oracles.forward_parameters(net).values(), fa.feedback_parameters(net)))
+        weights, own = (
+            torch.optim.SGD(ps, lr=0.1)
+            for ps in (oracles.forward_parameters(net).values(), fa.feedback_parameters(net))
+        )
         scaler = torch.amp.GradScaler("cpu", enabled=scaled)
         for _ in range(3):
             net.zero_grad()
@@ -452,7 +455,7 @@ def test_A08_added_feedback_has_the_rate_and_decay_of_its_weight_or_no_decay(rul
     own = rule in ("wm", "ia", "sa", "aa")
     for layer, lr in ((net[0], 0.001), (net[2], 0.1), (net[4], 0.1)):
         for p in layer.feedback.parameters():
-            group, = (g for g in opt.param_groups if any(q is p for q in g["params"]))
+            (group,) = (g for g in opt.param_groups if any(q is p for q in g["params"]))
             assert (group["lr"], group["weight_decay"]) == (lr, 0.0 if own else 0.01)
     before = [len(g["params"]) for g in opt.param_groups]
     fa.add_feedback(opt, net)
