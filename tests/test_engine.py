@@ -129,7 +129,9 @@ class Recorder:
 def test_a_step_is_captured_once_it_is_warm_and_again_when_the_schedule_changes():
     split, config = data.load("digits").train, of(MLP, "pfa")
     nets = [train.build_network(config, (1, 8, 8), 10) for _ in range(2)]
-    plain, captured = (Stepper(n, train.make_optimizer(n, config), config, split, capture=c) for n, c in zip(nets, (False, True)))
+    plain, captured = (
+        Stepper(n, train.make_optimizer(n, config), config, split, capture=c) for n, c in zip(nets, (False, True))
+    )
     recorder = Recorder(captured)
     captured._capture = recorder.capture
     for epoch, captures in ((0, 1), (1, 2), (1, 2), (2, 3)):  # the first epoch's decay, then none, then the rate drops

@@ -205,7 +205,9 @@ def test_the_same_seed_gives_the_same_start_and_the_same_batches_under_every_rul
         net = train.build_network(config, (1, 8, 8), 10)
         W = [m.weight.detach().clone() for m in linear_layers(net).values()]
         with engine.numerics("cpu"):
-            return W, torch.cat([steps(net, train.make_optimizer(net, config), config, digits, epoch, 6) for epoch in (0, 1)])
+            return W, torch.cat(
+                [steps(net, train.make_optimizer(net, config), config, digits, epoch, 6) for epoch in (0, 1)]
+            )
 
     W, want = losses("bp", 0)
     assert not torch.equal(want[:6], want[6:])  # every epoch has an order of its own
