@@ -177,8 +177,8 @@ MUTANTS = [
            "std = (1 / fans(m.weight)[0]) ** 0.5", "test_models.py::test_pytorchs_initial_weights_are_those_of_its_layers"),
     Mutant("Architecture 1 without a ReLU", "models.py", "x = torch.relu(F.max_pool2d(conv(x), 2))",
            "x = F.max_pool2d(conv(x), 2)", "test_models.py::test_architecture_1_by_hand"),
-    Mutant("dense DFA scaled as a kernel", "layers/dfa.py", 'self.std(torch.empty(shapes[name], device="meta"))',
-           'self.std(torch.empty(kernel, device="meta"))', "test_dfa.py::test_dense_feedback_can_have_noklands_scale"),
+    Mutant("dense DFA scaled as a kernel", "layers/dfa.py", 'own = torch.empty(shapes[name], device="meta")',
+           'own = torch.empty(kernel, device="meta")', "test_dfa.py::test_dense_feedback_can_have_noklands_scale"),
     # ------------------------------------------------------------------------------------------------------------ train
     Mutant("Adam's first rate", "train/step.py", "betas=(config.momentum, 0.999)", "betas=(0.99, 0.999)",
            "test_train.py::test_adam_by_hand"),

@@ -45,7 +45,8 @@ VARIANTS = {
 
 PAPER = Config(
     "bp", 0, dataset="cifar10-24", model="arch1", hidden="", epochs=50, batch=128, lr=1e-3, lr_drops="",
-    optimizer="adam", weight_decay=0.0, augment=True, weights="torch", first_steps="1,2,4,8,16,32,64,128,256", keep=True,
+    optimizer="adam", weight_decay=0.0, augment=True, weights="torch", first_steps="1,2,4,8,16,32,64,128,256",
+    keep=True,
 )  # fmt: skip
 SMALL = PAPER.vary(epochs=8, first_steps="2,8,32,128")
 QUICK = PAPER.vary(dataset="digits", model="arch1-same", epochs=3, batch=32, augment=False, first_steps="8")
@@ -55,9 +56,9 @@ SEEDS = {"paper": 3, "small": 3, "quick": 1}
 def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str) -> list[Config]:
     """The set-up of Lance & Kieu (2026) with the hyperparameters that they chose, for they are not known of p1.
 
-    Adam at a constant rate of 0.001; PyTorch's initial weights; decay 1e-4 for backprop, none else; feedback of standard
-    deviation 0.01 for fa and 0.1 for frsf. Theirs is normal, ours uniform. brsf is as frsf, DFA's feedback is Nokland's;
-    neither is in their paper. The validation images are ours.
+    Adam at a constant rate of 0.001; PyTorch's initial weights; decay 1e-4 for backprop, none else; feedback of
+    standard deviation 0.01 for fa and 0.1 for frsf. Theirs is normal, ours uniform. brsf is as frsf, DFA's feedback is
+    Nokland's; neither is in their paper. The validation images are ours.
 
     Small: 8 epochs in place of 50, layers measured at fewer steps of the first. Quick: digits, 3 epochs, one seed, with
     padded convolutions, as 8x8 pixels are too few without, and images as they are.
@@ -190,7 +191,8 @@ def finals(ax: Axes, rows: pd.DataFrame, reference: pd.DataFrame) -> None:
         if len(values):
             ax.plot(np.full(len(values), i - 0.25), values, ".", color=own["color"], ms=2.5, alpha=0.45, mew=0)
             sd = values.std() if len(values) > 1 else None
-            ax.errorbar(i, values.mean(), sd, fmt=own["marker"], color=own["color"], ms=3.8, elinewidth=0.9, capsize=1.6)
+            line = {"fmt": own["marker"], "color": own["color"], "ms": 3.8, "elinewidth": 0.9, "capsize": 1.6}
+            ax.errorbar(i, values.mean(), sd, **line)
         plot.published(ax, [i + 0.25] * len(theirs), theirs.value, own["color"], own["marker"])
     ax.set(xticks=range(len(names)), xlim=(-0.6, max(len(names) - 0.4, 0.6)))
     ax.set_xticklabels([label(v) for v in names], rotation=40, ha="right", rotation_mode="anchor")

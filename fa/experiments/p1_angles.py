@@ -1,5 +1,5 @@
-"""p1's rules on Architecture 1: how feedback, local errors and gradients align with backprop's, from the first steps on;
-the runs are p1_accuracy's."""
+"""p1's rules on Architecture 1: how feedback, local errors and gradients align with backprop's, from the first steps
+on; the runs are p1_accuracy's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import pandas as pd
 
 from fa import plot
 from fa.experiments import Experiment
-from fa.experiments.p1_accuracy import (
-    BARS, RULES, SCALED, SET_UP, by_layer, curves, grid, key, swept
-)  # fmt: skip
+from fa.experiments.p1_accuracy import BARS, RULES, SCALED, SET_UP, by_layer, curves, grid, key, swept  # fmt: skip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

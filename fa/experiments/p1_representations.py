@@ -70,8 +70,9 @@ def draw(page: Page) -> Figure:
         for line in ax["c"].lines[lines:]:
             line.set_alpha(shade)
     ax["a"].set(ylabel="Linear CKA", ylim=(-0.05, 1.05))
-    for panel, text in (("a", "with BP, same seed"), ("b", "with BP, another seed"), ("c", "full: both right; pale: BP alone")):
-        plot.note(ax[panel], text)
+    plot.note(ax["a"], "with BP, same seed")
+    plot.note(ax["b"], "with BP, another seed")
+    plot.note(ax["c"], "full: both right; pale: BP alone")
     fig.legend(handles=[*p1_accuracy.key(table.variant), *ax["a"].get_legend_handles_labels()[0]],
                loc="outside lower center", ncols=5)  # fmt: skip
     plot.letters(ax.values())

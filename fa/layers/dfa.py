@@ -112,8 +112,8 @@ class DFA(Rule):
             W = layer.weight.detach()  # (out, in / groups, *kernel)
             kernel = (classes, W.shape[1] * getattr(layer, "groups", 1), *W.shape[2:])
             shapes[name] = kernel if self.form == "kernel" or W.dim() == 2 else (classes, *sizes[name][0])
-            match = self.init == "match"
-            stds[name] = self.nonzero(rms(W), "init", name) if match else self.std(torch.empty(shapes[name], device="meta"))
+            own = torch.empty(shapes[name], device="meta")  # of B's own shape
+            stds[name] = self.nonzero(rms(W), "init", name) if self.init == "match" else self.std(own)
         if self.form == "shared":
             columns = max(math.prod(shape[1:]) for shape in shapes.values())
             shared = draw((classes, columns), 1.0, torch.empty(0, dtype=torch.float64), "dfa", "shared")

@@ -107,8 +107,8 @@ class FigureTable:
 
     @property
     def path(self) -> Path:
-        """The figure's own table on disk; runs that it shares with other figures lie in theirs, and where all do, this is
-        the first of them."""
+        """The figure's own table on disk; runs that it shares with other figures lie in theirs, and where all do, this
+        is the first of them."""
         if self.mode != "record" and self.chosen:
             return records.build(self.mode) / f"{self.own_name}.csv"
         own = records.record_path(self.name, self.trained)

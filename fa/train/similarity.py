@@ -1,4 +1,4 @@
-"""How alike the layers of trained networks are: a run that trains nothing and reads the weights that other runs keep."""
+"""How alike the layers of trained networks are: a run that trains nothing and reads the weights that others keep."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ def key(config: Any) -> Config | None:
     """The settings that stacked runs have in common: all but seed and rule. None for a run that cannot be stacked.
 
     A run can be stacked if it trains a CIFAR ResNet by SGD on images that lie on the device, under one of
-    :data:`RULES`, with options that take no norm or mean over a whole layer (as ``norm="track"`` does). In float32 the stack's
-    output layer, a convolution, uses TF32.
+    :data:`RULES`, with options that take no norm or mean over a whole layer (as ``norm="track"`` does). In float32 the
+    stack's output layer, a convolution, uses TF32.
     """
     if not isinstance(config, Config) or not models.is_cifar_resnet(config.model):
         return None
