@@ -76,8 +76,8 @@ SMALL_CAPTION = """Li & Benna (2024), Figure 4, at the scale of two CPU cores: R
 in 15 epochs, the paper's schedule to scale. a: accuracy on the 5,000 validation images by epoch. b, c: validation and
 test accuracy after the last epoch of the rules within 5 points of the best, a dot a seed. d: angle between each
 layer's weight W and the feedback that carries the error in its place, and ratio of their norms, a line a layer, mean
-over seeds. e, f: the same after training, by depth, and mean and range of the layers. Bars and bands: +/- 1 sd over
-seeds."""
+over seeds. e, f: the same after training, by depth, and mean and range of the layers; KP lies under PFA-o. Bars and
+bands: +/- 1 sd over seeds."""
 
 
 @plot.style()
@@ -87,6 +87,7 @@ def draw(page: Page) -> Figure:
     (metric, *_), ends = measured(table), list("bc"[: len(measured(table))])
     fig, ax, rules = frame(table, ["a", *ends], ["e", "f"])
     plot.accuracy(ax["a"], table, paper[paper.epoch.isin([100, 131, 200, 250])], metric)
+    ax["a"].xaxis.get_major_locator().set_params(integer=True)
     plot.rule_key(ax["a"], [*table.rule, *paper.rule], loc="lower right", ncols=4)
     ax["a"].set(xlim=(0, 1.04 * max(table.epoch.max(), 10) if len(table) else 260), ylim=(0, 102))
     for panel, of in zip(ends, measured(table)):
