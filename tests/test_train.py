@@ -181,7 +181,7 @@ def test_a_run_that_diverges_is_recorded_as_such():
 
 def started(config):
     net = train.build_network(config, (1, 8, 8), 10)
-    return net, train.sgd(net, config)
+    return net, train.make_optimizer(net, config)
 
 
 def test_a_run_whose_last_step_spoils_a_weight_diverged(monkeypatch):
