@@ -133,7 +133,7 @@ MUTANTS = [
            "test_dfa.py::test_a_block_that_is_cut_adds_no_error_of_its_skip"),
     Mutant("last columns of the shared matrix", "layers/dfa.py", "shared[:, : math.prod(shape[1:])]",
            "shared[:, -math.prod(shape[1:]) :]", "test_dfa.py::test_one_matrix_is_sliced_for_every_layer"),
-    Mutant("axes of an output exchanged unnoticed", "layers/tape.py", "(len(shape) > 2 and", "(False and",
+    Mutant("axes of an output exchanged unnoticed", "layers/tape.py", "exchanged = len(strides) > 2", "exchanged = False",
            "test_passes.py::test_A11_classes_before_tokens_are_refused_also_where_there_are_as_many"),
     Mutant("matrices of unknown classes unnoticed", "layers/targets.py", "loose.setdefault(", "{}.setdefault(",
            "test_passes.py::test_A07_a_trained_matrix_of_an_unknown_class_is_refused_by_name"),

@@ -157,10 +157,15 @@ class DirectFeedback(nn.Module):
         Raises:
             RuntimeError: the layer was called by itself, or by a reentrant gradient checkpoint.
         """
-        return traced_effect(self._tap, x, layer) if torch.compiler.is_compiling() else self._tap(x, layer)
+        # The layer's own forward ran, so that its weight's hook (hooks.watch) has nothing to find.
+        if torch.compiler.is_compiling():
+            traced_effect(setattr, self, "traced", True)
+            return traced_effect(self._tap, x, layer)
+        if not self.traced:
+            self.traced = True
+        return self._tap(x, layer)
 
     def _tap(self, x: Tensor, layer: nn.Module | None) -> Tensor:
-        self.traced = True  # the layer's own forward ran, so that its weight's hook (hooks.watch) has nothing to find
         if self.bypassed():
             if torch.is_grad_enabled():
                 self.exact = True

@@ -8,6 +8,7 @@ autocast, hooks for saved tensors, a compiler or a transformation of ``torch.fun
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +62,11 @@ def unless_functorch(error: RuntimeError) -> RuntimeError:
     return RuntimeError(NO_FUNCTORCH) if "functorch" in str(error) else error
 
 
+@cache
+def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)  # -> (0,)
+
+
 class LocalBackward(torch.autograd.Function):
     """Forward y = W x + b; backward through the rule's kernel. State tensors come last and get the rule's gradients."""
 
@@ -69,15 +75,16 @@ class LocalBackward(torch.autograd.Function):
         # without autocast the stock operation refuses an x of another dtype
         K = W if W.dtype == x.dtype else lowered(W, autocast_dtype(W.device))
         out = feedback.op.forward(x, K, b)  # (..., out), or (n, out, h', w')
-        ctx.feedback, ctx.version, saved = feedback, None, None
+        ctx.feedback, saved = feedback, None
         if feedback.keeps_y and torch.compiler.is_compiling():
-            saved = out
+            saved, ctx.version = out, None
         elif feedback.keeps_y:
             # The next layer may overwrite the output in place, as nn.ReLU(inplace=True) does, and autograd would refuse
             # to hand out the saved output. So its data are saved, which have a version of their own; an empty tensor
             # shares the output's version, which every in-place operation raises.
-            saved, ctx.version = out.data, (out.detach(), out._version)
-            ctx.version[0].data = out.new_empty(0)
+            kept = out.detach()
+            saved, ctx.version = kept.data, (kept, kept._version)
+            kept.data = _empty(out.dtype, out.device)
         ctx.save_for_backward(x, W, b if feedback.keeps_y else None, saved, *state)
         return out
 

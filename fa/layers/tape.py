@@ -145,7 +145,9 @@ class Tape:
         The end of the pass shows whether the output has an error for each row or for each sample; both are prepared.
         """
         rows = x.dim() - spread[0].dim() + 1  # number of leading axes
-        self.names = [*self.names, name] if self.taps else [name]
+        if not self.taps:
+            self.names = []
+        self.names.append(name)
         taps = [Tap.apply(x, leading, spread) for leading in ((rows,) if rows < 2 else (rows, 1))]
         # within a gradient checkpoint the compiler hands out what operations make, and not what a Function makes
         self.taps.append([tap.view(tap.shape) for tap in taps] if torch.compiler.is_compiling() else taps)
@@ -166,14 +168,15 @@ class Tape:
             raise UserError(f"dfa needs a network whose output is one tensor, not {type(out).__name__}")
         if out.is_nested:
             return nested(self.close(flat(out)), out)
-        shape, chosen = _long(out), []
-        strides = [stride for stride, n in zip(out.stride(), out.shape) if n != 1]
+        strides, chosen = [stride for stride, n in zip(out.stride(), out.shape) if n != 1], []
+        # axes that lie in memory in another order than a layer makes them have been exchanged
+        exchanged = len(strides) > 2 and strides != sorted(strides, reverse=True)
         for name, taps in zip(self.names, self.taps):
-            fitting = [tap for tap in taps if _long(tap) == shape]
-            # axes that lie in memory in another order than a layer makes them have been exchanged
-            if not fitting or (len(shape) > 2 and strides != sorted(strides, reverse=True)):
+            fitting = [tap for tap in taps if tap.shape == out.shape]
+            fitting = fitting or [tap.view(out.shape) for tap in taps if _long(tap) == _long(out)]
+            if exchanged or not fitting:
                 raise _misfit(out, name, taps)
-            chosen.append(fitting[0].view(out.shape))
+            chosen.append(fitting[0])
         return Close.apply(out, *chosen)
 
 
