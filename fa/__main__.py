@@ -4,40 +4,77 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fa import __version__
 from fa.errors import UserError
+from fa.paths import need_repository
+
+_PROG = "python -m fa"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 where something failed on the way, 2 for bad input (one sentence
     on stderr)."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
-    if rest:
-        parser.error(f"unknown argument {rest[0]!r}; see python -m fa {args.command} --help")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminated) if main_thread else None
     try:
-        return args.do(args)
+        args = _parser().parse_args(arguments)
+        need_repository()
+        status = args.do(args)
+        sys.stdout.flush()
+        return status
     except UserError as e:
         sys.stderr.write(f"fa: {e}\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("fa: interrupted; runs go on from their checkpoints when started again\n")
-        return 130
+    except KeyboardInterrupt as e:
+        again = f"{_PROG} {shlex.join(arguments)}"
+        sys.stderr.write(f"fa: stopped; what is finished and checkpointed is kept, go on with: {again}\n")
+        return 143 if e.args == ("terminated",) else 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(*_: object) -> None:
+    """SIGTERM ends a command as Ctrl-C does."""
+    raise KeyboardInterrupt("terminated")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _count(text: str) -> int:
+    """A whole number from 0 up."""
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fa", allow_abbrev=False, description="Learning without weight transport: train, draw, report."
+    parser = _Parser(
+        prog=_PROG, allow_abbrev=False, description="Learning without weight transport: train, draw, report."
     )
     parser.add_argument("--version", action="version", version=f"fa {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, do: object, help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        sub.set_defaults(do=do)
+        sub.set_defaults(do=do, parser=sub)
         return sub
 
     command("list", _list, "experiments, their notebooks, and which runs are finished")
@@ -52,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     run.add_argument("--add", action="store_true", help="train only what neither the run store nor data/records holds")
     run.add_argument(
-        "--together", type=int, default=0, help="runs that a process trains at once (default: 1 on the CPU, else 15)"
+        "--together", type=_count, default=0, help="runs that a process trains at once (default: 1 on the CPU, else 15)"
     )
     run.add_argument(
         "--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile (auto: on CUDA, if it can)"
@@ -83,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         help="run once for each value; several: for each combination",
     )
     reproduce.add_argument("--add", action="store_true", help="in paper mode: train only what data/records lacks too")
-    reproduce.add_argument("--jobs", type=int, default=2, help="notebooks at a time (default: 2)")
+    reproduce.add_argument("--jobs", type=_count, default=2, help="notebooks at a time (default: 2)")
 
     command("report", _report, "judge every claim and write REPORT.md and the tables of README.md")
 
@@ -103,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", default="paper", help="paper, small or quick (default: paper)")
-    parser.add_argument("--seeds", type=int, default=0, help="number of seeds (default 0: the mode's own)")
-    parser.add_argument("--epochs", type=int, default=0, help="number of epochs (default 0: the mode's own)")
+    parser.add_argument("--seeds", type=_count, default=0, help="number of seeds (default 0: the mode's own)")
+    parser.add_argument("--epochs", type=_count, default=0, help="number of epochs (default 0: the mode's own)")
     parser.add_argument("--rules", default="", help="comma separated (default: the figure's)")
     parser.add_argument("--dataset", default="", help="default: the mode's own")
 
@@ -113,13 +150,19 @@ def _planned(args: argparse.Namespace) -> dict[str, list]:
     from fa import experiments
 
     common = dict(seeds=args.seeds, epochs=args.epochs, rules=args.rules, dataset=args.dataset)
-    return {name: experiments.plan(name, args.mode, **common) for name in args.experiments}
+    planned = {name: experiments.plan(name, args.mode, **common) for name in args.experiments}
+    if empty := [name for name, whole in planned.items() if not whole]:
+        raise UserError(f"{empty[0]} has no such runs, so that nothing is to be trained or collected; see {_PROG} list")
+    return planned
 
 
-def _given(args: argparse.Namespace) -> str:
-    """The options of a grid that a caller set, to be repeated in the next command."""
-    named = {"mode": "paper", "seeds": 0, "epochs": 0, "rules": "", "dataset": ""}
-    return "".join(f" --{n} {getattr(args, n)}" for n, default in named.items() if getattr(args, n) != default)
+def _given(args: argparse.Namespace, *more: str) -> str:
+    """The options of a grid that a caller set, and ``more``, to be repeated in the next command."""
+    text = ""
+    for name in ("mode", "seeds", "epochs", "rules", "dataset", *more):
+        if (value := getattr(args, name)) != args.parser.get_default(name):
+            text += f" --{name}" + ("" if value is True else f" {shlex.quote(str(value))}")
+    return text
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -143,10 +186,11 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fa.results import executors, progress, records, runs
+    from fa.results import executors, progress, records, registered, runs
     from fa.train import data
 
     budget = progress.seconds(args.budget) if args.budget else None
+    executors.pick_workers(args.workers, executors.pick_device(args.device))  # a slip is found before all else
     planned = _planned(args)
     configs = list({c.run: c for whole in planned.values() for c in whole}.values())
     if args.add:
@@ -166,14 +210,21 @@ def _run(args: argparse.Namespace) -> int:
 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it; workers inherit it
         torch.use_deterministic_algorithms(True)
+    for name in planned if args.mode != "quick" else ():
+        registered.note(records.name_of(name, args.mode))
     executors.keep_pages()  # this process trains, or waits
     compiled = {"auto": None}.get(args.compile, args.compile == "yes")
     summary = runs.run(configs, budget, args.workers, args.device, together=args.together, compiled=compiled)
     print(summary)
     for failure in summary.failed:
         sys.stderr.write(f"fa: failed: {failure}\n")
-    command = "collect" if not summary.left else "run"
-    print(f"next: python -m fa {command} {' '.join(args.experiments)}{_given(args)}")
+    names = " ".join(args.experiments)
+    if summary.left:
+        own = _given(args, "budget", "workers", "device", "add", "together", "compile", "deterministic")
+        print(f"next: {_PROG} run {names}{own}")
+    else:
+        part = any(records.lacking(name, args.mode, whole) for name, whole in planned.items())
+        print(f"next: {_PROG} collect {names}{_given(args)}{' --partial' if part else ''}")
     return 1 if summary.failed else 0
 
 
@@ -182,7 +233,7 @@ def _collect(args: argparse.Namespace) -> int:
     from fa.results import records
 
     for name, configs in _planned(args).items():
-        path, new = records.collect(name, args.mode, configs, args.partial)
+        path, new = records.collect(name, args.mode, configs, args.partial, _given(args))
         print(f"{relative(path)}: {new} new runs" if new else f"nothing new: {relative(path)} is unchanged")
     return 0
 
@@ -191,12 +242,19 @@ def _reproduce(args: argparse.Namespace) -> int:
     from fa.results import batch
 
     def pairs(items: list[str]) -> dict[str, str]:
-        for item in items:
-            if "=" not in item:
-                raise UserError(f"a parameter is written NAME=VALUE, not {item!r}")
-        return dict(item.split("=", 1) for item in items)
+        found: dict[str, str] = {}
+        for name, is_, value in (item.partition("=") for item in items):
+            if not is_:
+                raise UserError(f"a parameter is written NAME=VALUE, not {name!r}")
+            if name in found:
+                raise UserError(f"parameter {name!r} is given twice, as {found[name]!r} and {value!r}; give it once")
+            found[name] = value
+        return found
 
     grid = {name: values.split(",") for name, values in pairs(args.grid).items()}
+    for name, values in grid.items():
+        if twice := [v for v in values if values.count(v) > 1]:
+            raise UserError(f"the grid of {name!r} has the value {twice[0]!r} twice; give it once")
     return batch.reproduce(args.notebooks, args.mode, pairs(args.parameters), grid, args.jobs, add=args.add)
 
 

@@ -1,40 +1,138 @@
-"""Where the repository is, and how a file is written whole. A leaf: imports nothing of the package."""
+"""Where things are, and how a file is written and read whole. A leaf: imports nothing of the package but its error."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from fa.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ROOT: Path = Path(os.environ.get("FA_ROOT") or Path(__file__).parents[1]).expanduser().resolve()
+
+ROOT: Path = Path(os.path.expanduser(os.environ.get("FA_ROOT") or Path(__file__).parents[1])).resolve()
 """The repository's root, the folder above the package: notebooks, tables and figures are found from here, never from
 the working folder. For a package that was installed away from its repository, the environment variable ``FA_ROOT``
 says where the repository is."""
 
 
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file whole or not at all: temporary name, sync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def user_folder(variable: str, default: str) -> Path:
+    """A folder that a user may move: ``$VARIABLE``, or ``default`` where that is not set or empty.
+
+    A tilde is the home folder, a relative path is taken from :data:`ROOT`.
+
+    Raises:
+        UserError: a tilde before the name of a user who is not known.
+    """
+    try:
+        return ROOT / Path(os.environ.get(variable) or default).expanduser()
+    except RuntimeError:
+        raise UserError(f"{variable}={os.environ[variable]} names the home of a user who is not known here") from None
+
+
+def need_repository() -> None:
+    """Refuse to work where the package was installed away from its repository, and nobody said where that is.
+
+    Raises:
+        UserError: there are no claims below :data:`ROOT`.
+    """
+    if not (ROOT / "data" / "claims").is_dir():
+        raise UserError(
+            f"{ROOT} is no clone of the repository, which holds notebooks, claims and records; set FA_ROOT to the "
+            "folder of a clone, or install that clone with pip install -e"
+        )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within the block an error of the file system is a sentence about ``path``.
+
+    Raises:
+        UserError: e.g. no room, no access, or a file where a folder should be.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}); make room or give access, and call again"
+        ) from error
+
+
+def write_bytes(path: Path, content: bytes, keep: str = "") -> Path:
+    """Write a file whole or not at all: temporary name, sync, rename.
+
+    Args:
+        path: its folder is made if missing.
+        content: all of it.
+        keep: name under which the file that was there before stays, in the same folder (default: it does not stay).
+
+    Raises:
+        UserError: it cannot be written; what was there before is there still.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(temporary, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+            if keep and path.exists():
+                os.replace(path, path.with_name(keep))
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # the room that it takes may be what lacks
+            raise
     return path
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """A table whose words are never missing: an empty ``layer`` or ``rule`` is ""."""
+def read_json(path: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+    """A file's dictionary.
+
+    Args:
+        path: the file.
+        kinds: entries that it must have, and their types.
+
+    Raises:
+        UserError: the file cannot be read, or is not such a dictionary.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); restore it, or remove it") from error
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        raise UserError(f"{path} is damaged: it is no table of {', '.join(kinds)}; restore it, or remove it")
+    return found
+
+
+def read_csv(path: Path, **how: Any) -> pd.DataFrame:
+    """A table whose words are never missing: an empty ``layer`` or ``rule`` is "".
+
+    Args:
+        path: the file.
+        how: for ``pandas.read_csv``, in place of that.
+
+    Raises:
+        UserError: the file cannot be read as a table.
+    """
+    import zlib
+
     import pandas as pd
 
     words = ["run", "paper", "figure", "rule", "layer", "metric", "source"]
-    table = pd.read_csv(path, dtype={w: str for w in words})
-    present = [w for w in words if w in table]
-    return table.fillna({w: "" for w in present}).astype({"depth": "Int64"} if "depth" in table else {})
+    try:
+        table = pd.read_csv(path, **(how or {"dtype": dict.fromkeys(words, str)}))
+        if how:
+            return table
+        present = [w for w in words if w in table]
+        return table.fillna({w: "" for w in present}).astype({"depth": "Int64"} if "depth" in table else {})
+    except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read as a table ({type(error).__name__}); restore it") from error
 
 
 def relative(path: Path) -> str:

@@ -13,6 +13,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from fa.errors import UserError
+from fa.paths import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -304,11 +306,12 @@ def save(fig: Figure, name: str, caption: str, folder: Path, **trail) -> Path:
     Returns:
         path of the PDF.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    caption = " ".join(caption.split())
+    caption, pdf, png = " ".join(caption.split()), BytesIO(), BytesIO()
     with style():
-        fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Title": name, "Subject": caption})
-        fig.savefig(folder / f"{name}.png", dpi=300, metadata={"Software": None, "Title": name, "Description": caption})
-    text = json.dumps({"name": name, "caption": caption, **trail}, indent=1, ensure_ascii=False)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    return folder / f"{name}.pdf"
+        fig.savefig(pdf, format="pdf", metadata={"CreationDate": None, "Title": name, "Subject": caption})
+        about = {"Software": None, "Title": name, "Description": caption}
+        fig.savefig(png, format="png", dpi=300, metadata=about)
+    text = json.dumps({"name": name, "caption": caption, **trail}, indent=1, ensure_ascii=False) + "\n"
+    for kind, content in (("png", png.getvalue()), ("json", text.encode()), ("pdf", pdf.getvalue())):
+        path = write_bytes(folder / f"{name}.{kind}", content)
+    return path

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from html import unescape
@@ -20,7 +22,7 @@ import papermill
 import pytest
 
 import fa
-from fa import citations, experiments, paths
+from fa import citations, experiments, paths, plot
 from fa.results import batch, contents, parameters, records
 from fa.results import page as notebooks
 from fa.results import table as figure_table
@@ -197,9 +199,10 @@ def figure(monkeypatch, tmp_path):
     monkeypatch.setattr(figure_table, "plan", plan)
     for module in (notebooks, records, paths):
         monkeypatch.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "data" / "claims").mkdir(parents=True)
     rows = [("p3", "Figure 2", "pfa", "", 4, "", "test_accuracy", 95.5, 0.5, 5, "here")]
     path = tmp_path / "data" / "reference" / "p3_fig2.csv"
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir()
     pd.DataFrame(rows, columns=records.REFERENCE_COLUMNS).to_csv(path, index=False)
 
     def commit(keep=lambda frame: frame, mode="paper"):
@@ -238,6 +241,23 @@ def test_a_partial_table_is_shown_and_named(figure):
     assert "PARTIAL: 2 of 3 seeds" in figure.open().banner()
     figure.commit(lambda t: t[t.rule == "bp"])
     assert figure.open().partial() == "without PFA"
+
+
+def test_a_run_that_diverged_is_counted_and_drawn_and_not_taken_for_a_part(figure, monkeypatch):
+    """Divergence is a result: its record is whole, and page and picture say which rule diverged."""
+    short = figure.plan("p3_fig2", "paper")[0]
+    figure.commit(lambda rows: rows[(rows.run != short.run) | (rows.epoch < 3)])
+    about = records.sidecar("p3_fig2")
+    about["status"][short.run] = {"state": "diverged", "epoch": 3, "step": 7, "seconds": 1.0}
+    records.write("p3_fig2", "paper", records.read("p3_fig2"), about)
+    cfg, said = figure.open(), []
+    assert cfg.partial() == "" and cfg.diverged() == "1 of 6 runs diverged: BP"
+    assert "1 of 6 runs diverged: BP" in cfg.banner() and "PARTIAL" not in cfg.banner()
+    monkeypatch.setattr(plot, "stamp", lambda fig, text: said.append(text))
+    monkeypatch.setattr(plot, "save", lambda *args, **kwargs: None)
+    cfg.save(None, "caption")
+    assert said == ["1 of 6 runs diverged: BP"]
+    assert figure.open(rules=["pfa"]).diverged() == ""
 
 
 def test_without_a_table_the_published_values_stand_alone(figure):
@@ -309,7 +329,7 @@ def test_notebooks_are_found_by_their_beginning():
     ({"jobs": -1}, "jobs must be 0"),
 ])  # fmt: skip
 def test_batch_refuses_before_anything_runs(call, message, monkeypatch):
-    monkeypatch.setattr(batch, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("it ran"))
+    monkeypatch.setattr(batch, "processes", lambda *_, **__: pytest.fail("it ran"))
     with pytest.raises(fa.UserError, match=message):
         batch.reproduce(["32"], **call)
 
@@ -357,35 +377,79 @@ def test_batch_says_what_the_figures_are_and_names_the_report_where_it_is_about_
     assert "REPORT.md" in report
 
 
-def test_an_interrupt_stops_the_batch_and_says_how_to_go_on(monkeypatch):
-    def execute(job, outputs, jobs):
-        raise KeyboardInterrupt
+BATCH = """
+import sys
+from pathlib import Path
+from fa.__main__ import main
+from fa.results import batch
+batch.find = lambda names: sorted(Path({folder!r}).glob("*.ipynb"))
+if __name__ == "__main__":
+    sys.exit(main({arguments}))
+"""
 
-    monkeypatch.setattr(batch, "_execute", execute)
-    lines: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
-        batch.reproduce(["32"], say=lines.append, pool=ThreadPoolExecutor(1))
-    assert lines[-1] == "stopped; the same command goes on: finished runs are kept"
+
+def page_of(path: Path, code: str) -> None:
+    """A notebook of a parameters cell and one more."""
+    parameters = "\n".join(f"{n}: {type(v).__name__} = {v!r}" for n, v in PLAIN.items())
+    cells = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(code),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+
+
+@pytest.mark.parametrize("stop, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_batch_begins_no_other_notebook_and_says_how_to_go_on(stop, status, tmp_path):
+    """Ctrl-C reaches the whole group; kernels end, too."""
+    for name in "abc":
+        page_of(
+            tmp_path / f"{name}.ipynb",
+            f"import os, time\nopen({str(tmp_path / name)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)",
+        )
+    arguments = ["reproduce", "--mode", "quick", "--jobs", "1"]
+    (tmp_path / "main.py").write_text(BATCH.format(folder=str(tmp_path), arguments=arguments))
+    env = os.environ | {"FA_BUILD": str(tmp_path / "build"), "PYTHONPATH": str(fa.ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    batch_ = subprocess.Popen([sys.executable, tmp_path / "main.py"], env=env, start_new_session=True, **pipes)
+
+    def wait_for(condition):
+        end = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < end and batch_.poll() is None or condition()
+            time.sleep(0.1)
+
+    wait_for(lambda: (tmp_path / "a").exists() and (tmp_path / "a").read_text())
+    kernel = int((tmp_path / "a").read_text())
+    os.killpg(batch_.pid, stop) if stop == signal.SIGINT else os.kill(batch_.pid, stop)
+    out, err = batch_.communicate(timeout=60)
+    assert batch_.returncode == status and "Traceback" not in err
+    assert err == (
+        "fa: stopped; what is finished and checkpointed is kept, go on with: python -m fa reproduce --mode quick --jobs 1\n"
+    )
+    end = time.monotonic() + 60
+    while os.path.exists(f"/proc/{kernel}") and "Z" not in Path(f"/proc/{kernel}/stat").read_text().split()[2]:
+        assert time.monotonic() < end, "the kernel goes on"
+        time.sleep(0.1)
+    assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
 
 
 def test_batch_runs_notebooks_in_processes_with_logs_and_environments_of_their_own(monkeypatch, tmp_path):
-    """Two notebooks at once, for real; the one that fails does not stop the other."""
-    parameters = "\n".join(f"{n}: {type(v).__name__} = {v!r}" for n, v in PLAIN.items())
+    """Two notebooks at once, for real; one that fails, or whose process is killed, does not stop the others."""
     show = "import os\nprint(mode, seeds, *(os.environ.get(n) for n in ('FA_BUILD', 'FA_WORKERS', 'FA_ADD')))"
-    for name, code in {"good": show, "bad": "raise ValueError('no\\nmore')"}.items():
-        cells = [
-            nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-            nbformat.v4.new_code_cell(code),
-        ]
-        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / f"{name}.ipynb")
-    monkeypatch.setattr(batch, "find", lambda names: [tmp_path / "bad.ipynb", tmp_path / "good.ipynb"])
+    deadly = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)"
+    for name, code in {"good": show, "bad": "raise ValueError('no\\nmore')", "deadly": deadly}.items():
+        page_of(tmp_path / f"{name}.ipynb", code)
+    monkeypatch.setattr(batch, "find", lambda names: [tmp_path / f"{n}.ipynb" for n in ("deadly", "bad", "good")])
     monkeypatch.setenv("FA_BUILD", str(tmp_path / "build"))
     monkeypatch.delenv("FA_WORKERS", raising=False)
     lines: list[str] = []
     assert batch.reproduce(mode="paper", parameters={"seeds": "2"}, jobs=2, say=lines.append, add=True) == 1
-    assert lines[-1].startswith("1 of 2 ran through") and lines[-1].endswith("failed: bad")
-    assert "         ValueError: no" in lines
+    assert lines[-1].startswith("1 of 3 ran through") and {*lines[-1].partition("failed: ")[2].split(", ")} == {
+        "bad",
+        "deadly",
+    }
+    assert "         ValueError: no" in lines and "         its process ended (it was killed)" in lines
     assert f"paper 2 {tmp_path / 'build'} 1 1" in (tmp_path / "build" / "paper" / "notebooks" / "good.log").read_text()
     assert "ValueError" in (tmp_path / "build" / "paper" / "notebooks" / "bad.log").read_text()
     assert "FA_WORKERS" not in os.environ, "environments are the notebooks' own"
@@ -393,7 +457,7 @@ def test_batch_runs_notebooks_in_processes_with_logs_and_environments_of_their_o
 
 def test_mode_small_is_of_the_figures_that_have_it(monkeypatch):
     jobs = []
-    monkeypatch.setattr(batch, "_execute", lambda job, *_: jobs.append(job.notebook.stem[:2]) or (1.0, ""))
+    monkeypatch.setattr(batch, "_execute", lambda job, **_: jobs.append(job.notebook.stem[:2]) or (1.0, ""))
     assert batch.reproduce(mode="small", say=lambda line: None, pool=ThreadPoolExecutor(1)) == 0
     assert jobs == ["34", "35", "38"]
 

@@ -149,6 +149,18 @@ def test_the_last_epoch_shows_ours_filled_the_papers_hollow_and_n(table, referen
     assert "n = 3 seeds" in ax.get_title(loc="right") and "1 sd" in ax.get_title(loc="right")
 
 
+def test_an_error_bar_at_the_last_epoch_is_one_sample_sd(table, reference):
+    """Ours by the seeds (ddof 1), the paper's as published; one seed has none."""
+    ax = plot.figure("a")[1]["a"]
+    plot.finals(ax, table, reference)
+    half = [(b[0, :, 1][1] - b[0, :, 1][0]) / 2 for b in (np.array(c.get_segments()) for c in ax.collections)]
+    ours = table[(table.metric == "test_accuracy") & (table.epoch == 4)].groupby("rule").value.std(ddof=1)
+    np.testing.assert_allclose(half, [ours["bp"], ours["pfa"], 0.5])
+    alone = plot.figure("a")[1]["a"]
+    plot.finals(alone, table[table.seed == 0])
+    assert not alone.collections
+
+
 def test_layers_are_coloured_by_depth_and_not_by_name(table, reference):
     ax = plot.figure("a")[1]["a"]
     colors = plot.layers(ax, table, "pfa", "angle_deg", reference)

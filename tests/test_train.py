@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import fa
 from fa.layers.feedback import generator
 from fa.metrics import linear_layers
+from fa.paths import write_bytes
 from fa.results import records
 from fa.results.store import RunFolder
 from fa.train import data
@@ -156,7 +157,7 @@ def test_a_damaged_checkpoint_raises():
     whole = path.read_bytes()
     for damaged in (whole[:-10], whole[:200] + bytes([whole[200] ^ 1]) + whole[201:], b"", whole[65:]):
         path.write_bytes(damaged)
-        with pytest.raises(fa.UserError, match="checkpoint.pt.*checksum.*delete it"):
+        with pytest.raises(fa.UserError, match="checkpoint.pt.*checksum; delete .* from its beginning"):
             train.train(TINY, folder=folder)
     path.unlink()
     assert folder.checkpoint() is None
@@ -166,11 +167,36 @@ def test_a_run_that_diverges_is_recorded_as_such():
     config = replace(TINY, rule="bp", options="", lr=1e30)
     table = train.train(config)
     status = table.attrs["status"]
-    assert status["state"] == "diverged" and status["epoch"] == 1
+    losses = steps(*started(config), config, data.load("digits").train, 0)
+    first = int((~torch.isfinite(losses)).nonzero()[0]) + 1
+    assert (status["state"], status["epoch"], status["step"]) == ("diverged", 1, first) and first > 1
     assert set(table.epoch) == {0} and table.value.notna().all()
     folder = RunFolder(config)
     folder.finish(table, status)
     assert folder.finished and folder.status["state"] == "diverged"
+
+
+def started(config):
+    net = train.build_network(config, (1, 8, 8), 10)
+    return net, train.sgd(net, config)
+
+
+def test_a_run_whose_last_step_spoils_a_weight_diverged(monkeypatch):
+    """No loss has seen the weights after the last step of the last epoch."""
+    config, real = replace(TINY, rule="bp", options="", epochs=2), engine.Stepper.epoch
+
+    def spoilt(self, epoch, limit=None):
+        losses = real(self, epoch, limit)
+        if epoch == 1:
+            with torch.no_grad():
+                next(self.net.parameters()).view(-1)[0] = torch.nan
+        return losses
+
+    monkeypatch.setattr(engine.Stepper, "epoch", spoilt)
+    table = train.train(config)
+    status, steps_an_epoch = table.attrs["status"], 1437 // config.batch
+    assert (status["state"], status["epoch"], status["step"]) == ("diverged", 2, steps_an_epoch)
+    assert table.epoch.max() == 1
 
 
 def test_progress_is_written_after_every_epoch(monkeypatch):
@@ -407,24 +433,19 @@ def test_bad_options_raise():
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "table.csv"
-    records.write_bytes(path, b"old")
-    real = os.replace
+    write_bytes(path, b"old")
 
     def no_disk(*a, **k):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(os, "fsync", no_disk)
-    with pytest.raises(OSError):
-        records.write_bytes(path, b"new, longer")
-    assert path.read_bytes() == b"old"
-    monkeypatch.undo()
-    monkeypatch.setattr(os, "replace", no_disk)
-    with pytest.raises(OSError):
-        records.write_bytes(path, b"new, longer")
-    assert path.read_bytes() == b"old" and os.replace is not real
-    monkeypatch.undo()
-    records.write_bytes(path, b"new")
-    assert path.read_bytes() == b"new"
+    for operation in ("fsync", "replace"):
+        monkeypatch.setattr(os, operation, no_disk)
+        with pytest.raises(fa.UserError, match="table.csv cannot be written .no space left on device.; make room"):
+            write_bytes(path, b"new, longer", keep="before.csv")
+        assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["table.csv"]
+        monkeypatch.undo()
+    write_bytes(path, b"new", keep="before.csv")
+    assert path.read_bytes() == b"new" and path.with_name("before.csv").read_bytes() == b"old"
 
 
 def test_numbers_survive_the_store_to_the_last_bit():

@@ -21,6 +21,9 @@ from fa.train.config import Config
 MODES = ("quick", "small", "paper")
 """Modes in which runs are trained; notebooks have ``record`` besides, which trains nothing."""
 
+MOST = 10_000
+"""Seeds or epochs that can be asked for: beyond it lies a slip of the finger, whose plan would fill the memory."""
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -102,10 +105,12 @@ def check(rules: str, dataset: str, seeds: int, epochs: int) -> None:
     """Refuse values that no mode of any figure knows; the one place that looks at them.
 
     Raises:
-        UserError: an unknown rule or data set, a negative number; the sentence names the known ones.
+        UserError: an unknown rule or data set, a number out of range; the sentence names the known ones.
     """
     if seeds < 0 or epochs < 0:
         raise UserError(f"seeds={seeds} and epochs={epochs} must not be negative; 0 stands for the mode's own")
+    if max(seeds, epochs) > MOST:
+        raise UserError(f"seeds={seeds} and epochs={epochs} must be at most {MOST:,}; 0 stands for the mode's own")
     for name in split(rules):
         if name not in RULES:
             raise UserError(

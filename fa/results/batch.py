@@ -5,21 +5,22 @@ from __future__ import annotations
 import ast
 import itertools
 import logging
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fa.errors import UserError, did_you_mean
 from fa.experiments import EXPERIMENTS
-from fa.paths import ROOT, relative
+from fa.paths import ROOT, relative, writing
 from fa.results.contents import find
+from fa.results.executors import each, processes
 from fa.results.page import cut
 from fa.results.parameters import check
 from fa.results.records import build
@@ -73,7 +74,7 @@ def reproduce(
         jobs: notebooks at a time; 0: one a core, at most 4.
         say: takes the progress, a line at a time; default: prints.
         add: in small and paper mode, do not train again what data/records/ holds (default: False).
-        pool: where the notebooks run, e.g. a cluster's executor; default: processes of this machine, one a notebook.
+        pool: where the notebooks run, e.g. a cluster's executor; default: processes of this machine.
     Returns:
         exit code: 0, or 1 if any notebook failed.
     Raises:
@@ -88,25 +89,18 @@ def reproduce(
     outputs, start, failed = build(mode) / "notebooks", time.time(), []
     count = f"{len(work)} notebook" + "s" * (len(work) != 1)
     say(f"{count}, mode {mode}, {jobs} at a time; logs and outputs in {relative(outputs)}/")
-    spawn = multiprocessing.get_context("spawn")
-    with pool or ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
-        futures = {pool.submit(_execute, job, outputs, jobs): job for job in work}
-        try:
-            for i, done in enumerate(as_completed(futures), 1):
-                name = futures[done].name
-                broken = isinstance(done.exception(), BrokenProcessPool)
-                seconds, error = (0.0, "its process was killed") if broken else done.result()
-                place = f"[{i:>{len(str(len(work)))}}/{len(work)}]"
-                say(f"{place} {'FAILED' if error else 'ok':6s} {seconds:6.0f} s  {name}")
-                if error:
-                    failed.append(name)
-                    say(f"         {error}")
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
-                child.terminate()
-            say("stopped; the same command goes on: finished runs are kept")
-            raise
+    with writing(outputs):
+        outputs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as open_:
+        new = (lambda: pool) if pool else open_.enter_context(processes())
+        execute = partial(_execute, outputs=outputs, jobs=jobs)
+        for i, (job, result, why) in enumerate(open_.enter_context(closing(each(execute, work, new, jobs))), 1):
+            seconds, error = result or (0.0, f"its process ended ({why})")
+            place = f"[{i:>{len(str(len(work)))}}/{len(work)}]"
+            say(f"{place} {'FAILED' if error else 'ok':6s} {seconds:6.0f} s  {job.name}")
+            if error:
+                failed.append(job.name)
+                say(f"         {error}")
     folders = dict.fromkeys([job.build / mode / "figures" for job in work] + [ROOT / "figures"])
     made = [p for folder in folders for p in sorted(folder.glob("*.pdf")) if p.stat().st_mtime >= start - 1]
     say("\n  ".join([f"{FIGURES[mode]}:", *(relative(p) for p in made)]) if made else "figures: none")
@@ -139,7 +133,10 @@ def _typed(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters as the notebook's own cell types them; `UserError` for one that it lacks or that means nothing."""
     import papermill
 
-    default = {n: ast.literal_eval(p["default"]) for n, p in papermill.inspect_notebook(str(path)).items()}
+    try:
+        default = {n: ast.literal_eval(p["default"]) for n, p in papermill.inspect_notebook(str(path)).items()}
+    except Exception as error:  # whatever is wrong with the file
+        raise UserError(f"notebook {relative(path)} cannot be read ({type(error).__name__}); restore it") from error
     words = {"true": True, "True": True, "false": False, "False": False}
     values = {}
     for name, text in raw.items():
@@ -149,7 +146,7 @@ def _typed(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         kind = type(default[name])
         try:
             values[name] = words[str(text)] if kind is bool else kind(text)
-        except (ValueError, KeyError):
+        except (ValueError, OverflowError, KeyError):
             raise UserError(
                 f"parameter {name!r} of {path.stem} must be of type {kind.__name__}, not {text!r}"
             ) from None
@@ -173,7 +170,6 @@ def _execute(job: _Job, outputs: Path, jobs: int) -> tuple[float, str]:
     own = Path(sys.prefix) / "share" / "jupyter"  # this Python's kernel, whatever else the user has
     os.environ.update(FA_BUILD=str(job.build), JUPYTER_PATH=str(own))
     out = outputs / f"{job.name}.ipynb"
-    out.parent.mkdir(parents=True, exist_ok=True)
     start, error = time.time(), ""
     with open(out.with_suffix(".log"), "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)

@@ -3,7 +3,6 @@ and the same figure in another width or format, redrawn from its record."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,7 +11,7 @@ from typing import Any
 
 from fa import citations, plot, provenance
 from fa.errors import UserError, did_you_mean
-from fa.paths import ROOT
+from fa.paths import ROOT, read_json
 from fa.results import records
 from fa.results.page import Page
 
@@ -51,7 +50,7 @@ def cite(name: str, format: str = "text") -> str:
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
     forms = {"text": _text, "markdown": _markdown, "latex": _latex, "bibtex": _bibtex}
-    return forms[format](json.loads(path.read_text(encoding="utf-8")))
+    return forms[format](read_json(path, name=str, caption=str))
 
 
 def draw(name: str, width: float = 0, formats: Sequence[str] = tuple(FILES), folder: Path | None = None) -> list[Path]:
@@ -96,9 +95,8 @@ def tex(text: str) -> str:
 
 
 def _sidecar(name: str) -> Path:
-    path = ROOT / "figures" / f"{name}.json"
-    if not path.exists():
-        known = sorted(p.stem for p in path.parent.glob("*.json"))
+    path, known = ROOT / "figures" / f"{name}.json", sorted(p.stem for p in (ROOT / "figures").glob("*.json"))
+    if name not in known:
         raise UserError(f"unknown figure {name!r}; known: {', '.join(known) or 'none yet'}{did_you_mean(name, known)}")
     return path
 

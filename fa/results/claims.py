@@ -27,7 +27,7 @@ import pandas as pd
 
 from fa import experiments
 from fa.errors import UserError
-from fa.paths import ROOT
+from fa.paths import ROOT, read_csv
 from fa.results import records
 from fa.results.criteria import VERDICTS, Scope, each_of, parse
 from fa.results.selection import Malformed, Record, Untested, show
@@ -71,7 +71,7 @@ def _naming(claim: str, column: str) -> Iterator[None]:
 def compiled(table: str, row: dict[str, str]) -> Claim:
     """A row of a table as a ``Claim``, its expressions checked as far as they can be without a record."""
     name, names = row["id"], {}
-    if not row["n_min"].isdigit() or int(row["n_min"]) < 1:
+    if not re.fullmatch(r"[1-9]\d*", row["n_min"], re.ASCII):
         raise UserError(f"claim {name}: n_min is {row['n_min']!r}; give a whole number from 1 up")
     for column in ("target", "tolerance"):
         if NUMBER.search(row[column]):  # the rest is words
@@ -98,7 +98,7 @@ def load(folder: Path = ROOT / "data" / "claims") -> list[Claim]:
         return order.index(figure) if figure in order else len(order), path.stem
 
     for path in sorted(folder.glob("*.csv"), key=place):
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+        rows = read_csv(path, dtype=str, keep_default_na=False)
         if tuple(rows.columns) != COLUMNS:
             raise UserError(f"{path.name} has the columns {', '.join(rows.columns)}; give {', '.join(COLUMNS)}")
         if (empty := rows.eq("").any(axis=1)).any():

@@ -6,10 +6,12 @@ import ctypes
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,14 +20,16 @@ import torch
 from fa.errors import UserError
 
 
-def pick_device(device: str) -> str:
-    """ "auto" as "cuda" where there is one, else "cpu"; a device that is not there raises."""
+def pick_device(device: str, needed: bool = True) -> str:
+    """ "auto" as "cuda" where there is one, else "cpu"; one that is unknown raises, and if it is needed one that is not
+    there.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device, re.ASCII):
+        raise UserError(f"unknown device {device!r}; known devices: auto, cpu, cuda, cuda:0, cuda:1, ...")
+    if needed and device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise UserError(f"device {device!r} is not there; use device='cpu' or 'auto'")
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"unknown device {device!r}; known devices: auto, cpu, cuda")
     return device
 
 
@@ -87,6 +91,64 @@ def processes() -> Iterator[Callable[[], Executor]]:
     finally:
         for pool in made:
             pool.shutdown(cancel_futures=True)
+
+
+def each(
+    work: Callable[[Any], Any],
+    jobs: Sequence[Any],
+    new: Callable[[], Executor],
+    n: int,
+    attempts: int = 1,
+    say: Callable[[Any, str], None] = lambda job, why: None,
+) -> Iterator[tuple[Any, Any, str]]:
+    """Do jobs, ``n`` at a time; a job whose worker dies is given to a new one, and takes no other job with it.
+
+    Args:
+        work: job -> result.
+        jobs: in order; what starts first is first in it.
+        new: makes a worker, an executor that does one job at a time.
+        n: number of workers.
+        attempts: how often a job is tried whose worker dies (default 1).
+        say: told of a job that is taken up again, and why.
+
+    Yields:
+        (job, result, "") as they end, or (job, None, why) of one whose workers died.
+
+    Raises:
+        UserError: from a job.
+    """
+    waiting, deaths = deque((job, 1) for job in jobs), 0
+    flying: dict[Future, tuple[Executor, Any, int]] = {}
+    free = [new() for _ in range(n)]
+    try:
+        while waiting or flying:
+            while waiting and free:
+                worker, (job, attempt) = free.pop(), waiting.popleft()
+                try:
+                    flying[worker.submit(work, job)] = worker, job, attempt
+                except BrokenExecutor:  # it was killed while it had nothing to do
+                    waiting.appendleft((job, attempt))
+                    deaths += 1
+                    if deaths > attempts * n:
+                        raise UserError("worker processes are killed as they start; is there room for them?") from None
+                    free.append(new())
+            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                worker, job, attempt = flying.pop(future)
+                error = future.exception()
+                if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
+                    free.append(worker)
+                    yield job, future.result(), ""
+                    continue
+                free.append(new())
+                why = "it was killed" if isinstance(error, BrokenExecutor) else f"{type(error).__name__}: {error}"
+                if attempt < attempts:
+                    waiting.appendleft((job, attempt + 1))
+                    say(job, why)
+                else:
+                    yield job, None, why
+    finally:
+        for future in flying:
+            future.cancel()
 
 
 def _prepare(pipe: Any, deterministic: bool) -> None:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from fa import citations, experiments, plot, provenance, tables
-from fa.paths import ROOT, relative
+from fa.paths import ROOT, need_repository, relative
 from fa.results import claims, records
 from fa.results.markdown import labelled
 from fa.results.parameters import STANDARD, check, given
@@ -58,6 +58,7 @@ def notebook(namespace: Mapping[str, Any], experiment: str = "") -> Page:
     Example:
         >>> cfg = fa.notebook(globals(), "p3_fig2")  # doctest: +SKIP
     """
+    need_repository()
     about = experiments.find(experiment) if experiment else None
     types = {**STANDARD, **{n: type(v) for n, v in about.own.items()}} if about else dict(STANDARD)
     if about and about.small:
@@ -91,6 +92,7 @@ class Page(FigureTable):
         repeats = f"{rows.seed.nunique()} {'seeds' if self.datasets else 'repeats'}"
         rules = ", ".join(plot.look(r).label for r in plot.in_order(rows.rule))
         what = f"{rows.run.nunique()} runs ({rules}; {repeats})" + (f"; PARTIAL: {part}" if part else "")
+        what += f"; {ended}" if (ended := self.diverged()) else ""
         if self.mode == "record":
             made = provenance.told(self._made[1]["environments"], "torch", "cuda", "gpu", "cpu")
             return f"Nothing was trained: this page redraws {where}, {what}" + (f", made with {made}." if made else ".")
@@ -192,6 +194,8 @@ class Page(FigureTable):
             caption = f"With {', '.join(f'{n}={v}' for n, v in self.parameters.items())}. {caption}"
         if part := self.partial():
             words.append("no run yet: published values only" if self.table().empty else f"partial: {part}")
+        if self.runs and (ended := self.diverged()):
+            words.append(ended)
         if words:
             plot.stamp(fig, " · ".join(words))
         return plot.save(fig, self.own_name, caption, folder, **self.trail())

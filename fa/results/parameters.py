@@ -8,6 +8,7 @@ from typing import Any
 
 from fa import experiments
 from fa.errors import UserError, did_you_mean
+from fa.results.executors import pick_device
 
 STANDARD: dict[str, type] = {"mode": str, "seeds": int, "epochs": int, "rules": str, "dataset": str, "device": str}
 """The parameters that every notebook has, and their types."""
@@ -35,6 +36,7 @@ def check(values: Mapping[str, Any], types: Mapping[str, type]) -> None:
             f"unknown scale {values['scale']!r}; known: small, paper, or empty for the largest complete record"
         )
     experiments.check(values["rules"], values["dataset"], values["seeds"], values["epochs"])
+    pick_device(values["device"], needed=values["mode"] != "record")
 
 
 def given(namespace: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
@@ -42,8 +44,9 @@ def given(namespace: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
 
     In a kernel these are the names that the latest parameters cell assigns, and papermill's own cell after it (it
     starts with "# Parameters"), as the kernel's input history tells. So a misspelled name is seen, and names of later
-    cells do not matter when a reader runs the cell again. Without a history, every plain scalar of the namespace
-    counts.
+    cells do not matter when a reader runs the cell again. Where a session has a history without such a cell (a
+    notebook that IPython's ``%run`` executes leaves none), only ``known`` names count; without any history every plain
+    scalar does.
     """
     cells = [c for c in namespace.get("In", []) if isinstance(c, str)]
     injected = [c.startswith("# Parameters") for c in cells]
@@ -51,6 +54,8 @@ def given(namespace: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
     if own:
         after = [i for i in range(own[-1], len(cells)) if injected[i]][-1:]
         names = [n for i in [own[-1], *after] for n in _assigned(cells[i])]
+    elif cells:
+        names = []
     else:
         names = [n for n, v in namespace.items() if type(v) in (int, float, bool, str) and not n.startswith("_")]
     return {n: namespace[n] for n in dict.fromkeys([*names, *known]) if n in namespace}

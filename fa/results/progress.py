@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import statistics
 import sys
 import threading
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import pandas as pd
-
 from fa.errors import UserError
+from fa.paths import read_json
 from fa.results.executors import pick_device, pick_workers
 from fa.results.store import RunFolder, run_seconds, runs_root
+from fa.train.loop import progress_lines
 
 
 def clock(seconds: float) -> str:
@@ -33,11 +33,10 @@ def seconds(text: str) -> float:
     Raises:
         UserError: anything else.
     """
-    try:
-        value = pd.Timedelta(f"{text}s" if text[-1:].isdigit() else text).total_seconds()
-    except (ValueError, OverflowError):
-        value = math.nan
-    if not 0 < value:
+    number = r"(\d+(?:\.\d+)?)"
+    parts = re.fullmatch(rf"(?:{number}d)?(?:{number}h)?(?:{number}m)?(?:{number}s?)?", text, re.ASCII)
+    value = sum(float(n or 0) * unit for n, unit in zip(parts.groups(), (86400, 3600, 60, 1))) if parts else 0.0
+    if not 0 < value < math.inf:
         raise UserError(f"a time is written 2h10m, 90s, 9m or 1.5h, not {text!r}")
     return value
 
@@ -81,11 +80,10 @@ class Progress(threading.Thread):
             total = getattr(folder.config, "epochs", 1)
             if epoch == total:
                 continue
-            path, finished = folder.path / "progress.csv", folder.finished
-            if path.exists() and len(lines := path.read_text().splitlines()) > 1:
-                line = dict(zip(lines[0].split(","), lines[-1].split(",")))
-                if int(line["epoch"]) > epoch:
-                    self.epochs[folder] = int(line["epoch"])
+            finished = folder.finished
+            for line in progress_lines(folder.path)[-1:]:
+                if line["epoch"] > epoch:
+                    self.epochs[folder] = line["epoch"]
                     test = f": {float(line['test_accuracy']):.2f} %" if line["test_accuracy"] else ""
                     self.latest = f"{in_words(folder.config)} epoch {line['epoch']}{test}"
             if finished:  # also a run that diverged, which has no further epochs
@@ -139,8 +137,9 @@ def forecast(todo: list[Any], budget: float | None = None, workers: str | int = 
     device = pick_device(device)
     spent: dict[Any, list[float]] = defaultdict(list)
     for path in runs_root().glob("*/status.json"):
-        status, config = json.loads(path.read_text()), json.loads((path.parent / "config.json").read_text())
-        if bool(status["environment"]["gpu"]) == (device != "cpu") and status["state"] == "finished":
+        status = read_json(path, state=str, seconds=(int, float), environment=dict)
+        config = read_json(path.parent / "config.json", rule=str)
+        if bool(status["environment"].get("gpu")) == (device != "cpu") and status["state"] == "finished":
             spent[_kind(config)].append(run_seconds(status) / config.get("epochs", 1))
     known = [c for c in todo if _kind(asdict(c)) in spent]
     total = sum(getattr(c, "epochs", 1) * statistics.median(spent[_kind(asdict(c))]) for c in known)

@@ -22,8 +22,9 @@ import pandas as pd
 
 from fa import experiments
 from fa.errors import UserError
-from fa.paths import ROOT, read_csv, relative, write_bytes
-from fa.results.store import RunFolder, run_seconds
+from fa.paths import ROOT, read_csv, read_json, relative, user_folder, write_bytes, writing
+from fa.results import registered
+from fa.results.store import RunFolder, locked, run_seconds
 from fa.train.config import Config
 from fa.train.loop import fingerprint
 
@@ -55,7 +56,7 @@ def figure_of(name: str) -> tuple[str, str]:
 def build(mode: str) -> Path:
     """Folder of what a mode makes and nobody commits: build/MODE, or $FA_BUILD/MODE (relative: from the repository's
     root)."""
-    return ROOT / os.environ.get("FA_BUILD", "build") / mode
+    return user_folder("FA_BUILD", "build") / mode
 
 
 def folder_of(mode: str) -> Path:
@@ -78,10 +79,10 @@ def read(name: str, mode: str = "paper") -> pd.DataFrame:
     path = record_path(name, mode)
     if not path.exists():
         raise UserError(f"there is no {relative(path)}; set mode='quick', 'small' or 'paper' to make it")
-    if mode != "quick" and hashlib.sha256(path.read_bytes()).hexdigest() != sidecar(name, mode).get("sha256"):
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sidecar(name, mode)["sha256"]:
         raise UserError(
             f"{relative(path)} was changed after {name}.json, which holds its sha256, was written; "
-            "restore both, or delete both and collect again"
+            "restore both, or collect again where a collect was killed"
         )
     return read_csv(path)
 
@@ -101,7 +102,7 @@ def sidecar(name: str, mode: str = "paper") -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _sidecar(path: Path, changed: int) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    return read_json(path, sha256=str, configs=dict, status=dict, environments=list)
 
 
 def holders(mode: str = "paper") -> dict[str, str]:
@@ -171,93 +172,148 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
 
 def write(name: str, mode: str, table: pd.DataFrame, about: dict[str, Any]) -> Path:
     """Write a table, sorted and in fixed column order, and its sidecar; ``.csv.gz`` above 2 MB. Returns the table's
-    path."""
+    path.
+
+    The table is put in its place last: until then the old one is there, and :func:`collect` brings a killed call to its
+    end.
+    """
     content = _sorted(table).to_csv(index=False, lineterminator="\n", float_format="%.8g").encode()
-    folder = folder_of(mode)
-    plain, packed = folder / f"{name}.csv", folder / f"{name}.csv.gz"
-    if len(content) > 2_000_000:
-        path, stale = write_bytes(packed, gzip.compress(content, mtime=0)), plain
-    else:
-        path, stale = write_bytes(plain, content), packed
-    stale.unlink(missing_ok=True)
-    about = {**about, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    write_bytes(folder / f"{name}.json", (json.dumps(about, indent=1, sort_keys=True) + "\n").encode())
+    path = folder_of(mode) / (f"{name}.csv" if len(content) <= 2_000_000 else f"{name}.csv.gz")
+    content = content if path.suffix == ".csv" else gzip.compress(content, mtime=0)
+    about = {**about, "sha256": hashlib.sha256(content).hexdigest()}
+    told, beside = (json.dumps(about, indent=1, sort_keys=True) + "\n").encode(), path.with_name(f"{name}.json")
+    if not all(p.exists() and p.read_bytes() == new for p, new in ((path, content), (beside, told))):
+        write_bytes(path.with_name(f".{path.name}.new"), content)
+        write_bytes(beside, told)
+    _mend(name, mode)
     return path
 
 
-def collect(experiment: str, mode: str, configs: list[Any], partial: bool = False) -> tuple[Path, int]:
+def _mend(name: str, mode: str) -> None:
+    """Of a record's tables, the present and those that a killed :func:`write` left, keep the one that its sidecar
+    means.
+    """
+    folder = folder_of(mode)
+    places = [folder / f"{name}.csv{packed}" for packed in ("", ".gz")]
+    there = {p: place for place in places for p in (place.with_name(f".{place.name}.new"), place) if p.exists()}
+    digest = sidecar(name, mode)["sha256"] if (folder / f"{name}.json").exists() else ""
+    right = next((p for p in there if hashlib.sha256(p.read_bytes()).hexdigest() == digest), None)
+    with writing(folder):
+        for path, place in there.items():
+            if path == right:
+                os.replace(path, place)
+            elif path != there.get(right) and (right or path != place):
+                path.unlink()
+
+
+def lacking(experiment: str, mode: str, configs: Sequence[Any]) -> list[Any]:
+    """The runs that :func:`collect` of ``configs`` would miss: planned, in no record, and not finished or not among
+    ``configs``.
+
+    Of a quick table, and of other settings than the figure's, all runs are those of ``configs``.
+    """
+    chosen, whole = {c.run for c in configs}, _whole(experiment, mode, configs)
+    held = holders(mode) if whole is not configs else {}
+    return [c for c in whole if c.run not in held and not (c.run in chosen and RunFolder(c).finished)]
+
+
+def _whole(experiment: str, mode: str, configs: Sequence[Any]) -> Sequence[Any]:
+    """The figure's plan, if ``configs`` are a part of it and its table is a record; else ``configs``."""
+    planned = list({c.run: c for c in experiments.plan(experiment, mode)}.values()) if mode != "quick" else []
+    return planned if {c.run for c in configs} <= {c.run for c in planned} else configs
+
+
+def collect(
+    experiment: str, mode: str, configs: Sequence[Any], partial: bool = False, given: str = ""
+) -> tuple[Path, int]:
     """Merge the finished runs of a figure into its record, and write what made them beside it.
 
-    A run that another record holds stays there. A run that the record holds already keeps its rows. A quick table holds
-    all runs itself.
+    A run that a record holds already keeps its rows. A quick table holds all its runs itself. Runs of other settings
+    than the figure's go to build/MODE, and never into a record.
 
     Args:
         experiment: a name of ``fa.experiments.EXPERIMENTS``.
         mode: "quick" writes build/quick, "small" and "paper" data/records.
-        configs: all planned runs.
-        partial: write the table although runs are missing; it is marked, and figures made from it say so.
+        configs: the runs to take from the run store.
+        partial: write the table although planned runs are missing; it is marked, and figures made from it say so.
+        given: options of the command that trains the missing runs (default: the mode).
 
     Returns:
-        The record's path, and how many runs are new in it. With none the record is left as it is.
+        The table's path, and how many runs are new in it. With none it is left as it is.
 
     Raises:
-        UserError: runs are missing and ``partial`` is not set, or none is finished; or the record holds runs of the
-            figure that ``configs`` leaves out, which would be lost.
+        UserError: runs are missing and ``partial`` is not set, or none is finished.
     """
-    name, path = name_of(experiment, mode), record_path(name_of(experiment, mode), mode)
-    where = holders(mode) if mode != "quick" else {}
-    own = {run for run, record in where.items() if record == name}
-    planned = {c.run for c in experiments.plan(experiment, mode)} if own else set()
-    if lost := planned & own - {c.run for c in configs}:
-        raise UserError(
-            f"the record of {experiment} holds {len(lost)} runs of the figure that these settings leave out; "
-            "collect it without --rules and --seeds"
-        )
     configs = list({c.run: c for c in configs}.values())
-    new = [f for f in (RunFolder(c) for c in configs if c.run not in where) if f.finished]
-    done = [c for c in configs if c.run in where] + [f.config for f in new]
-    if not done or (len(done) < len(configs) and not partial):
-        remedy = "" if not done else ", or collect with --partial what there is"
+    whole, missing = _whole(experiment, mode, configs), lacking(experiment, mode, configs)
+    if len(missing) == len(whole) or (missing and not partial):
+        remedy = "" if len(missing) == len(whole) else ", or collect with --partial what there is"
         raise UserError(
-            f"{len(done)} of {len(configs)} runs of {experiment} are finished; "
-            f"go on with: python -m fa run {experiment} --mode {mode}{remedy}"
+            f"{len(whole) - len(missing)} of {len(whole)} runs of {experiment} are finished; "
+            f"go on with: python -m fa run {experiment}{given or f' --mode {mode}'}{remedy}"
         )
-    if not new:
-        return path, 0
-    before = sidecar(name, mode) if own else {}
-    kept = [c for c in configs if c.run in own]
+    if mode != "quick" and whole is configs:
+        return apart(experiment, build(mode) / f"{name_of(experiment, mode)}.csv", configs), len(configs) - len(missing)
+    with locked(folder_of(mode) / ".lock"):
+        return _merge(experiment, mode, configs, whole)
+
+
+def apart(experiment: str, path: Path, configs: Sequence[Any]) -> Path:
+    """Write the finished ones of these runs, which are not the figure's own, to a table outside of the records."""
+    swept = experiments.find(experiment).swept
+    finished = [f.table().assign(**swept(f.config)) for f in map(RunFolder, configs) if f.finished]
+    content = pd.concat(finished).to_csv(index=False, lineterminator="\n").encode()
+    return write_bytes(path, content)
+
+
+def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[Any]) -> tuple[Path, int]:
+    name = name_of(experiment, mode)
+    _mend(name, mode)
+    where = holders(mode) if mode != "quick" else {}
+    before = sidecar(name, mode) if (folder_of(mode) / f"{name}.json").exists() else {}
+    kept = [c for c in whole if where.get(c.run) == name]
+    new = [f for f in (RunFolder(c) for c in configs if c.run not in where) if f.finished]
+    finished = sum(c.run in where for c in whole) + len(new)
+    if not new and (not kept or before["partial"] == (finished < len(whole))):
+        return record_path(name, mode), 0
     swept = experiments.find(experiment).swept
     tables = [f.table().assign(**swept(f.config)) for f in new]
     if kept:
         table = read(name, mode)
         tables.append(table[table.run.isin([c.run for c in kept])])
     status = {c.run: before["status"][c.run] for c in kept} | {f.config.run: f.status for f in new}
-    environments = {json.dumps(e, sort_keys=True) for e in before.get("environments", [])}
+    environments = {json.dumps(e, sort_keys=True) for e in before.get("environments", []) if mode != "quick"}
     for f in new:
         s = status[f.config.run]
+        s.pop("sha256", "")
         environments |= {json.dumps(e, sort_keys=True) for e in (s.pop("environment"), *s.pop("earlier", []))}
-    mine = [*kept, *(f.config for f in new)]
     about = {
         "experiment": experiment,
         "mode": mode,
-        "configs": {c.run: asdict(c) for c in mine},
+        "claims": before.get("claims") or registered.noted(name),
+        "configs": {c.run: asdict(c) for c in (*kept, *(f.config for f in new))},
         "status": status,
         "environments": [json.loads(e) for e in sorted(environments)],
-        "fingerprints": _fingerprints(mine, before.get("fingerprints", {})),
-        "planned": len(configs),
-        "finished": len(done),
-        "partial": len(done) < len(configs),
+        "fingerprints": _fingerprints(kept, [f.config for f in new], before.get("fingerprints", {})),
+        "planned": len(whole),
+        "finished": finished,
+        "partial": finished < len(whole),
         "wall_seconds": round(sum(map(run_seconds, status.values())), 1),
     }
-    return write(name, mode, pd.concat(tables), about), len(new)
+    path = write(name, mode, pd.concat(tables), about)
+    return path, len(new) if before != sidecar(name, mode) else 0
 
 
-def _fingerprints(configs: list[Any], known: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Run -> fingerprint, for one seed of every recipe: see :func:`fa.train.loop.fingerprint`. Those known are never
-    made anew."""
-    by_run = {c.run: c for c in configs}
-    recipes = {replace(by_run[run], seed=0): run for run in known if run in by_run}
-    for config in configs:
-        if isinstance(config, Config):
-            recipes.setdefault(replace(config, seed=0), config.run)
-    return {run: known.get(run) or fingerprint(by_run[run]) for run in recipes.values()}
+def _fingerprints(kept: Sequence[Any], new: Sequence[Any], known: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Run -> fingerprint, for one seed of every recipe: see :func:`fa.train.loop.fingerprint`.
+
+    A recipe that the record holds already keeps its fingerprint, or its lack of one: made anew, it would hide that the
+    code has changed since.
+    """
+    found = {c.run: known[c.run] for c in kept if c.run in known}
+    recipes = {replace(c, seed=0) for c in kept if isinstance(c, Config)}
+    for config in (c for c in new if isinstance(c, Config)):
+        if (recipe := replace(config, seed=0)) not in recipes:
+            recipes.add(recipe)
+            found[config.run] = fingerprint(config)
+    return found

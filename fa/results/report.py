@@ -19,7 +19,7 @@ import pandas as pd
 
 from fa import citations, experiments
 from fa.errors import UserError
-from fa.paths import ROOT
+from fa.paths import ROOT, write_bytes
 from fa.plot import RULE_STYLE
 from fa.results import claims, records
 from fa.results.markdown import claims_table, common_start, labelled, markdown
@@ -51,7 +51,7 @@ def write() -> list[Path]:
     """Write what ``render`` returns; returns the paths."""
     rendered = render()
     for path, text in rendered.items():
-        path.write_text(text, encoding="utf-8", newline="\n")
+        write_bytes(path, text.encode())
     return list(rendered)
 
 

@@ -12,10 +12,10 @@ import math
 import sys
 import time
 import traceback
-from collections import Counter, defaultdict, deque
+from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, wait
-from contextlib import ExitStack
+from concurrent.futures import Executor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ import pandas as pd
 
 from fa.errors import UserError
 from fa.provenance import environment
-from fa.results.executors import Here, pick_device, pick_workers, processes
+from fa.results.executors import Here, each, pick_device, pick_workers, processes
 from fa.results.progress import Progress, clock, in_words
 from fa.results.store import RunFolder
 from fa.train import stack
@@ -43,24 +43,27 @@ ATTEMPTS = 3  # of a job whose worker dies
 
 @dataclass
 class Summary:
-    """What a campaign did: numbers of runs finished before, finished now, and left; what failed; wall seconds."""
+    """What a campaign did: numbers of runs finished before, finished now, and left; what failed; wall seconds; how many
+    of those left another process is training."""
 
     before: int
     done: int
     left: int
     failed: list[str]
     seconds: float
+    busy: int = 0
 
     def __str__(self) -> str:
         finished = self.before + self.done
         text = f"{finished} of {finished + self.left} runs are finished, {self.done} of them now"
+        text += f", {self.busy} are being trained by another process" if self.busy else ""
         return f"{text}, in {clock(self.seconds)}"
 
 
 def missing(configs: list[Any]) -> list[Any]:
     """The runs that are not finished; those that were begun come first."""
     left = [c for c in configs if not RunFolder(c).finished]
-    return sorted(left, key=lambda c: not (RunFolder(c).path / "checkpoint.pt").exists())
+    return sorted(left, key=lambda c: not RunFolder(c).begun)
 
 
 # ------------------------------------------------------------------------------------ the unit of work
@@ -180,36 +183,22 @@ def run(
     n = min(pick_workers(workers, device), len(jobs)) if executor is None else len(jobs)
     until = begin + budget if budget else math.inf
     work = partial(run_one, device=device, until=until, compiled=compiled)
-    done, failed, deaths = 0, [], Counter()
-    waiting, flying = deque(jobs), {}
+    done, busy, failed = 0, 0, []
     with ExitStack() as open_:
         if progress and todo:
             started = f"starting {n} processes ..." if n > 1 and executor is None else ""
             open_.enter_context(Progress([RunFolder(c) for c in todo], len(configs), started))
         new = (lambda: executor) if executor else Here if n <= 1 else open_.enter_context(processes())
-        open_.callback(lambda: [future.cancel() for future in flying])  # of an interrupted campaign
-        free = [new() for _ in range(n)]
-        while waiting or flying:
-            while waiting and free:
-                worker, job = free.pop(), waiting.popleft()
-                flying[worker.submit(work, job)] = worker, job
-            for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                worker, job = flying.pop(future)
-                try:
-                    results = future.result()
-                except UserError:
-                    raise
-                except Exception as error:  # not a run's own, which is a status: the worker is lost
-                    worker, why = new(), f"{type(error).__name__}: {error}"
-                    deaths[job[0].run] += 1
-                    results = [{"state": "failed", "error": f"its worker died {ATTEMPTS} times, {why}"}] * len(job)
-                    if deaths[job[0].run] < ATTEMPTS:
-                        waiting.appendleft(job)
-                        sys.stderr.write(f"fa: a worker died ({why}); {in_words(job[0])} is taken up again\n")
-                        results = []
-                free.append(worker)
-                for config, status in zip(job, results):
-                    done += status["state"] in ("finished", "diverged")
-                    if status["state"] == "failed":
-                        failed.append(f"{in_words(config)} ({config.run}): {status['error']}")
-    return Summary(len(configs) - len(todo), done, len(todo) - done, failed, time.time() - begin)
+        ended = open_.enter_context(closing(each(work, jobs, new, n, ATTEMPTS, _taken_up)))
+        for job, results, why in ended:
+            results = results or [{"state": "failed", "error": f"its worker died {ATTEMPTS} times: {why}"}] * len(job)
+            for config, status in zip(job, results):
+                done += status["state"] in ("finished", "diverged")
+                busy += status["state"] == "busy"
+                if status["state"] == "failed":
+                    failed.append(f"{in_words(config)} ({config.run}): {status['error']}")
+    return Summary(len(configs) - len(todo), done, len(todo) - done, failed, time.time() - begin, busy)
+
+
+def _taken_up(job: Sequence[Any], why: str) -> None:
+    sys.stderr.write(f"fa: the worker process of {in_words(job[0])} ended ({why}); another one takes the run up\n")

@@ -1,7 +1,8 @@
 """The run store: a folder for each run, ``$FA_RUNS/RUN`` (default ``data/runs``), named by the run's identity and by
 nothing else.
 
-Everything is written under a temporary name, synced and renamed, so that nothing is ever half there.
+Everything is written under a temporary name, synced and renamed, so that nothing is ever half there. A checkpoint and
+a finished table have checksums: what a disk or a hand has damaged is noticed, and never opened as Python.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import fcntl
 import hashlib
 import io
 import json
-import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,31 @@ import pandas as pd
 import torch
 
 from fa.errors import UserError
-from fa.paths import ROOT, read_csv, write_bytes
+from fa.paths import read_csv, read_json, user_folder, write_bytes, writing
 from fa.provenance import environment
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.old.pt")
+"""Names in a run's folder, the latest first."""
 
 
 def runs_root() -> Path:
     """``$FA_RUNS`` (a relative path is taken from the repository's root) or ``data/runs``."""
-    return ROOT / os.environ.get("FA_RUNS", "data/runs")
+    return user_folder("FA_RUNS", "data/runs")
 
 
 class RunFolder:
     """The folder of one run: ``config.json``, and ``metrics.csv`` with ``status.json`` once finished,
-    ``checkpoint.pt`` before.
+    ``checkpoint.pt`` and the checkpoint before it, ``checkpoint.old.pt``, until then.
     """
 
     def __init__(self, config: Any) -> None:
         self.config = config
         self.path = runs_root() / config.run
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint."""
+        return any((self.path / name).exists() for name in CHECKPOINTS)
 
     @property
     def finished(self) -> bool:
@@ -46,63 +55,123 @@ class RunFolder:
 
     @property
     def status(self) -> dict[str, Any]:
-        """State, seconds, environment."""
-        return json.loads((self.path / "status.json").read_text())
+        """State, seconds, environment, and the sha256 of the table (runs of before that have none).
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        with self._or_again():
+            return read_json(self.path / "status.json", state=str, seconds=(int, float), environment=dict)
 
     def table(self) -> pd.DataFrame:
-        """The run's rows, with the columns ``run``, ``rule`` and ``seed``."""
-        rows = read_csv(self.path / "metrics.csv").assign(run=self.config.run, rule=self.config.rule)
+        """The run's rows, with the columns ``run``, ``rule`` and ``seed``.
+
+        Raises:
+            UserError: the table does not match the checksum in the status, or cannot be read.
+        """
+        path = self.path / "metrics.csv"
+        with self._or_again():
+            rows = read_csv(path).assign(run=self.config.run, rule=self.config.rule)
+            if hashlib.sha256(path.read_bytes()).hexdigest() != (digest := self.status.get("sha256", "")) and digest:
+                raise UserError(f"{path} does not match its checksum")
         return rows if "seed" in rows else rows.assign(seed=self.config.seed)
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """The latest checkpoint on the CPU, or None.
+        """The latest checkpoint on the CPU, or None. Where it is damaged, a line on stderr says so and the one before
+        it is taken.
 
         Raises:
-            UserError: the checkpoint does not match its checksum.
+            UserError: there are checkpoints, and all of them are damaged.
         """
-        path = self.path / "checkpoint.pt"
-        if not path.exists():
-            return None
-        digest, _, payload = path.read_bytes().partition(b"\n")
-        if hashlib.sha256(payload).hexdigest().encode() != digest:
-            raise UserError(f"{path} does not match its checksum; delete it to train that run from its beginning")
-        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        wrong = []
+        for path in (self.path / name for name in CHECKPOINTS):
+            if not path.exists():
+                continue
+            try:
+                digest, _, payload = path.read_bytes().partition(b"\n")
+                if hashlib.sha256(payload).hexdigest().encode() != digest:
+                    wrong.append(f"{path} does not match its checksum")
+                    continue
+                found = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+                if not isinstance(found, dict) or not isinstance(found.get("epoch"), int):
+                    raise TypeError("no epoch")
+            except Exception as error:  # a file that is no checkpoint fails in a way of its own; none is run as Python
+                wrong.append(f"{path} is no checkpoint ({type(error).__name__})")
+                continue
+            for sentence in wrong:
+                sys.stderr.write(f"fa: {sentence}; the run goes on from the checkpoint before it\n")
+            return found
+        if wrong:
+            raise UserError(f"{wrong[0]}; delete {self.path} to train that run from its beginning")
+        return None
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint: a line with the sha256 of the rest, then the bytes that ``torch.save`` makes of the
-        state.
+        state. The one before it stays.
         """
         buffer = io.BytesIO()
         torch.save(state, buffer)
         payload = buffer.getvalue()
         self._write_config()
-        write_bytes(self.path / "checkpoint.pt", hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+        line = hashlib.sha256(payload).hexdigest().encode() + b"\n"
+        write_bytes(self.path / CHECKPOINTS[0], line + payload, keep=CHECKPOINTS[1])
 
     def finish(self, table: pd.DataFrame, status: dict[str, Any]) -> None:
-        """Write the run's table and status, and remove its checkpoint."""
+        """Write the run's table and status, and remove its checkpoints."""
         self._write_config()
-        write_bytes(self.path / "metrics.csv", table.to_csv(index=False, lineterminator="\n").encode())
-        status = {**status, "environment": environment()}
+        content = table.to_csv(index=False, lineterminator="\n").encode()
+        write_bytes(self.path / "metrics.csv", content)
+        status = {**status, "environment": environment(), "sha256": hashlib.sha256(content).hexdigest()}
         write_bytes(self.path / "status.json", json.dumps(status, indent=1).encode())
-        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+        for name in CHECKPOINTS:
+            (self.path / name).unlink(missing_ok=True)
 
-    @contextmanager
-    def lock(self) -> Iterator[bool]:
-        """Hold the run against other processes; yields False where another one holds it.
-
-        A process that dies lets go.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "w") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-                return
-            yield True
+    def lock(self) -> AbstractContextManager[bool]:
+        """Hold the run against other processes; yields False where another one holds it. See :func:`locked`."""
+        return locked(self.path / "lock", wait=False)
 
     def _write_config(self) -> None:
         write_bytes(self.path / "config.json", json.dumps(asdict(self.config), indent=1).encode())
+
+    @contextmanager
+    def _or_again(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            what = str(error).partition(";")[0]
+            raise UserError(f"{what}; delete {self.path} to train that run again") from error
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock against other processes, and remove what a killed one left half written beside it.
+
+    A process that dies lets go.
+
+    Args:
+        path: file of the lock, in the folder that it guards.
+        wait: until the lock is free (default); else yield False where another process holds it.
+
+    Raises:
+        UserError: the folder cannot be written, or its file system has no locks.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise UserError(
+                f"{path.parent} is on a file system without locks (flock: {error.strerror}), where two processes could "
+                "train one run; set FA_RUNS to a folder on another one, e.g. a local disk"
+            ) from error
+        for part in path.parent.glob(".*.part"):
+            part.unlink(missing_ok=True)
+        yield True
 
 
 def run_seconds(status: dict[str, Any]) -> float:

@@ -15,8 +15,8 @@ import pandas as pd
 from fa import experiments, plot, provenance
 from fa.errors import Interrupted, UserError
 from fa.experiments import Experiment, plan
-from fa.paths import relative, write_bytes
-from fa.results import claims, records, runs
+from fa.paths import read_csv, relative
+from fa.results import claims, records, registered, runs
 from fa.results.store import RunFolder
 from fa.rules import RULES
 
@@ -160,6 +160,8 @@ class FigureTable:
         add = os.environ.get("FA_ADD") and self.mode != "quick" and not self.chosen
         held = set(records.holders()) if add else set()
         missing = [c for c in self.runs if c.run not in held]
+        if self.mode != "quick" and not self.chosen:
+            registered.note(self.name)
         try:
             summary = runs.run(missing, workers=1 if own_rule else "auto", device=self.device)
         except KeyboardInterrupt:
@@ -171,11 +173,10 @@ class FigureTable:
         if not self.chosen:
             records.collect(self.experiment, self.mode, self.runs, partial=True)
             return records.union(self.experiment, self.mode, self.runs)
-        finished = [f.table().assign(**self.about.swept(f.config)) for f in map(RunFolder, self.runs) if f.finished]
-        write_bytes(self.path, pd.concat(finished).to_csv(index=False, lineterminator="\n").encode())
+        records.apart(self.experiment, self.path, self.runs)
         made = {"environments": [provenance.environment()], "records": []}
         empty = {"depth": [""], "value": [""]}
-        return pd.read_csv(self.path, keep_default_na=False, na_values=empty, dtype={"run": str}), made
+        return read_csv(self.path, keep_default_na=False, na_values=empty, dtype={"run": str}), made
 
     def partial(self) -> str:
         """What the table lacks, in words ("without DFA, 2 of 5 seeds, 60 of 250 epochs"); empty when it is whole."""
@@ -185,6 +186,7 @@ class FigureTable:
         if table.empty:
             return "no run yet"
         planned, reached = {c.run: c for c in self.runs}, table.groupby("run").epoch.max()
+        ended = {run for run, status in self._made[1].get("status", {}).items() if status["state"] == "diverged"}
         absent = {c.rule for c in self.runs} - set(table.rule)
         there = [c for c in self.runs if c.rule not in absent]
         if absent:
@@ -197,11 +199,20 @@ class FigureTable:
         if "seeds" not in "".join(said) and not {c.run for c in there} <= set(reached.index):  # e.g. points of a sweep
             said.append(f"{len(reached)} of {len(planned)} runs")
         if short := {
-            c.run: reached[c.run] for c in there if c.run in reached and reached[c.run] < getattr(c, "epochs", 0)
+            c.run: reached[c.run]
+            for c in there
+            if c.run in set(reached.index) - ended and reached[c.run] < getattr(c, "epochs", 0)
         }:
             run = min(short, key=short.__getitem__)
             said.append(f"{short[run]:.0f} of {planned[run].epochs} epochs")
         return ", ".join(said)
+
+    def diverged(self) -> str:
+        """Which runs diverged, in words ("2 of 30 runs diverged: FA"); empty when none did."""
+        ended = [run for run, status in self._made[1].get("status", {}).items() if status["state"] == "diverged"]
+        rules = plot.in_order({c.rule for c in self.runs if c.run in ended})
+        labels = ", ".join(plot.look(rule).label for rule in rules)
+        return f"{len(ended)} of {len(self.runs)} runs diverged: {labels}" if ended else ""
 
     def reference(self) -> pd.DataFrame:
         """The published values, from data/reference/; none where these runs are of another kind than the paper's."""

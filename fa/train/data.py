@@ -22,7 +22,6 @@ Sources: normalisation, CIFAR-10's split and its augmentation are Li & Benna 202
 
 import gzip
 import hashlib
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fa.errors import UserError
-from fa.paths import ROOT
+from fa.paths import ROOT, user_folder
 from fa.train.photos import DiskSplit, ImageFolderSource
 from fa.train.sources import SETS, Source
 
@@ -201,7 +200,7 @@ def _source(name: str) -> Source | ImageFolderSource:
 def _folder(root: str | Path | None, name: str = "") -> Path:
     """What ``Source.files`` are below: the data folder; for digits scikit-learn's package (importing it takes 2 s)."""
     if name != "digits":
-        return (ROOT / Path(root or os.environ.get("FA_DATA") or "data").expanduser()).resolve()
+        return (ROOT / Path(root).expanduser() if root else user_folder("FA_DATA", "data")).resolve()
     spec = find_spec("sklearn")
     if spec is None:
         raise UserError("the digits are a file of scikit-learn, which is not installed: pip install scikit-learn")

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fa.errors import UserError
+from fa.paths import write_bytes
 from fa.provenance import environment
 from fa.train import data, stack
 from fa.train.config import Config, integers
@@ -30,6 +33,24 @@ PROGRESS = ("epoch", "seconds", "train_loss", "train_accuracy", "val_accuracy", 
 """Columns of ``progress.csv`` in a run's folder: one line an epoch; a metric that was not measured is empty."""
 
 CHECKPOINT_EVERY = 30.0  # seconds
+
+
+def progress_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``progress.csv``; those that a crash or a disk has damaged are left out.
+
+    Returns:
+        A dictionary an epoch, of :data:`PROGRESS`: the epoch as a number, all else as it is written.
+    """
+    path, found = folder / "progress.csv", []
+    for line in path.read_text(errors="replace").splitlines()[1:] if path.exists() else []:
+        values = line.split(",")
+        try:
+            epoch, *_ = int(values[0]), *map(float, filter(None, values[1:]))
+        except ValueError:
+            continue
+        if len(values) == len(PROGRESS):
+            found.append(dict(zip(PROGRESS, values)) | {"epoch": epoch})
+    return found
 
 
 class StackDiverged(Exception):
@@ -56,6 +77,7 @@ class Run:
     rows: list[list[Any]] = field(default_factory=list)
     seconds: float = 0.0
     environments: list[dict[str, str]] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)  # of progress.csv
     net: nn.Module = field(init=False, repr=False)
     opt: torch.optim.SGD = field(init=False, repr=False)
 
@@ -65,19 +87,27 @@ class Run:
         self.net = build_network(self.config, sets.shape, sets.classes).to(device).to(memory_format=layout)
         self.opt = sgd(self.net, self.config)
         if checkpoint := self.folder and self.folder.checkpoint():
-            for name in ("epoch", "rows", "seconds", "environments"):
-                setattr(self, name, checkpoint.get(name, getattr(self, name)))
-            self.net.load_state_dict(checkpoint["net"])
-            self.opt.load_state_dict(checkpoint["optimizer"])
-            for p, state in self.opt.state.items():  # in this device's memory layout, which may not be the checkpoint's
-                if state.get("momentum_buffer") is not None:
-                    state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
+            try:
+                self.load(checkpoint)
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"the checkpoint in {self.folder.path} is of another run than its config.json "
+                    f"({type(error).__name__}); delete that folder to train the run from its beginning"
+                ) from error
         if environment() not in self.environments:
             self.environments.append(environment())
-        # Epochs after the checkpoint come again.
-        if self.folder and (path := self.folder.path / "progress.csv").exists():
-            head, *lines = path.read_text().splitlines(keepends=True)
-            path.write_text(head + "".join(line for line in lines if int(line.partition(",")[0]) <= self.epoch))
+        if self.folder:  # epochs after the checkpoint come again
+            self.lines = [line for line in progress_lines(self.folder.path) if line["epoch"] <= self.epoch]
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        for name in ("epoch", "rows", "seconds", "environments"):
+            setattr(self, name, checkpoint.get(name, getattr(self, name)))
+        self.net.load_state_dict(checkpoint["net"])
+        self.opt.load_state_dict(checkpoint["optimizer"])
+        for p, state in self.opt.state.items():  # in this device's memory layout, which may not be the checkpoint's
+            if state.get("momentum_buffer") is not None:
+                state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
 
     def measure(self, sets: data.Data, epoch: int, whole: dict[str, float]) -> None:
         """Add the rows of an epoch: those of the whole network (metric -> value), and at some epochs those of its
@@ -92,15 +122,13 @@ class Run:
         self.epoch = epoch
 
     def report(self) -> None:
-        """Append the latest epoch to ``progress.csv``, which bars and live plots read."""
+        """Write ``progress.csv``, which bars and live plots read, with the latest epoch at its end."""
         if self.folder:
             found = {metric: value for epoch, layer, _, metric, value in self.rows if epoch == self.epoch and not layer}
-            line = {"epoch": self.epoch, "seconds": round(self.seconds, 1)} | found
-            path = self.folder.path / "progress.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a") as f:
-                f.write("" if f.tell() else ",".join(PROGRESS) + "\n")
-                f.write(",".join(str(line.get(name, "")) for name in PROGRESS) + "\n")
+            self.lines.append({"epoch": self.epoch, "seconds": round(self.seconds, 1)} | found)
+            table = [",".join(str(line.get(name, "")) for name in PROGRESS) for line in self.lines]
+            content = "\n".join([",".join(PROGRESS), *table, ""])
+            write_bytes(self.folder.path / "progress.csv", content.encode())
 
     def save(self) -> None:
         """Write a checkpoint; of a stack the run's own slices, not the whole."""
@@ -136,9 +164,9 @@ def train(
 
     Returns:
         The run's table: ``epoch, layer, depth, metric, value``; epoch 0 is the untrained network. Its
-        ``attrs["status"]`` says ``state`` ("finished", or "diverged" with the ``epoch`` at which the loss was no
-        longer finite), ``seconds``, and ``earlier``, the environments of other machines that trained the run's first
-        epochs, if there were any.
+        ``attrs["status"]`` says ``state``: "finished", or "diverged" with the ``epoch`` and its ``step``, both from 1,
+        after which a loss or a weight was no longer finite; ``seconds``; and ``earlier``, the environments of other
+        machines that trained the run's first epochs, if there were any.
     """
     return train_runs([Run(config, folder)], device, until, compiled)[0]
 
@@ -182,13 +210,16 @@ def train_runs(
                 for run in runs:
                     run.save()
                 return [None] * len(runs)
-            losses = step.epoch(epoch).mean(0).tolist()  # (steps, runs) -> (runs,)
-            finite = all(map(math.isfinite, losses))
-            if stacked and not (finite and all_finite(net.parameters())):  # no loss has seen the last step's weights
+            seen = step.epoch(epoch)  # (steps, runs)
+            losses = seen.mean(0).tolist()  # (runs,)
+            # no loss has seen the weights of the last step
+            finite = all(map(math.isfinite, losses)) and all_finite(net.parameters())
+            if stacked and not finite:
                 raise StackDiverged
             if not finite:
                 runs[0].seconds += time.monotonic() - since
-                return [runs[0].table(state="diverged", epoch=epoch + 1)]
+                at = (~torch.isfinite(seen)).any(1).nonzero().flatten().tolist() or [len(seen) - 1]
+                return [runs[0].table(state="diverged", epoch=epoch + 1, step=at[0] + 1)]
             measure(runs, net, sets, epoch + 1, [{"train_loss": loss} for loss in losses])
             now = time.monotonic()
             for run in runs:

@@ -193,8 +193,12 @@ class DecodedImages(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         from PIL import Image
 
-        with Image.open(os.fsdecode(self.paths[i])) as file:
-            image = file.convert("RGB")
+        path = os.fsdecode(self.paths[i])
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:  # whatever Pillow says of a file that is not whole
+            raise UserError(f"photograph {path} is damaged ({type(error).__name__}); restore it") from error
         if self.key is None:
             return self.transform(image), int(self.labels[i])
         own, kept = generator(*self.key, i, "photo"), torch.default_generator.get_state()

@@ -1,0 +1,43 @@
+"""Claims as they were when their runs began: whoever changes a target or a criterion afterwards predicts nothing.
+
+``fa run`` keeps the digests of a figure's claims in the run store, ``fa collect`` puts them into the record's sidecar,
+and a test compares them with the claims as they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+from fa.paths import ROOT, read_json, write_bytes
+from fa.results.store import locked, runs_root
+
+FIXED = ("target", "tolerance", "criterion", "n_min")
+"""Columns of a claim that are fixed before the run; its words may be mended."""
+
+
+def digests(name: str) -> dict[str, str]:
+    """Claim -> 12 hex digits of the sha256 of its fixed columns; empty where there are no claims of that name."""
+    path = ROOT / "data" / "claims" / f"{name}.csv"
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+    fixed = {row["id"]: json.dumps([row[column] for column in FIXED]) for row in rows}
+    return {claim: hashlib.sha256(text.encode()).hexdigest()[:12] for claim, text in fixed.items()}
+
+
+def _noted(name: str) -> Path:
+    return runs_root() / "claims" / f"{name}.json"
+
+
+def note(name: str) -> None:
+    """Keep the digests in the run store, unless they are there from an earlier call."""
+    with locked((path := _noted(name)).with_name("lock")):
+        if not path.exists():
+            write_bytes(path, json.dumps(digests(name), indent=1).encode())
+
+
+def noted(name: str) -> dict[str, str]:
+    """The digests that :func:`note` kept, or those of the claims as they are."""
+    path = _noted(name)
+    return read_json(path) if path.exists() else digests(name)

@@ -1,0 +1,185 @@
+"""What a disk, a crash or a hand has damaged: a sentence, no code run, and the checkpoint before it where there is
+one."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_train import TINY
+
+import fa
+from fa import __main__ as command
+from fa import experiments
+from fa.paths import read_csv, read_json
+from fa.results import claims, records
+from fa.results.store import CHECKPOINTS, RunFolder
+from fa.train import loop, photos
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("FA_BUILD", str(tmp_path / "build"))
+    return tmp_path
+
+
+def checked(payload: bytes) -> bytes:
+    """A checkpoint whose checksum is right."""
+    return hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload
+
+
+def pickled(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.mkdir, (self.mark,)
+
+
+@pytest.mark.parametrize("wrap", [lambda h: h, lambda h: {"epoch": 1, "rows": [h], "net": {}, "optimizer": {}}])
+def test_a_hostile_checkpoint_runs_nothing(store: Path, wrap) -> None:
+    folder, mark = RunFolder(TINY), store / "ran"
+    folder.save({"epoch": 0})
+    folder.path.joinpath("checkpoint.pt").write_bytes(checked(pickled(wrap(Hostile(mark)))))
+    with pytest.raises(fa.UserError, match="checkpoint.pt is no checkpoint .UnpicklingError.*delete"):
+        loop.train(TINY, folder=folder)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("value", [5, {}, {"epoch": "1"}, {"epoch": 1}, {"epoch": 1, "net": {}, "optimizer": {}}])
+def test_a_checkpoint_of_another_kind_is_a_sentence(value: object) -> None:
+    folder = RunFolder(TINY)
+    folder.save({"epoch": 0})
+    folder.path.joinpath("checkpoint.pt").write_bytes(checked(pickled(value)))
+    with pytest.raises(fa.UserError, match="is no checkpoint|of another run"):
+        loop.train(TINY, folder=folder)
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    config = replace(TINY, epochs=3)
+    want, folder, begun = loop.train(config), RunFolder(config), []
+    real = loop.Stepper.begin
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY", -1.0)
+    monkeypatch.setattr(loop.Stepper, "begin", lambda self, epoch: begun.append(epoch) or real(self, epoch))
+    loop.train(config, folder=folder)
+    whole = {name: (folder.path / name).read_bytes() for name in CHECKPOINTS}
+    for damaged in (b"", whole["checkpoint.pt"][:-9], checked(b"not a pickle")):
+        (folder.path / "checkpoint.pt").write_bytes(damaged)
+        (folder.path / "checkpoint.old.pt").write_bytes(whole["checkpoint.old.pt"])
+        begun.clear()
+        pd.testing.assert_frame_equal(loop.train(config, folder=folder), want, check_exact=True)
+        assert begun == [1, 2] and "goes on from the checkpoint before it" in capsys.readouterr().err
+
+
+def test_a_table_of_a_run_has_a_checksum(store: Path) -> None:
+    config = replace(TINY, epochs=1)
+    folder, table = RunFolder(config), loop.train(config)
+    folder.finish(table, table.attrs["status"])
+    path = folder.path / "metrics.csv"
+    content = path.read_text()
+    path.write_text(content.replace("train_loss,", "train_loss,1"))
+    with pytest.raises(
+        fa.UserError, match="metrics.csv does not match its checksum; delete .* to train that run again"
+    ):
+        folder.table()
+    path.write_text(content)
+    assert len(folder.table()) == len(table)
+
+
+@pytest.fixture
+def finished(store: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Path:
+    """A run store with one run, and its quick record."""
+    config = replace(TINY, rule="bp", options="", epochs=1)
+    monkeypatch.setattr(experiments, "plan", lambda *args, **kwargs: [config])
+    assert command.main(["run", "p3_fig2", "--mode", "quick", "--workers", "1", "--device", "cpu"]) == 0
+    assert command.main(["collect", "p3_fig2", "--mode", "quick"]) == 0
+    return store
+
+
+COMMANDS = (["collect", "p3_fig2"], ["run", "p3_fig2", "--dry-run"], ["run", "p3_fig2"])
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_files_that_are_truncated_or_flipped_are_a_sentence(data: st.DataObject, finished: Path, capsys) -> None:
+    """No file of a finished run or of a record ends a command in anything but its result or a sentence."""
+    paths = sorted(p for p in finished.rglob("*") if p.is_file() and p.name != "lock")
+    path = data.draw(st.sampled_from(paths))
+    content = path.read_bytes()
+    at = data.draw(st.integers(0, max(len(content) - 1, 0)))
+    how = data.draw(st.sampled_from(["cut", "flip", "garbage", "JSON"]))
+    flipped = (
+        content[:at] + bytes([content[at] ^ 1 << data.draw(st.integers(0, 7))]) + content[at + 1 :] if content else b"x"
+    )
+    damaged = {"cut": content[:at], "flip": flipped, "garbage": data.draw(st.binary(max_size=99)), "JSON": b'{"a": 1}'}
+    path.write_bytes(damaged[how])
+    capsys.readouterr()
+    try:
+        for arguments in COMMANDS:
+            status = command.main([*arguments, "--mode", "quick"])
+            err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fa:")]
+            assert status == 2 and len(err) == 1 or status == 0 and not err
+        try:
+            records.read("p3_fig2", "quick")
+        except fa.UserError:
+            pass
+    finally:
+        path.write_bytes(content)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode), st.recursive(
+    st.none() | st.integers() | st.text(max_size=5), lambda s: st.lists(s) | st.dictionaries(st.text(max_size=5), s)
+).map(lambda value: json.dumps(value).encode())))  # fmt: skip
+def test_readers_give_a_table_or_a_sentence(content: bytes, store: Path) -> None:
+    path = store / "file"
+    path.write_bytes(content)
+    for reader in (read_json, read_csv, lambda p: read_json(p, sha256=str)):
+        try:
+            reader(path)
+        except fa.UserError as error:
+            assert str(path) in str(error) and "restore it" in str(error)
+
+
+def test_a_table_of_claims_that_cannot_be_read(tmp_path: Path) -> None:
+    for content in (b"", b"\xff\xfe,\n", b'"open'):
+        (tmp_path / "p3_fig2.csv").write_bytes(content)
+        with pytest.raises(fa.UserError, match="p3_fig2.csv"):
+            claims.load(tmp_path)
+
+
+def test_a_damaged_sidecar_names_itself(finished: Path) -> None:
+    path = finished / "build" / "quick" / "p3_fig2.json"
+    for content in ("", "[]", '{"sha256": 1}', path.read_text().replace('"configs"', '"confics"')):
+        path.write_text(content)
+        with pytest.raises(fa.UserError, match="p3_fig2.json .*(restore it|remove it)"):
+            records.read("p3_fig2", "quick")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0", b"BM" + bytes(40)])
+def test_a_damaged_photograph_is_named(content: bytes, tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    import numpy as np
+
+    path = tmp_path / "cat.jpeg"
+    path.write_bytes(content)
+    images = photos.DecodedImages(np.array([str(path).encode()]), np.array([0]), 8, None)
+    with pytest.raises(fa.UserError, match="photograph .*cat.jpeg is damaged"):
+        images[0]

@@ -1,0 +1,335 @@
+"""Bad input is one sentence, status 2, and nothing written: the command line, parameters, claims, and the machine that
+it all runs on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import fa
+from fa import __main__ as command
+from fa import experiments
+from fa.paths import user_folder
+from fa.results import batch, claims, parameters, records, store
+from fa.train import data
+
+ONE = "run p3_fig2 --mode quick --rules fa --seeds 1 --epochs 1 --workers 1 --device cpu".split()
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("FA_BUILD", str(tmp_path / "build"))
+    return tmp_path
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], folder: Path) -> str:
+    """The sentence with which a command is refused."""
+    capsys.readouterr()
+    assert command.main(arguments) == 2, arguments
+    out, err = capsys.readouterr()
+    assert err.startswith("fa: ") and err.count("\n") == 1 and not out, (arguments, out, err)
+    assert not any(p.is_file() for p in folder.rglob("*")), arguments
+    return err
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ("run p3_fig2 --budget inf", "2h10m"),
+        ("run p3_fig2 --budget 9ms", "2h10m"),
+        ("run p3_fig2 --budget 10m2h", "2h10m"),
+        ("run p3_fig2 --budget " + "9" * 400, "2h10m"),
+        ("run p3_fig2 --device cpu:foo --mode quick", "'cpu:foo'"),
+        ("run p3_fig2 --device cpu:0 --mode quick", "'cpu:0'"),
+        ("run p3_fig2 --device cuda:99 --mode quick", "'cuda:99' is not there"),
+        ("run p3_fig2 --seeds x", "--seeds: 'x' is no whole number from 0 up; see python -m fa run --help"),
+        ("run p3_fig2 --seeds 10000000000", "no whole number"),
+        ("run p3_fig2 --seeds 999999999", "at most 10,000"),
+        ("run p3_fig2 --together -2", "together"),
+        ("run p3_fig1", "p3_fig1 has no such runs"),
+        ("collect p3_fig1", "p3_fig1 has no such runs"),
+        ("run", "EXPERIMENT; see python -m fa run --help"),
+        ("fly", "invalid choice: 'fly'"),
+        ("list --verbose", "--verbose"),
+        ("reproduce 32 -p seeds=1 -p seeds=2", "'seeds' is given twice, as '1' and '2'"),
+        ("reproduce 32 --grid seeds=1,2 --grid seeds=3", "'seeds' is given twice"),
+        ("reproduce 32 --grid seeds=1,1", "value '1' twice"),
+        ("reproduce 32 -p device=cpu:foo", "'cpu:foo'"),
+        ("reproduce 32 --mode record -p device=tpu", "'tpu'"),
+        ("cite ../data/records/p3_fig2", "unknown figure"),
+    ],
+)
+def test_a_slip_on_the_command_line(arguments: str, word: str, capsys, folders: Path) -> None:
+    assert word in refused(arguments.split(), capsys, folders)
+
+
+def test_a_budget_of_hours_and_minutes(capsys) -> None:
+    assert command.main([*ONE, "--budget", "2h10m", "--dry-run"]) == 0
+
+
+WORDS = ["p3_fig2", "p3_fig1", "32", "quick", "paper", "record", "fa", "bp,fa", "0", "1", "-1", "9m", "9ms", "inf", "nan",
+         "1e9", "cpu", "cpu:foo", "cuda:7", "auto", "mnist", "", ",", "=", "seeds=1", "seeds=1,1", "mode=quick", "a=b", "\n",
+         "é", "--", "٣", "1_0", "99999999999", "yes"]  # fmt: skip
+OPTIONS = ["--mode", "--seeds", "--epochs", "--rules", "--dataset", "--budget", "--workers", "--device", "--together",
+           "--compile", "--partial", "--add", "-p", "--grid", "--jobs", "--help", "-x", "--budge"]  # fmt: skip
+
+
+@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["list", "run", "collect", "reproduce", "cite", "", "rnu"]),
+    rest=st.lists(st.one_of(st.sampled_from(WORDS), st.sampled_from(OPTIONS), st.text(max_size=6)), max_size=6),
+)
+@example(name="run", rest=["p3_fig2", "--mode", "quick", "--budget", "1e9"])
+@example(name="reproduce", rest=["32", "-p", "seeds=1_0"])
+def test_any_command_line_is_a_command_or_a_sentence(name: str, rest: list[str], capsys, folders: Path) -> None:
+    """``fa run`` is a dry one, and notebooks are checked and not run."""
+    arguments = [name, *rest, *(["--dry-run"] if name == "run" else [])]
+    patch = pytest.MonkeyPatch()
+    patch.setattr(batch, "each", lambda *args, **kwargs: (job for job in ()))
+    patch.setattr(command, "_list", lambda args: 0)
+    patch.setattr(batch, "find", lambda names, real=batch.find: real(names)[:1])
+    capsys.readouterr()
+    try:
+        status = command.main(arguments)
+    except SystemExit as end:
+        assert end.code == 0 and {"--help", "-h"} & {*arguments}, arguments
+        return
+    finally:
+        patch.undo()
+    out, err = capsys.readouterr()
+    assert status in (0, 2) and "Traceback" not in err, (arguments, err)
+    if status == 2:
+        assert err.startswith("fa: ") and not out, (arguments, err)
+    assert not any(p.is_file() for p in folders.rglob("*")), arguments
+
+
+@pytest.mark.parametrize("mode", ["quick", "paper"])
+def test_every_next_command_works_as_it_is_printed(mode: str, capsys, monkeypatch, folders: Path) -> None:
+    """With its mode, its grid and its other options: from a stopped campaign to a table."""
+    small = experiments.plan("p3_fig2", "quick", seeds=1, epochs=2, rules="bp,fa")
+    small = [c.vary(hidden="16,16") for c in small]
+
+    def plan(*args, rules="", epochs=0, **kwargs):
+        chosen = [c for c in small if not rules or c.rule in rules]
+        return [c.vary(epochs=epochs) for c in chosen] if epochs else chosen
+
+    monkeypatch.setattr(experiments, "plan", plan)
+    monkeypatch.setattr(records, "ROOT", folders)
+    for options, file in (
+        (["--rules", "fa, fa"], "p3_fig2.csv"),
+        ([], "p3_fig2.csv"),
+        (["--epochs", "1", "--seeds", "1"], "p3_fig2.csv"),
+    ):
+        next_ = [
+            "run",
+            "p3_fig2",
+            "--mode",
+            mode,
+            *options,
+            "--workers",
+            "1",
+            "--device",
+            "cpu",
+            "--budget",
+            "0.000001s",
+        ]
+        said = []
+        while next_:
+            assert command.main(next_) == 0, capsys.readouterr().err
+            said.append(capsys.readouterr().out)
+            line = [text for text in said[-1].splitlines() if text.startswith("next: python -m fa ")]
+            next_ = shlex.split(line[0])[4:] if line else []
+            if next_[:1] == ["run"]:
+                assert next_[-6:-4] == ["--budget", "0.000001s"] and next_[-4:] == ["--workers", "1", "--device", "cpu"]
+                next_[-5] = "99s"
+        assert file in said[-1] and "new runs" in said[-1] and len(said) == 3
+    kept = folders / ("build/quick" if mode == "quick" else "data/records")
+    table = pd.read_csv((folders / "build" / mode if mode == "quick" else kept) / "p3_fig2.csv")
+    assert table.epoch.max() == (1 if mode == "quick" else 2), "other settings than the figure's stay out of its record"
+    if mode == "paper":
+        assert set(table.rule) == {"bp", "fa"} and not json.loads((kept / "p3_fig2.json").read_text())["partial"]
+        assert pd.read_csv(folders / "build" / "paper" / "p3_fig2.csv").epoch.max() == 1
+
+
+def test_a_quick_table_that_is_collected_again_is_unchanged(capsys, folders: Path) -> None:
+    grid = ["--mode", "quick", "--rules", "fa", "--seeds", "1", "--epochs", "1"]
+    assert command.main(ONE) == command.main(["collect", "p3_fig2", *grid]) == 0
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folders.rglob("p3_fig2.*")}
+    capsys.readouterr()
+    assert command.main(["collect", "p3_fig2", *grid]) == 0
+    assert "nothing new" in capsys.readouterr().out and len(before) == 2
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folders.rglob("p3_fig2.*")} == before
+
+
+# -------------------------------------------------------------------------------------------- parameters and claims
+
+
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(WORDS))
+
+
+@settings(max_examples=200)
+@given(
+    st.dictionaries(
+        st.one_of(st.sampled_from([*parameters.STANDARD, "scale", "expansion"]), st.text(max_size=4)), VALUES
+    )
+)
+def test_any_parameters_are_a_page_or_a_sentence(values: dict) -> None:
+    good = {"mode": "record", "seeds": 0, "epochs": 0, "rules": "", "dataset": "", "device": "auto"}
+    try:
+        parameters.check({**good, **values}, {**parameters.STANDARD, "expansion": int} | {"expansion": int})
+    except fa.UserError as error:
+        assert str(error) and "\n" not in re.sub(r"'[^']*'", "", str(error))
+
+
+CRITERIA = ["mean(test_accuracy, rule=pfa, epoch=last)", "each(rule, [pfa, fa])", "in [-1, inf]", "sd(", ">", "and", "1e999",
+            "(" * 90, "ref(x)", "layer=every", "[", "]", ",", "10**10**10", "lambda: 0", "__import__('os')", "9" * 5000, "x.y",
+            "f'{1}'", "not", "if", "0/0", "paired(test_accuracy, rule=pfa, minus=bp)", "falls(test_accuracy, over=epoch)"]  # fmt: skip
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.one_of(st.sampled_from(CRITERIA), st.text(max_size=4)), min_size=1, max_size=4).map(" ".join),
+    st.one_of(st.sampled_from(["1", "0", "x", "1.5", "-1", "²", ""]), st.text(max_size=3)),
+    st.one_of(st.sampled_from(["1.5", "ref(test_accuracy, rule=pfa)", "unknown", "1.2.3", "-1e"]), st.text(max_size=4)),
+)
+def test_any_claim_is_one_or_a_sentence(criterion: str, n_min: str, target: str) -> None:
+    row = {c: "x" for c in claims.COLUMNS} | {
+        "criterion": criterion,
+        "n_min": n_min,
+        "target": target,
+        "tolerance": "none",
+    }
+    try:
+        claims.compiled("p3_fig2", row)
+    except fa.UserError as error:
+        assert str(error).startswith("claim x")
+
+
+# -------------------------------------------------------------------------------------------------------- the machine
+
+
+def raises(number: int):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    return flock
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_A09_a_file_system_without_locks_is_a_sentence(number: int, monkeypatch, capsys, folders: Path) -> None:
+    monkeypatch.setattr(store.fcntl, "flock", raises(number))
+    assert command.main(ONE) == 2
+    out, err = capsys.readouterr()
+    assert not out and f"on a file system without locks (flock: {os.strerror(number)})" in err and "set FA_RUNS" in err
+    assert not list(folders.rglob("*.json"))
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EAGAIN])
+def test_A09_a_run_that_another_process_trains_is_said_to_be(number: int, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(store.fcntl, "flock", raises(number))
+    assert command.main(ONE) == 0
+    assert "0 of 1 runs are finished, 0 of them now, 1 are being trained by another process" in capsys.readouterr().out
+
+
+def test_A25_a_tilde_is_the_home_folder_in_every_variable(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable, place in (
+        ("FA_DATA", data.root),
+        ("FA_RUNS", store.runs_root),
+        ("FA_BUILD", lambda: records.build("quick").parent),
+    ):
+        monkeypatch.setenv(variable, "~/x")
+        assert place() == tmp_path / "x", variable
+        monkeypatch.setenv(variable, "elsewhere")
+        assert place() == fa.ROOT / "elsewhere", variable
+        monkeypatch.setenv(variable, "")
+        assert place() == fa.ROOT / {"FA_DATA": "data", "FA_RUNS": "data/runs", "FA_BUILD": "build"}[variable]
+        monkeypatch.setenv(variable, "~nobody-of-that-name/x")
+        with pytest.raises(fa.UserError, match=f"{variable}=~nobody-of-that-name/x names the home"):
+            place()
+    assert user_folder("FA_NOT_SET", "x") == fa.ROOT / "x"
+    (tmp_path / "clone").symlink_to(fa.ROOT)
+    for root in ("~/clone", ""):
+        monkeypatch.setenv("FA_ROOT", root)
+        assert runpy.run_path(str(fa.ROOT / "fa" / "paths.py"))["ROOT"] == fa.ROOT
+
+
+@pytest.mark.parametrize("arguments", ["cite p3_fig2", "reproduce 32", "report", "list", "run p3_fig2 --mode quick"])
+def test_A26_outside_a_clone_it_says_so(arguments: str, tmp_path: Path, monkeypatch, capsys, folders: Path) -> None:
+    monkeypatch.setattr(fa.paths, "ROOT", tmp_path)
+    said = refused(arguments.split(), capsys, folders)
+    assert f"{tmp_path} is no clone of the repository" in said and "set FA_ROOT" in said
+
+
+def test_A28_a_notebook_that_ipython_runs_in_a_session_with_variables() -> None:
+    """``%run`` leaves no cells of the notebook in the session's history: the session's own names do not count."""
+    good = {"mode": "record", "seeds": 0, "epochs": 0, "rules": "", "dataset": "", "device": "auto"}
+    session = {"my_lr": 0.1, "In": ["", "my_lr = 0.1", "%run notebooks/32_pfa_fig2_mnist.ipynb"]}
+    assert parameters.given(good | session, list(parameters.STANDARD)) == good
+
+
+def test_A31_a_notebook_becomes_a_script_of_python() -> None:
+    for path in (fa.ROOT / "notebooks").glob("*.ipynb"):
+        told = json.loads(path.read_text(encoding="utf-8"))["metadata"]["language_info"]
+        assert (told.get("file_extension"), told.get("nbconvert_exporter")) == (".py", "python"), path.name
+        assert told.get("mimetype") == "text/x-python" and "version" not in told
+
+
+def test_A32_a_pipe_that_closes_is_silence() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = [sys.executable, "-m", "fa", "cite", "p3_fig2"]
+    done = subprocess.run(run, cwd=fa.ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.stderr == "" and done.returncode == 141
+
+
+@pytest.mark.parametrize(
+    "arguments, variable", [(ONE, "FA_RUNS"), (["reproduce", "32", "--mode", "quick"], "FA_BUILD")]
+)
+def test_A32_a_folder_that_cannot_be_made_is_a_sentence(arguments, variable, monkeypatch, capsys) -> None:
+    monkeypatch.setenv(variable, "/dev/null/none")
+    monkeypatch.setattr(batch, "processes", lambda: pytest.fail("it ran"))
+    assert command.main(arguments) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("fa: /dev/null/none/") and "cannot be written (Not a directory)" in said
+
+
+def test_A34_the_cells_of_a_notebook_stay_in_one_process() -> None:
+    scheduler = pytest.importorskip("xdist.scheduler")
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("root_conftest", fa.ROOT / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    hook = module.pytest_xdist_make_scheduler
+    assert hook.pytest_impl["optionalhook"] and "LoadScopeScheduling" in hook.__code__.co_names
+    assert scheduler.LoadScopeScheduling
+
+
+def test_A35_no_filter_of_the_reader_strips_notebooks(tmp_path: Path) -> None:
+    """With nbstripout set for all repositories, a notebook that is committed and checked out keeps its outputs."""
+    done = subprocess.run(["git", "-C", fa.ROOT, "rev-parse"], capture_output=True)
+    if done.returncode:
+        pytest.skip("not a clone")
+    wide = tmp_path / "attributes"
+    wide.write_text("*.ipynb filter=nbstripout diff=ipynb\n")
+    ask = ["git", "-C", fa.ROOT, "-c", f"core.attributesFile={wide}", "check-attr", "filter", "diff", "--"]
+    told = subprocess.run([*ask, "notebooks/00_index.ipynb"], capture_output=True, text=True, check=True).stdout
+    assert "filter: unset" in told and "diff: unspecified" in told
