@@ -125,7 +125,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_shared_runs_stay_in_the_record_that_holds_them_and_are_in_the_figures_table(elsewhere: Path) -> None:
     runs = experiments.plan("x_precision", "paper", seeds=1, rules="bp,kp")  # kp is in no record but the sparse one
     before = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
-    with pytest.raises(UserError, match="2 of 4 runs of x_precision are finished"):
+    with pytest.raises(UserError, match="35 of 70 runs of x_precision are finished"):
         records.collect("x_precision", "paper", runs)
     assert records.collect("x_precision", "paper", runs, partial=True)[1] == 0  # nothing new, and nothing written
     assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == before
@@ -185,7 +185,7 @@ def test_a_notebook_trains_what_records_hold_unless_it_is_told_to_add(monkeypatc
 
 def test_reproduce_hands_add_on(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = []
-    monkeypatch.setattr(batch, "_execute", lambda job, *_: jobs.append(job) or (1.0, ""))
+    monkeypatch.setattr(batch, "_execute", lambda job, **_: jobs.append(job) or (1.0, ""))
     for add in (False, True):
         assert batch.reproduce(["40"], "paper", say=lambda line: None, add=add, pool=ThreadPoolExecutor(1)) == 0
     assert [job.add for job in jobs] == [False, True]

@@ -274,7 +274,7 @@ def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[A
     kept = [c for c in whole if where.get(c.run) == name]
     new = [f for f in (RunFolder(c) for c in configs if c.run not in where) if f.finished]
     finished = sum(c.run in where for c in whole) + len(new)
-    if not new and before.get("partial", False) == (finished < len(whole)):
+    if not new and (not kept or before["partial"] == (finished < len(whole))):
         return record_path(name, mode), 0
     swept = experiments.find(experiment).swept
     tables = [f.table().assign(**swept(f.config)) for f in new]
