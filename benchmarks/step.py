@@ -126,8 +126,8 @@ def peak_of(step: Callable[[], object]) -> int:
 
 def peak(args: argparse.Namespace, rule: str) -> float:
     """Peak memory in MB of one training step under a rule, after two others."""
+    gc.collect()  # a network that was measured before and is held by a cycle would be released while this one is
     if args.device == "cuda":
-        gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
     else:
