@@ -173,7 +173,7 @@ def test_a_depth_that_no_cifar_resnet_has_is_refused(depth):
 
 @pytest.mark.parametrize("name", ["lenet5x", "resnet", "resnet-20", "MLP", ""])
 def test_an_unknown_name_names_the_known(name):
-    with pytest.raises(UserError, match="mlp, resnet20"):
+    with pytest.raises(UserError, match="mlp, arch1, arch1-same, resnet20"):
         models.build(name, (3, 8, 8), 10)
 
 
