@@ -192,7 +192,7 @@ class DirectFeedback(nn.Module):
 
     def own_gradient(self, grad: Tensor) -> bool:
         """As :meth:`fa.layers.feedback.Feedback.own_gradient`; the stock operations of this layer leave no mark."""
-        return self.use_backprop
+        return self.use_backprop or self.exact
 
     def forward(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """A linear layer whose weight another module owns (:mod:`fa.layers.attention`); x (..., in) -> (..., out)."""

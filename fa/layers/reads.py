@@ -40,6 +40,12 @@ def is_kind(node: Any, kinds: Iterable[str]) -> bool:
     return node.name().removesuffix("Backward0").removesuffix("Backward") in kinds
 
 
+def with_constant(node: Any) -> bool:
+    """Whether a node is a product with a constant, such as the data, or picks rows of a table."""
+    lone = is_kind(node, ("Embedding",)) or any(child is None for child, _ in node.next_functions)
+    return lone and is_kind(node, _PRODUCTS)
+
+
 def vector_like(node: Any) -> bool:
     """Whether the result of a node's operation has at most one axis above 1."""
     return sum(n > 1 for n in node._input_metadata[0].shape) < 2
@@ -65,7 +71,9 @@ class Graph:
                 self.leaves.append(node)
                 if not isinstance(node.variable, nn.Parameter):
                     sources.append(node)
-            elif node.name().startswith((*_PASSES, "TapBackward", "CompiledFunction")) or self.constant(node):
+            elif node.name().startswith((*_PASSES, "TapBackward", "CompiledFunction")):
+                sources.append(node)
+            elif with_constant(node) and not vector_like(node):  # penalties have constant vectors (power iteration)
                 sources.append(node)
             for slot, (child, _) in enumerate(below):
                 if child is not None:
@@ -79,15 +87,6 @@ class Graph:
                 if node not in self.active:
                     self.active.add(node)
                     sources.append(node)
-
-    @staticmethod
-    def constant(node: Any) -> bool:
-        """Whether a node is a product with a constant, such as the data. A product with a constant vector is none, for
-        penalties have those (power iteration)."""
-        if not is_kind(node, _PRODUCTS):
-            return False
-        lone = is_kind(node, ("Embedding",)) or any(child is None for child, _ in node.next_functions)
-        return lone and not vector_like(node)
 
     def evidence(self, leaf: Any, layer: nn.Module) -> str:
         """How something other than the layer read a parameter of its weight; "" if nothing did.
@@ -114,8 +113,8 @@ class Graph:
                 beside = [child for i, (child, _) in enumerate(node.next_functions) if i != slot]
                 if not is_kind(node, _SUMS) and any(child in self.active for child in beside):
                     return "another module reads it directly"
-                if self.constant(node):
-                    if not ran and (plain or direct):
+                if with_constant(node):
+                    if not ran and (plain or direct) and not vector_like(node):
                         return "another module reads it directly"
                     if direct:
                         continue
