@@ -116,7 +116,7 @@ def finished(store: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Path:
 COMMANDS = (["collect", "p3_fig2"], ["run", "p3_fig2", "--dry-run"], ["run", "p3_fig2"])
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_files_that_are_truncated_or_flipped_are_a_sentence(data: st.DataObject, finished: Path, capsys) -> None:
     """No file of a finished run or of a record ends a command in anything but its result or a sentence."""
@@ -144,7 +144,7 @@ def test_files_that_are_truncated_or_flipped_are_a_sentence(data: st.DataObject,
         path.write_bytes(content)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(content=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode), st.recursive(
     st.none() | st.integers() | st.text(max_size=5), lambda s: st.lists(s) | st.dictionaries(st.text(max_size=5), s)
 ).map(lambda value: json.dumps(value).encode())))  # fmt: skip

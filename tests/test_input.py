@@ -90,7 +90,7 @@ OPTIONS = ["--mode", "--seeds", "--epochs", "--rules", "--dataset", "--budget", 
            "--compile", "--partial", "--add", "-p", "--grid", "--jobs", "--help", "-x", "--budge"]  # fmt: skip
 
 
-@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     name=st.sampled_from(["list", "run", "collect", "reproduce", "cite", "", "rnu"]),
     rest=st.lists(st.one_of(st.sampled_from(WORDS), st.sampled_from(OPTIONS), st.text(max_size=6)), max_size=6),
@@ -183,7 +183,7 @@ def test_a_quick_table_that_is_collected_again_is_unchanged(capsys, folders: Pat
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(WORDS))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(
         st.one_of(st.sampled_from([*parameters.STANDARD, "scale", "expansion"]), st.text(max_size=4)), VALUES
@@ -202,7 +202,7 @@ CRITERIA = ["mean(test_accuracy, rule=pfa, epoch=last)", "each(rule, [pfa, fa])"
             "f'{1}'", "not", "if", "0/0", "paired(test_accuracy, rule=pfa, minus=bp)", "falls(test_accuracy, over=epoch)"]  # fmt: skip
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.one_of(st.sampled_from(CRITERIA), st.text(max_size=4)), min_size=1, max_size=4).map(" ".join),
     st.one_of(st.sampled_from(["1", "0", "x", "1.5", "-1", "²", ""]), st.text(max_size=3)),

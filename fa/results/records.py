@@ -254,7 +254,7 @@ def collect(
         )
     if mode != "quick" and whole is configs:
         return apart(experiment, build(mode) / f"{name_of(experiment, mode)}.csv", configs), len(configs) - len(missing)
-    with locked(folder_of(mode) / ".lock"):
+    with locked(build(mode) / "lock", folder_of(mode)):
         return _merge(experiment, mode, configs, whole)
 
 

@@ -32,7 +32,8 @@ def _noted(name: str) -> Path:
 
 def note(name: str) -> None:
     """Keep the digests in the run store, unless they are there from an earlier call."""
-    with locked((path := _noted(name)).with_name("lock")):
+    path = _noted(name)
+    with locked(path.with_name("lock"), path.parent):
         if not path.exists():
             write_bytes(path, json.dumps(digests(name), indent=1).encode())
 

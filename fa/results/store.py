@@ -146,7 +146,7 @@ class RunFolder:
 
     def lock(self) -> AbstractContextManager[bool]:
         """Hold the run against other processes; yields False where another one holds it. See :func:`locked`."""
-        return locked(self.path / "lock", wait=False)
+        return locked(self.path / "lock", self.path, wait=False)
 
     def _write_config(self) -> None:
         write_bytes(self.path / "config.json", json.dumps(asdict(self.config), indent=1).encode())
@@ -161,13 +161,14 @@ class RunFolder:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock against other processes, and remove what a killed one left half written beside it.
+def locked(path: Path, guarded: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock against other processes, and remove what a killed one left half written in the folder it guards.
 
     A process that dies lets go.
 
     Args:
-        path: file of the lock, in the folder that it guards.
+        path: file of the lock.
+        guarded: the folder that it guards.
         wait: until the lock is free (default); else yield False where another process holds it.
 
     Raises:
@@ -185,9 +186,9 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
         except OSError as error:
             raise UserError(
                 f"{path.parent} is on a file system without locks (flock: {error.strerror}), where two processes could "
-                "train one run; set FA_RUNS to a folder on another one, e.g. a local disk"
+                "train one run; set FA_RUNS and FA_BUILD to folders on another one, e.g. a local disk"
             ) from error
-        for part in path.parent.glob(".*.part"):
+        for part in guarded.glob(".*.part"):
             part.unlink(missing_ok=True)
         yield True
 
