@@ -189,7 +189,9 @@ def test_a_campaign_that_stacks_gives_the_tables_of_one_that_does_not(here):
 
 def test_a_stack_with_a_loss_that_is_not_finite_is_taken_apart(monkeypatch):
     members = [Run(c) for c in runs([("bp", "")], (0, 1))]
-    monkeypatch.setattr(Stepper, "epoch", lambda self, epoch: torch.full((3, 2), float("nan"), dtype=torch.float64))
+    monkeypatch.setattr(
+        Stepper, "epoch", lambda self, epoch, seen: torch.full((3, 2), float("nan"), dtype=torch.float64)
+    )
     with pytest.raises(train.StackDiverged):
         train.train_runs(members)
 
@@ -199,7 +201,7 @@ def test_a_stack_whose_last_step_spoilt_a_weight_is_taken_apart_before_it_is_sav
     folder = SimpleNamespace(save=saved.append, checkpoint=lambda: None, path=tmp_path)
     members = [Run(c, folder) for c in runs([("bp", "")], (0, 1))]
 
-    def epoch(self, epoch):
+    def epoch(self, epoch, seen):
         with torch.no_grad():
             self.net.conv1.weight[0] = float("nan")
         return torch.ones(3, 2, dtype=torch.float64)
@@ -244,9 +246,9 @@ def test_a_stack_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
     real = Stepper.epoch
 
-    def later(self, epoch):
+    def later(self, epoch, seen):
         now[0] = 12.0
-        return real(self, epoch)
+        return real(self, epoch, seen=seen)
 
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "epoch", later)
