@@ -160,9 +160,9 @@ def script(text, tmp_path, **popen):
     path = tmp_path / "dying.py"
     path.write_text(DYING.format(tests=os.path.dirname(__file__), script=text))
     env = os.environ | {"PYTHONPATH": f"{fa.ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    return subprocess.Popen(
-        [sys.executable, path], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (a job in the background ignores Ctrl-C)
+    return subprocess.Popen([sys.executable, path], env=env, preexec_fn=hear, **pipes, **popen)
 
 
 def test_a_worker_that_dies_is_replaced_and_its_run_goes_on(tmp_path):

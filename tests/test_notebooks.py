@@ -411,7 +411,13 @@ def test_a_stopped_batch_begins_no_other_notebook_and_says_how_to_go_on(stop, st
     (tmp_path / "main.py").write_text(BATCH.format(folder=str(tmp_path), arguments=arguments))
     env = os.environ | {"FA_BUILD": str(tmp_path / "build"), "PYTHONPATH": str(fa.ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    batch_ = subprocess.Popen([sys.executable, tmp_path / "main.py"], env=env, start_new_session=True, **pipes)
+    batch_ = subprocess.Popen(
+        [sys.executable, tmp_path / "main.py"],
+        env=env,
+        start_new_session=True,
+        **pipes,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # a job in the background ignores it
 
     def wait_for(condition):
         end = time.monotonic() + 120

@@ -188,8 +188,8 @@ def test_a_run_whose_last_step_spoils_a_weight_diverged(monkeypatch):
     """No loss has seen the weights after the last step of the last epoch."""
     config, real = replace(TINY, rule="bp", options="", epochs=2), engine.Stepper.epoch
 
-    def spoilt(self, epoch, limit=None):
-        losses = real(self, epoch, limit)
+    def spoilt(self, epoch, seen):
+        losses = real(self, epoch, seen=seen)
         if epoch == 1:
             with torch.no_grad():
                 next(self.net.parameters()).view(-1)[0] = torch.nan
