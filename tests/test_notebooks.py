@@ -279,6 +279,12 @@ def test_comparison_is_of_the_last_epoch_with_sample_sd(figure):
     assert figure.open(epochs=9).reference().empty, "values of another experiment are not the paper's"
 
 
+def test_a_comparison_may_be_by_a_column_other_than_the_rule(figure):
+    figure.commit()
+    lines = [line.split() for line in figure.open(rules=["bp"]).compare("test_accuracy", by=["seed"]).splitlines()]
+    assert [line[0] for line in lines[1:]] == ["0", "1", "2"] and all(line[3] == "1" for line in lines[1:])
+
+
 def test_where_figures_go_and_what_they_say(figure, monkeypatch):
     from fa import plot
 

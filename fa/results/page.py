@@ -118,7 +118,7 @@ class Page(FigureTable):
         if both.empty:
             return tables.several(f"no {metric} yet")
         depth = list(dict.fromkeys([*self.table().sort_values("depth").layer, *self.reference().layer]))
-        rank = {"rule": plot.in_order(both.rule).index, "layer": depth.index}
+        rank = {"layer": depth.index} | ({"rule": plot.in_order(both.rule).index} if "rule" in by else {})
         both = both.sort_values(by, key=lambda column: column.map(rank.get(column.name, lambda v: v)))
         whole = {n: lambda v: "-" if pd.isna(v) else f"{v:.0f}" for n in ("n", "n ")}
         form = f"{{:.{digits}f}}".format

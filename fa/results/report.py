@@ -72,7 +72,7 @@ def _context() -> dict[str, Any]:
     told["figures"] = [_figure(name, rows, told) for name, rows in table.groupby("name", sort=False)]
     told["figures"].sort(key=lambda f: f.notebook)
     told["compute"] = markdown(
-        ["figure", "runs", "hours", "hardware"], [[f"`{f.name}`", *f.compute] for f in told["figures"]]
+        ["figure", "runs", "hours", "hardware"], [[f"`{f.name}`", *f.compute] for f in told["figures"] if f.compute]
     )
     return told
 
@@ -105,7 +105,7 @@ def _figure(name: str, rows: pd.DataFrame, told: Mapping[str, Any]) -> SimpleNam
         why_untested="; ".join(dict.fromkeys(why.partition(" (")[0] for why in untested.why)),
         start=start,
         seeds=" to ".join(dict.fromkeys([min(tested, key=int), max(tested, key=int)])) if tested else "",
-        table=claims_table(rows.assign(claim=shown)) if tested else "",
+        table="" if set(rows.verdict) in ({"holds"}, {"not tested"}) else claims_table(rows.assign(claim=shown)),
         so_far=_so_far(name) if made.get("partial") else "",
         claims=_claims(rows),
         settings=_settings(name, made),
@@ -179,9 +179,9 @@ def _so_far(name: str) -> str:
 
 
 def _compute(made: Mapping[str, Any]) -> list[str]:
-    """Runs, hours and hardware, for the table of computational requirements."""
+    """Runs, hours and hardware, for the table of computational requirements; nothing without a record."""
     if not made:
-        return ["no record", "", ""]
+        return []
     hardware = dict.fromkeys(e["gpu"] or e["cpu"] for e in made["environments"])
     return [f"{made['finished']} of {made['planned']}", f"{made['wall_seconds'] / 3600:.1f}", ", ".join(hardware)]
 
@@ -207,8 +207,15 @@ def _settings(name: str, made: Mapping[str, Any]) -> str:
 
 
 def _readme(told: Mapping[str, Any]) -> str:
-    """The README's one table: a row a figure."""
-    rows = [[f"[{f.notebook[:2]}](notebooks/{f.notebook}.ipynb)", f.finding, f.verdict] for f in told["figures"]]
+    """The README's one table: a row a figure, with the finding of the first scale that was tested."""
+    scales: dict[str, list[SimpleNamespace]] = {}
+    for f in told["figures"]:
+        scales.setdefault(records.figure_of(f.name)[0], []).append(f)
+    rows = []
+    for both in scales.values():
+        f = next((f for f in both if f.seeds), both[0])
+        other = [f" ({records.figure_of(o.name)[1]} scale: {o.verdict})" for o in both if o is not f]
+        rows.append([f"[{f.notebook[:2]}](notebooks/{f.notebook}.ipynb)", f.finding, "".join([f.verdict, *other])])
     return markdown(["notebook", "figure and finding", "claims"], rows)
 
 
