@@ -19,6 +19,7 @@ from fa import __main__ as command
 from fa import experiments, paths
 from fa.results import executors, progress, records
 from fa.results import runs as campaign
+from fa.results.page import Page
 from fa.results.store import RunFolder
 from fa.train import loop as train
 from fa.train import step as engine
@@ -114,6 +115,19 @@ def test_a_run_that_another_process_trains_is_left_to_it():
         summary = run(configs)
     assert (summary.done, summary.left, summary.failed) == (1, 1, [])
     assert run(configs).done == 1
+
+
+def test_a_page_waits_for_a_run_that_another_process_trains():
+    """Two notebooks of a batch share runs; neither is drawn without them."""
+    page = Page("p3_fig2", mode="quick", rules=["bp"], seeds=1, epochs=1)
+    (config,) = page.runs
+    with ThreadPoolExecutor(1) as pool, RunFolder(config).lock():
+        table = pool.submit(page.table)
+        with pytest.raises(TimeoutError):
+            table.result(timeout=3)
+        trained = train.train(config)
+        RunFolder(config).finish(trained, trained.attrs["status"])
+    assert set(table.result().run) == {config.run} and page.partial() == ""
 
 
 def test_a_run_without_its_status_is_not_finished():

@@ -296,7 +296,7 @@ def test_where_figures_go_and_what_they_say(figure, monkeypatch):
     two = figure.plan("p3_fig2", "paper", seeds=2)
     figure.commit(lambda t: t[t.seed < 2])
     figure.commit(lambda t: t[t.seed < 2], "quick")
-    monkeypatch.setattr(figure_table.runs, "run", lambda missing, **_: SimpleNamespace(failed=[]))
+    monkeypatch.setattr(figure_table.runs, "run", lambda missing, **_: SimpleNamespace(failed=[], busy=0))
     monkeypatch.setattr(records, "collect", lambda *_, **__: None)
     for mode in ("record", "quick", "paper"):
         cfg = figure.open(mode=mode)

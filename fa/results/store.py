@@ -144,9 +144,10 @@ class RunFolder:
             raise UserError(f"{path} is not there; delete the folder of that run to train it again")
         return torch.load(path, map_location="cpu", weights_only=True)
 
-    def lock(self) -> AbstractContextManager[bool]:
-        """Hold the run against other processes; yields False where another one holds it. See :func:`locked`."""
-        return locked(self.path / "lock", self.path, wait=False)
+    def lock(self, wait: bool = False) -> AbstractContextManager[bool]:
+        """Hold the run against other processes; yields False where another one holds it, unless we ``wait`` for that
+        one. See :func:`locked`."""
+        return locked(self.path / "lock", self.path, wait)
 
     def _write_config(self) -> None:
         write_bytes(self.path / "config.json", json.dumps(asdict(self.config), indent=1).encode())

@@ -168,7 +168,12 @@ class FigureTable:
         if self.mode != "quick" and not self.chosen:
             registered.note(self.name)
         try:
-            summary = runs.run(missing, workers=1 if own_rule else "auto", device=self.device)
+            workers = 1 if own_rule else "auto"
+            # another notebook of a batch may be training runs that this one shares
+            while (summary := runs.run(missing, workers=workers, device=self.device)).busy:
+                for config in runs.missing(missing):
+                    with RunFolder(config).lock(wait=True):
+                        pass
         except KeyboardInterrupt:
             done = sum(RunFolder(c).finished for c in self.runs)
             told = f"{done} of {len(self.runs)} runs are finished; run the cell again and training goes on"
