@@ -121,6 +121,7 @@ def draw(page: Page) -> Figure:
     fig, ax = plot.figure("ab", height=2.9, width_ratios=(1.25, 1))
     rows = table[(table.metric == "test_accuracy") & (table.epoch > 0)]
     curves(ax["a"], rows, "epoch")
+    ax["a"].xaxis.get_major_locator().set_params(integer=True)
     ax["a"].set(ylabel=plot.LABELS["test_accuracy"], ylim=(10, 100 if rows.value.max() > 80 else 80))
     ax["a"].legend(handles=key(rows.variant), loc="lower right", ncols=2)
     metric = measured(table)

@@ -56,9 +56,9 @@ def draw(page: Page) -> Figure:
     plot.curves(ax["c"], concordance, "epoch", "layer", dict(zip(names, colors.values())), hue_order=names)
     logarithmic(ax["c"], table)
     ax["c"].set(ylabel="Sign concordance, FA")
-    ax["c"].margins(y=0.4)  # room for the key
+    ax["c"].margins(y=0.5)  # room for the key
     ax["c"].axhline(0.5, color="0.75", lw=0.6, ls=":", zorder=0)
-    ax["c"].legend(handles=plot.key(dict(zip(names, colors.values()))), loc="upper left")
+    ax["c"].legend(handles=plot.key(dict(zip(names, colors.values()))), loc="upper left", ncols=2)
     end = table[table.epoch == table.epoch.max()]
     for panel, metric in (("d", "angle_deg"), ("e", "norm_ratio")):
         by_layer(ax[panel], end[end.metric == metric], names)
