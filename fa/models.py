@@ -2,8 +2,8 @@
 
 Parameter counts, asserted by the tests: ``mlp(784)`` 669,706 (p3's MNIST network, authors' ``ffn2``);
 ``resnet(20)`` 269,722, ``resnet(32)`` 464,154, ``resnet(56)`` 853,018, ``resnet(110)`` 1,727,962 for ten classes (He et
-al. 2016, section 4.2); ``Arch1()`` 404,746 (p1's Architecture 1); ``build("resnet18", ...)``, torchvision's, 11,689,512
-for a thousand.
+al. 2016, section 4.2); ``Arch1()`` 404,746 (p1's Architecture 1); ``LeNet()`` 61,706; ``build("resnet18", ...)``,
+torchvision's, 11,689,512 for a thousand.
 """
 
 from __future__ import annotations
@@ -138,6 +138,27 @@ class Arch1(nn.Module):
         return self.fc(torch.relu(self.fc2(torch.relu(self.fc1(x.flatten(1))))))
 
 
+class LeNet(nn.Module):
+    """LeNet-5 with ReLU: 5x5 convolutions of 6, 16 and 120 channels, max-pooling by 2 after the first two, then layers
+    of 84 and ``classes`` units. Zeros around an image of ``shape`` (channels, height, width) make it 32x32.
+
+    Source: BioTorch (arXiv 2108.13446), authors' file ``models/le_net.py``; the border of zeros is our reading.
+    """
+
+    def __init__(self, shape: Sequence[int] = (1, 28, 28), classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(shape[0], 6, 5, padding=((32 - shape[1]) // 2, (32 - shape[2]) // 2))
+        self.conv2, self.conv3 = nn.Conv2d(6, 16, 5), nn.Conv2d(16, 120, 5)
+        self.fc1 = nn.Linear(120, 84)
+        self.fc = nn.Linear(84, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (n, channels, height, width) -> logits (n, classes)."""
+        for conv in (self.conv1, self.conv2):
+            x = torch.relu(F.max_pool2d(conv(x), 2))
+        return self.fc(torch.relu(self.fc1(torch.relu(self.conv3(x)).flatten(1))))
+
+
 def is_cifar_resnet(name: str) -> bool:
     """Whether :func:`build` makes a CIFAR ResNet of that name."""
     return name.startswith("resnet") and name[6:].isdigit() and name != "resnet18"
@@ -171,9 +192,11 @@ def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] =
         return mlp(torch.Size(shape).numel(), hidden, classes)
     if name in ("arch1", "arch1-same"):
         return Arch1(shape, classes, "same" if name == "arch1-same" else "valid")
+    if name == "lenet":
+        return LeNet(shape, classes)
     if is_cifar_resnet(name):
         return resnet(int(name[6:]), classes, shape[0])
-    known = "mlp, arch1, arch1-same, resnet20, resnet32, resnet56, resnet110, resnet18"
+    known = "mlp, lenet, arch1, arch1-same, resnet20, resnet32, resnet56, resnet110, resnet18"
     raise UserError(f"unknown model {name!r}; known models: {known}")
 
 
@@ -202,6 +225,6 @@ def default_(net: nn.Module, gen: torch.Generator) -> nn.Module:
     for m in net.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
             std = (1 / (3 * fans(m.weight)[0])) ** 0.5
-            for p in filter(lambda p: p is not None, (m.weight, m.bias)):
+            for p in m.parameters(recurse=False):  # weight, bias
                 p.copy_(uniform(tuple(p.shape), std, p, gen))
     return net

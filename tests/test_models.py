@@ -131,6 +131,8 @@ def test_architecture_1_by_hand(padding, side):
         y = y.clamp_min(0) if name != "fc" else y
     assert (net(x) - y).abs().max() < 1e-13
     assert size(models.build("arch1", (3, 24, 24), 10)) == 404_746 and "404,746" in models.__doc__
+    assert size(models.build("lenet", (1, 28, 28), 10)) == 61_706 and "61,706" in models.__doc__
+    assert models.build("lenet", (3, 32, 32), 7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
     assert models.build("arch1-same", (1, 8, 8), 7)(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
     with pytest.raises(UserError, match="arch1 takes images of 16x16 and more, not 8x8; arch1-same takes 8x8"):
         models.build("arch1", (1, 8, 8), 10)
@@ -173,7 +175,7 @@ def test_a_depth_that_no_cifar_resnet_has_is_refused(depth):
 
 @pytest.mark.parametrize("name", ["lenet5x", "resnet", "resnet-20", "MLP", ""])
 def test_an_unknown_name_names_the_known(name):
-    with pytest.raises(UserError, match="mlp, arch1, arch1-same, resnet20"):
+    with pytest.raises(UserError, match="mlp, lenet, arch1, arch1-same, resnet20"):
         models.build(name, (3, 8, 8), 10)
 
 
