@@ -52,6 +52,26 @@ def judged() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+@pytest.mark.parametrize(
+    "verdict, words",
+    [
+        (None, "Partly reproduces: 1 of 4 claims hold (partly 1, fails 1, not tested 1). "),
+        ("holds", "Reproduces: 4 of 4 claims hold. "),
+        ("fails", "Does not reproduce: 0 of 4 claims hold (fails 4). "),
+        ("not tested", "Not tested: no claim is tested. "),
+    ],
+)
+def test_a_page_ends_with_one_line_of_what_it_shows(monkeypatch, verdict, words) -> None:
+    table = judged() if verdict is None else judged().assign(verdict=verdict)
+    monkeypatch.setattr(figure_table.claims, "verdicts", lambda *_, **__: table)
+    cfg = pages.Page("p3_fig2")
+    rows = cfg.table()
+    bp = rows[(rows.rule == "bp") & (rows.metric == "test_accuracy") & (rows.epoch == 40)].value.mean()
+    assert cfg.conclusion().startswith(f"{words}Test accuracy (%), ours (published): BP {bp:.2f} (98.38), FA ")
+    assert re.search(r"\. n = 5; trained in \d+h\d\dm on AMD EPYC\.$", cfg.conclusion())
+    assert cfg.provenance().endswith(cfg.conclusion()) and pages.Page("p3_fig1").conclusion() == ""
+
+
 def test_the_rendered_verdicts_have_the_claims_and_those_that_fail_first(monkeypatch) -> None:
     monkeypatch.setattr(figure_table.claims, "verdicts", lambda *_, **__: judged())
     shown = pages.Page("p3_fig2").judged()

@@ -36,6 +36,7 @@ from fa.paths import ROOT, need_repository, relative
 from fa.results import claims, records
 from fa.results.markdown import labelled
 from fa.results.parameters import STANDARD, check, given
+from fa.results.progress import clock
 from fa.results.table import FigureTable
 from fa.tables import Shown
 
@@ -139,12 +140,31 @@ class Page(FigureTable):
         return tables.Shown(f"{short.to_string(index=False)}\n\n{counted}", f"<p>{counted}</p>\n{_verdicts(table)}")
 
     def provenance(self) -> Shown:
-        """Table: where the numbers come from, by file, hash, commit and machine."""
+        """Table: where the numbers come from, by file, hash, commit and machine; then :meth:`conclusion`."""
         told = {k: str(v) for k, v in {"mode": self.mode, **self.trail()}.items() if v}
         if self.parameters:
             told["parameters"] = ", ".join(f"{n}={v}" for n, v in self.parameters.items())
         html = tables.shown(pd.Series(told, dtype=str).to_frame(), header=False).html
-        return tables.Shown("\n".join(f"{k:12s} {v}" for k, v in told.items()), html)
+        return tables.several(tables.Shown("\n".join(f"{k:12s} {v}" for k, v in told.items()), html), self.conclusion())
+
+    def conclusion(self) -> str:
+        """The page in one line: whether its claims hold, our values and the published ones, n, time and machine."""
+        if not self.runs:
+            return ""
+        verdicts, made, table = self.verdicts().verdict, self._made[1], self.table()
+        tested, other = verdicts[verdicts != "not tested"], verdicts[verdicts != "holds"]
+        if tested.empty:
+            said = [f"Not {'attempted' if table.empty else 'tested'}: no claim is tested"]
+        else:
+            part = "Does not reproduce" if tested.eq("fails").all() else "Partly reproduces"
+            words = "Reproduces" if tested.eq("holds").all() else part
+            said = [f"{words}: {len(verdicts) - len(other)} of {len(verdicts)} claims hold"]
+            said[0] += f" ({claims.counted(other)})" if len(other) else ""
+        said += [text] if (text := _beside(table, self.reference(), list(self.about.swept(self.runs[0])))) else []
+        if "wall_seconds" in made and not table.empty:
+            machine = provenance.told(made["environments"], "gpu", "cpu")
+            said.append(f"n = {table.seed.nunique()}; trained in {clock(made['wall_seconds'])} on {machine}")
+        return ". ".join(said) + "."
 
     def trail(self) -> dict[str, Any]:
         """What leads from a figure back to its data, code and machine; nothing in it depends on the clock."""
@@ -200,6 +220,25 @@ class Page(FigureTable):
         if words:
             plot.stamp(fig, " · ".join(words))
         return plot.save(fig, self.own_name, caption, folder, **self.trail())
+
+
+def _beside(table: pd.DataFrame, reference: pd.DataFrame, swept: Sequence[str]) -> str:
+    """Our last accuracies, mean over seeds, and the published ones in brackets; "" of a sweep over numbers."""
+    known = [m for m in plot.LABELS if "accuracy" in m and m in set(table.metric)]
+    metric = next((m for m in known if len(reference) and m in set(reference.metric)), next(iter(known), ""))
+    by = next((name for name in swept if name == "variant"), "rule")
+    if not metric or set(swept) - {by}:
+        return ""
+
+    def last(frame: pd.DataFrame) -> pd.Series:
+        rows = frame[frame.metric == metric]
+        return rows[rows.epoch == rows.groupby(by).epoch.transform("max")].groupby(by).value.mean()
+
+    ours, theirs = last(table), last(reference) if len(reference) else pd.Series(dtype=float)
+    names = plot.in_order(ours.index) if by == "rule" else ours.sort_values(ascending=False).index
+    values = [f"{plot.look(n).label} {ours[n]:.2f}" + (f" ({theirs[n]:.2f})" if n in theirs else "") for n in names]
+    published = ", ours (published)" if len(theirs) else ""
+    return f"{plot.LABELS[metric]}{published}: {', '.join(values)}"
 
 
 def _show(path: Path, fig: Figure) -> None:
