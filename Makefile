@@ -13,6 +13,9 @@ half  := $(venv).installing
 made  := $(filter own lock,$(shell cat '$(stamp)' 2>/dev/null))
 TORCH ?= $(made)
 
+# A process for each processor, up to four, for each holds torch; one thread in each.
+pytest = OMP_NUM_THREADS=1 $(py) -m pytest -n logical --maxprocesses 4
+
 pages  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.ipynb)),$(wildcard notebooks/*.ipynb))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -33,10 +36,10 @@ env: $(stamp)  ## make the environment, as requirements.lock pins it
 	@$(py) -c "$$check"
 
 test: $(stamp)  ## units, properties and notebooks
-	$(py) -m pytest -m "not slow" $(ARGS)
+	$(pytest) -m "not slow" $(ARGS)
 
 test-all: $(stamp)  ## the slow tests too, then every notebook in quick mode
-	$(py) -m pytest $(ARGS)
+	$(pytest) $(ARGS)
 	$(py) -m fa reproduce --mode quick
 
 mutants: $(stamp)  ## wrong lines, one at a time: do the tests notice each?
