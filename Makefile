@@ -20,7 +20,7 @@ pages  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.i
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env test test-all mutants lint reproduce refresh lab clean always
+.PHONY: help env test test-all mutants lint site reproduce refresh lab clean always
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,11 @@ lint: $(stamp)  ## ruff and mypy, installed when they are not there
 	$(py) -m ruff check
 	$(py) -m ruff format --check
 	$(py) -m mypy
+
+site: $(stamp)  ## the site, in build/site; Sphinx is installed when it is not there
+	@$(py) -c 'import furo, myst_nb, sphinx_copybutton; __import__("sphinx-mathjax-offline")' 2>/dev/null || $(py) -m pip install --quiet -e '.[docs]'
+	$(py) -m sphinx -qW --keep-going -c docs -d build/doctrees . build/site
+	@echo "fa: build/site/index.html"
 
 refresh: $(stamp)  ## for those who commit: run the notebooks (NOTEBOOKS) in place in record mode, and strip them
 	$(py) -m nbconvert --execute --inplace --coalesce-streams $(pages)
