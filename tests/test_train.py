@@ -214,6 +214,8 @@ def test_progress_is_written_after_every_epoch(monkeypatch):
         want = table[(table.layer == "") & (table.metric == metric) & (table.epoch > 0)]
         assert lines[metric].tolist() == want.value.tolist()
     assert lines.train_accuracy.isna().tolist() == [True, True, False] and (lines.seconds >= 0).all()
+    angles = table[(table.metric == "angle_deg") & (table.epoch == 3)].value.round(2)
+    assert list(map(float, lines.angles.iloc[-1].split())) == angles.tolist()
     monkeypatch.setattr(train, "time", Clock(1.0))
     assert train.train(config, folder=folder, until=4.0) is None  # no checkpoint: from the beginning
     assert pd.read_csv(folder.path / "progress.csv").epoch.tolist() == [1] and folder.checkpoint()["epoch"] == 1
@@ -459,7 +461,9 @@ def test_fingerprint_is_stable_and_knows_every_field_of_the_recipe():
     adam = dict(optimizer="adam")
     told = {tuple(train.fingerprint(replace(MIRROR, **f))) for f in ({}, adam, *({n: v} for n, v in PHASES.items()))}
     assert len(told) == 4
-    models = [train.fingerprint(replace(MIRROR, rule="fa", model=m, hidden=""), 2) for m in ("arch1", "resnet20", "lenet")]
+    models = [
+        train.fingerprint(replace(MIRROR, rule="fa", model=m, hidden=""), 2) for m in ("arch1", "resnet20", "lenet")
+    ]
     assert len(set(map(tuple, models))) == 3 and models[0] == train.fingerprint(
         replace(MIRROR, rule="fa", model="arch1-same", hidden=""), 2
     )
