@@ -184,5 +184,5 @@ def test_every_page_of_the_site_fits_a_phone_and_says_nothing_in_the_console(pag
         page.wait_for_load_state("networkidle")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, path.name
         assert not said, f"{path.name}: {said}"
-    page.goto((site / "search.html?q=decay_for").as_uri())
+    page.goto(f"{(site / 'search.html').as_uri()}?q=decay_for")
     page.locator("#search-results li").first.wait_for()
