@@ -14,9 +14,15 @@ import pandas as pd
 from fa import plot, tables
 from fa.errors import UserError
 from fa.experiments import Experiment
+from fa.layers.hooks import converted
+from fa.metrics import alignment
 from fa.paths import user_folder
+from fa.train import data
 from fa.train.config import Config, identity
-from fa.train.loop import train
+from fa.train.loop import all_finite
+from fa.train.measure import accuracies
+from fa.train.network import build_network
+from fa.train.step import Stepper, make_optimizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +99,8 @@ class Trial:
     def factors(self) -> tuple[float, float]:
         """What a point multiplies the two axes by, (horizontal, vertical)."""
         row, column = divmod(self.number, self.side)
-        return 3.0 ** (column - self.side // 2), 3.0 ** (row - self.side // 2)
+        middle = (self.side - 1) / 2
+        return 3.0 ** (column - middle), 3.0 ** (row - middle)
 
     def metaparameters(self) -> dict[str, Any]:
         """Name -> value; of a trial they are drawn when it is asked for first, and kept in the storage of the search.
@@ -125,26 +132,38 @@ class Trial:
 
         A trial and a point have ``score``, the accuracy on the validation images (on digits, which have none, on the
         test images; :data:`CHANCE` where training diverged), ``diverged`` (0 or 1), ``set_NAME`` for each metaparameter
-        that is a number, and accuracies, angles and norm ratios as every run has them. A summary has those of :func:`summed`.
+        that is a number, and each layer's angle and norm ratio. A summary has those of :func:`summed`.
         """
         if self.part == "summary":
             found, rows, status = summed(self, pd.concat(needed)), pd.DataFrame(), {}
         else:
             chosen = self.metaparameters()
-            rows = train(self.recipe(chosen))
-            status, rows = rows.attrs["status"], rows[rows.epoch == self.epochs]
-            whole = dict(zip(rows.metric[rows.layer == ""], rows.value[rows.layer == ""]))
-            diverged = status["state"] == "diverged"
-            score = CHANCE if diverged else whole.get("val_accuracy", whole["test_accuracy"])
+            score, rows, status = trained(self.recipe(chosen))
             numbers = {f"set_{name}": value for name, value in chosen.items() if not isinstance(value, str)}
-            found = {"score": score, "diverged": float(diverged), **numbers}
-            rows = rows[rows.metric.isin(["val_accuracy", "test_accuracy", "angle_deg", "norm_ratio"])]
+            found = {"score": score, "diverged": float(status["state"] == "diverged"), **numbers}
             if self.part == "search":
                 tell(self, score)
         own = pd.DataFrame({"epoch": self.epochs, "layer": "", "metric": list(found), "value": list(found.values())})
         table = pd.concat([own, rows]).reindex(columns=["epoch", "layer", "depth", "metric", "value"])
         table.attrs["status"] = status
         return table
+
+
+def trained(config: Config) -> tuple[float, pd.DataFrame, dict[str, Any]]:
+    """Train a run as :func:`fa.train.loop.train` does, and measure it once, at its end.
+
+    Returns:
+        The score, the rows of each layer's feedback (none where training diverged), and the run's status.
+    """
+    sets = data.load(config.dataset)
+    net = build_network(config, sets.shape, sets.classes)
+    stepper = Stepper(net, make_optimizer(net, config), config, sets.train)
+    for epoch in range(config.epochs):
+        if not all_finite([stepper.epoch(epoch), *net.parameters()]):
+            return CHANCE, pd.DataFrame(), {"state": "diverged", "epoch": epoch + 1}
+    [score] = accuracies(net, sets.val or sets.test)
+    rows = alignment(net).melt(["layer", "depth"], ["angle_deg", "norm_ratio"], "metric") if converted(net) else None
+    return score, pd.DataFrame(rows).assign(epoch=config.epochs), {"state": "finished"}
 
 
 # ----------------------------------------------------------------------------------------------------------- the search
@@ -252,7 +271,7 @@ def summed(trial: Trial, runs: pd.DataFrame) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------------------- plan
 
 PAPER = Trial("bp", 0, "grid", trials=60, side=7, augment=True)
-SMALL = replace(PAPER, trials=30, side=5, dataset="digits", batch=32, augment=False)
+SMALL = replace(PAPER, trials=20, side=4, dataset="digits", batch=32, augment=False)
 QUICK = replace(SMALL, trials=0, side=3, model="mlp", hidden="32,32", epochs=2)
 
 
@@ -261,7 +280,7 @@ def grid(
 ) -> list[Trial]:
     """Paper: 60 trials each for WM and IA and 7 x 7 points for every rule, three epochs of ResNet-8 on ``cifar10-16``.
 
-    Small: 30 trials and 5 x 5 points, on digits, whose images the score is measured on are the test images. Quick: a
+    Small: 20 trials and 4 x 4 points, on digits, whose images the score is measured on are the test images. Quick: a
     multilayer perceptron on digits, 3 x 3 points, and no search unless ``trials`` asks for one.
 
     Args:
