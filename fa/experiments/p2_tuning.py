@@ -1,10 +1,9 @@
-"""p2's claim about tuning, measured: searches for metaparameters by Optuna's TPE, and how much of a grid trains well."""
+"""p2's claim about tuning, measured: searches for metaparameters by Optuna's TPE, and grids that show what trains."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,9 @@ import pandas as pd
 from fa import plot, tables
 from fa.errors import UserError
 from fa.experiments import Experiment
+from fa.experiments._search import NEAR, SEARCHED, SWITCHES, ask, summed, tell
 from fa.layers.hooks import converted
 from fa.metrics import alignment
-from fa.paths import user_folder
 from fa.train import data
 from fa.train.config import Config, identity
 from fa.train.loop import all_finite
@@ -32,13 +31,6 @@ if TYPE_CHECKING:
 
 RULES = ("bp", "fa", "wm", "ia", "sa", "aa", "kp")
 
-RANGES = {"amp": (0.01, 1.0), "null": (0.01, 1.0), "decay": (0.01, 1.0), "feedback_lr": (0.01, 1.0),
-          "init": (0.01, 1.0), "input_std": (0.3, 3.0)}  # fmt: skip
-SWITCHES = ("noise", "center", "normalize")
-SEARCHED = {"wm": [n for n in (*RANGES, *SWITCHES) if n != "null"], "ia": [*RANGES, *SWITCHES]}
-"""Rule -> metaparameters of its search: those of :data:`RANGES` in logarithm, those of :data:`SWITCHES` 0 or 1 (p2 has
-all of them; the ranges are ours)."""
-
 CENTERS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     "bp": ({}, (), ()),
     "fa": ({}, (), ()),
@@ -46,14 +38,13 @@ CENTERS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     "ia": ({"amp": 0.2, "null": 0.1, "decay": 0.1, "input": "normal"}, ("amp",), ("null", "decay")),
     "sa": ({"self_": 0.2, "decay": 0.1}, ("self_",), ("decay",)),
     "aa": ({"amp": 0.2, "sparse": 0.1}, ("amp",), ("sparse",)),
-    "kp": ({"lr": 0.1, "weight_decay": 0.005}, ("lr",), ("weight_decay",)),
+    "kp": ({"weight_decay": 0.005}, ("lr",), ("weight_decay",)),
 }
-"""Rule -> (middle of its grid, what the horizontal axis multiplies, what the vertical axis multiplies): the coefficients
-that drive the feedback to W, and those that hold it back. KP has the learning rate and weight decay, which W shares.
-BP and FA have one point."""
+"""Rule -> (middle of its grid, what the horizontal axis multiplies, what the vertical axis multiplies): coefficients
+that drive the feedback to W, and those that hold it back. KP has the learning rate and weight decay, which it shares
+with W. BP and FA have one point."""
 
 CHANCE = 10.0  # percent: what a trial counts that diverged
-NEAR = 2.0  # points
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ class Trial:
         number: of the trial, or of the point (rows of the grid one after another), from 0.
         trials: of the rule's search (0: it has none).
         side: points along each axis of the rule's grid, each three times the one before.
-        model, hidden, dataset, epochs, batch, augment: as in :class:`fa.train.config.Config`.
+        model, hidden, dataset, epochs, batch, lr, augment: as in :class:`fa.train.config.Config`.
         revision: of the recipe.
     """
 
@@ -82,6 +73,7 @@ class Trial:
     dataset: str = "cifar10-16"
     epochs: int = 3
     batch: int = 128
+    lr: float = 0.1
     augment: bool = False
     revision: int = 1
 
@@ -112,6 +104,7 @@ class Trial:
             middle, driving, holding = CENTERS[self.rule]
             drive, hold = self.factors
             scale = dict.fromkeys(driving, drive) | dict.fromkeys(holding, hold)
+            middle = {"lr": self.lr, "feedback_lr": 0.1} | middle
             return middle | {name: float(f"{middle[name] * factor:.3g}") for name, factor in scale.items()}
         return {name: float(f"{value:.3g}") for name, value in ask(self).params.items()}
 
@@ -119,7 +112,7 @@ class Trial:
         """The ordinary run that trains with these metaparameters, in the last epoch at a tenth of the rates."""
         base = Config(
             self.rule, self.seed, dataset=self.dataset, model=self.model, hidden=self.hidden, epochs=self.epochs,
-            batch=self.batch, lr=0.1, lr_drops=str(self.epochs - 1), lr_factor=0.1, augment=self.augment,
+            batch=self.batch, lr=self.lr, lr_drops=str(self.epochs - 1), lr_factor=0.1, augment=self.augment,
         )  # fmt: skip
         if self.part == "grid":
             return base.vary(**chosen)
@@ -166,113 +159,14 @@ def trained(config: Config) -> tuple[float, pd.DataFrame, dict[str, Any]]:
     return score, pd.DataFrame(rows).assign(epoch=config.epochs), {"state": "finished"}
 
 
-# ----------------------------------------------------------------------------------------------------------- the search
-
-
-def optuna() -> Any:
-    """The module Optuna, silent.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError("the search of p2_tuning needs Optuna: pip install -e '.[tuning]'") from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
-
-
-def space(rule: str) -> dict[str, Any]:
-    """Name -> Optuna's distribution, of a rule's search."""
-    d = optuna().distributions
-    one = {name: d.FloatDistribution(*RANGES[name], log=True) for name in RANGES}
-    one |= {name: d.CategoricalDistribution([0, 1]) for name in SWITCHES}
-    return {name: one[name] for name in SEARCHED[rule]}
-
-
-def study_of(trial: Trial) -> Any:
-    """The study of a trial's search, made where it is not there yet.
-
-    It lies in ``$FA_STORAGE``, any URL that Optuna knows, or else in a journal in the run store. Several processes
-    share it: a process that is killed leaves what it was told and asked.
-
-    Raises:
-        UserError: the storage cannot be reached.
-    """
-    o, name = optuna(), f"p2_tuning {trial.rule} {replace(trial, number=0).run}"
-    try:
-        if not (storage := os.environ.get("FA_STORAGE", "")):
-            folder = user_folder("FA_RUNS", "data/runs") / "studies"
-            folder.mkdir(parents=True, exist_ok=True)
-            journal = o.storages.journal.JournalFileBackend(str(folder / "p2_tuning.journal"))
-            storage = o.storages.JournalStorage(journal)
-        return o.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
-    except Exception as error:  # of a driver that is missing, an address that nobody answers, a disk
-        raise UserError(
-            f"the storage of the search cannot be used ({type(error).__name__}); set FA_STORAGE to a URL that Optuna "
-            "knows, e.g. sqlite:///search.db, or leave it empty for a file in the run store"
-        ) from error
-
-
-def asked(study: Any) -> dict[int, Any]:
-    """Number of a trial of ours -> Optuna's trial."""
-    return {t.user_attrs["number"]: t for t in study.get_trials(deepcopy=False)}
-
-
-def ask(trial: Trial) -> Any:
-    """Optuna's trial of that number. It is drawn once, from the finished trials of then, by a TPE whose seed is the
-    number's, and is in the storage whole or not at all."""
-    o, study = optuna(), study_of(trial)
-    if trial.number not in (before := asked(study)):
-        sampler = o.samplers.TPESampler(seed=int(trial.run[:8], 16))
-        draft = o.create_study(direction="maximize", sampler=sampler)
-        draft.add_trials([t for t in before.values() if t.state.is_finished()])
-        drawn, told = draft.ask(space(trial.rule)), {"number": trial.number}
-        state = o.trial.TrialState.RUNNING
-        study.add_trial(
-            o.trial.create_trial(state=state, params=drawn.params, distributions=space(trial.rule), user_attrs=told)
-        )
-    return asked(study)[trial.number]
-
-
-def tell(trial: Trial, score: float) -> None:
-    """Report a trial's score to its search; a second report, of a trial that was told and then killed, is ignored."""
-    study_of(trial).tell(ask(trial).number, score, skip_if_finished=True)
-
-
-def summed(trial: Trial, runs: pd.DataFrame) -> dict[str, float]:
-    """Metric -> value of a rule's summary.
-
-    ``grid_best``, ``grid_share`` (percent of the grid's points within :data:`NEAR` points of its best), and
-    ``grid_diverged`` (percent); of a rule with a search ``search_best``, ``search_median``, ``search_diverged``
-    (percent), and ``importance_NAME``, the share of metaparameter NAME in the variance of the scores (Optuna's fANOVA).
-    """
-    wide, found = runs.pivot_table(index="run", columns="metric", values="value"), {}
-    parts = {part: [c.run for c in trial.needs if c.part == part] for part in ("grid", "search")}
-    for part, names in parts.items():
-        if names:
-            score, bad = wide.score[names], wide.diverged[names]
-            found |= {f"{part}_best": score.max(), f"{part}_diverged": 100 * bad.mean()}
-            near = {"grid_share": 100 * (score >= score.max() - NEAR).mean()}
-            found |= near if part == "grid" else {"search_median": score.median()}
-    if not parts["search"]:
-        return found
-    o, distributions = optuna(), space(trial.rule)
-    study = o.create_study(direction="maximize")
-    for _, row in wide.loc[parts["search"]].iterrows():
-        params = {n: int(row[f"set_{n}"]) if n in SWITCHES else row[f"set_{n}"] for n in distributions}
-        study.add_trial(o.trial.create_trial(params=params, distributions=distributions, value=row.score))
-    evaluator = o.importance.FanovaImportanceEvaluator(seed=0)
-    shares = o.importance.get_param_importances(study, evaluator=evaluator)
-    return found | {f"importance_{name}": share for name, share in shares.items()}
-
-
 # ----------------------------------------------------------------------------------------------------------------- plan
 
 PAPER = Trial("bp", 0, "grid", trials=60, side=7, augment=True)
-SMALL = replace(PAPER, trials=20, side=4, dataset="digits", batch=32, augment=False)
-QUICK = replace(SMALL, trials=0, side=3, model="mlp", hidden="32,32", epochs=2)
+SMALL = replace(
+    PAPER, trials=30, side=5, model="mlp", hidden="64,64,64,64", dataset="digits", epochs=5, batch=32, lr=0.01,
+    augment=False,
+)  # fmt: skip
+QUICK = replace(SMALL, trials=0, side=3, hidden="32,32", epochs=2)
 
 
 def grid(
@@ -280,8 +174,9 @@ def grid(
 ) -> list[Trial]:
     """Paper: 60 trials each for WM and IA and 7 x 7 points for every rule, three epochs of ResNet-8 on ``cifar10-16``.
 
-    Small: 20 trials and 4 x 4 points, on digits, whose images the score is measured on are the test images. Quick: a
-    multilayer perceptron on digits, 3 x 3 points, and no search unless ``trials`` asks for one.
+    Small: 30 trials and 5 x 5 points, five epochs of a multilayer perceptron of four hidden layers on digits, whose
+    only images to measure the score on are the test images. Quick: two hidden layers, 3 x 3 points, and no search
+    unless ``trials`` asks for one.
 
     Args:
         trials: of a search (0: the mode's own).
@@ -312,3 +207,113 @@ EXPERIMENT = Experiment(
     "Tuning of weight mirror and information alignment", "p2", "23_estimation_tuning", RULES, grid,
     own={"trials": 0, "storage": ""}, small=True, swept=swept,
 )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- figure
+
+TEXT = f"""a: score of each trial of the search for the metaparameters of weight mirror (WM) and information alignment
+(IA), and the best until then; crosses: training diverged, which counts as chance ({CHANCE:g} %). Grey: BP. b: share of
+each metaparameter in the variance of the scores (fANOVA). c to g: score of every point of a grid over two coefficients,
+one that drives the feedback to W (KP: the learning rate) and one that holds it back (KP: weight decay), as multiples
+of its middle; crosses: diverged; framed: within {NEAR:g} points of the grid's best. One seed."""
+CAPTION = f"""Tuning of learned feedback (Kunin et al. 2020). ResNet-8 learns CIFAR-10 at 16x16 pixels for three
+epochs; score: accuracy on the validation images (%). {TEXT}"""
+SMALL_CAPTION = f"""Tuning of learned feedback (Kunin et al. 2020), at a scale of minutes. A multilayer perceptron of
+four hidden layers of 64 units learns digits (8x8 pixels, 1,437 images) for five epochs; score: accuracy on the 360
+test images (%), for there are no others. {TEXT}"""
+
+
+@plot.style()
+def draw(page: Page) -> Figure:
+    """a: the searches; b: importances; c to g: grids."""
+    table = page.table()
+    rules = [rule for rule in plot.in_order(table.rule) if CENTERS[rule][0]]
+    searched = [rule for rule in SEARCHED if ((table.rule == rule) & (table.part == "search")).any()]
+    top = [[[["a", "b"]]]] if searched else []
+    fig, ax = plot.figure([*top, [[rules]]], height=4.1 if searched else 1.9, height_ratios=[1.25, 1][-1 - len(top) :])
+    if searched:
+        draw_search(ax["a"], table, searched)
+        draw_importance(ax["b"], table, searched)
+    score = table[(table.metric == "score") & (table.part == "grid")]
+    for rule in rules:
+        draw_grid(ax[rule], table[(table.rule == rule) & (table.part == "grid")], rule, score.value.max())
+    plot.letters([ax[name] for name in (*"ab"[: 2 * len(top)], *rules)])
+    return fig
+
+
+def draw_search(ax: Axes, table: pd.DataFrame, rules: list[str]) -> None:
+    """Panel a: scores by trial, and the best until then."""
+    for rule in rules:
+        rows, own = table[(table.rule == rule) & (table.part == "search")], plot.look(rule)
+        wide = rows[rows.layer == ""].pivot_table(index="number", columns="metric", values="value")
+        bad, x = wide.diverged > 0, wide.index + 1
+        ax.plot(x, wide.score.cummax(), color=own.color, drawstyle="steps-post")
+        ax.plot(x[~bad], wide.score[~bad], own.marker, color=own.color, ms=3, mew=0, alpha=0.8)
+        ax.plot(x[bad], wide.score[bad] + (2 if rule == rules[0] else -2), "x", color=own.color, ms=3, mew=0.8)
+    if len(bp := table[(table.rule == "bp") & (table.metric == "grid_best")]):
+        ax.axhline(bp.value.mean(), color="0.6", lw=0.8, zorder=0)
+    ax.set(xlabel="Trial", ylabel="Score (%)", ylim=(0, 103))
+    plot.rule_key(ax, rules)
+
+
+def draw_importance(ax: Axes, table: pd.DataFrame, rules: list[str]) -> None:
+    """Panel b: a pair of bars for each metaparameter, the most important of all rules at the top."""
+    rows = table[table.metric.str.startswith("importance_")]
+    wide = rows.pivot_table(index="metric", columns="rule", values="value")
+    wide = wide.loc[wide.max(axis=1).sort_values().index]
+    for i, rule in enumerate(rules):
+        ax.barh([y - 0.2 + 0.4 * (len(rules) - 1 - i) for y in range(len(wide))], wide[rule], 0.36,
+                color=plot.look(rule).color)  # fmt: skip
+    ax.set(xlabel="Share in the variance of the scores", yticks=range(len(wide)))
+    ax.set_yticklabels(wide.index.str.removeprefix("importance_").str.replace("_", " "))
+    ax.tick_params(axis="y", length=0)
+
+
+def draw_grid(ax: Axes, rows: pd.DataFrame, rule: str, best: float) -> None:
+    """Panels c to g: the scores of one grid, darkest where they are low."""
+    from matplotlib.patches import Rectangle
+
+    wide = {
+        metric: rows[rows.metric == metric].groupby(["hold", "drive"]).value.mean().unstack("drive")
+        for metric in ("score", "diverged")
+    }
+    score, bad = wide["score"], wide["diverged"] > 0
+    ax.imshow(score, origin="lower", cmap="viridis", vmin=CHANCE, vmax=best, aspect="auto")
+    for (i, j), value in np.ndenumerate(score.to_numpy()):
+        ink = "white" if value < (CHANCE + best) / 2 else "black"
+        ax.text(j, i, "×" if bad.iloc[i, j] else f"{value:.0f}", ha="center", va="center", color=ink, fontsize=5)
+        if value >= score.max().max() - NEAR:
+            ax.add_patch(Rectangle((j - 0.44, i - 0.44), 0.88, 0.88, fill=False, ec="#D55E00", lw=0.9))
+    _, drives, holds = CENTERS[rule]
+    ticks = {"x": (score.columns, drives), "y": (score.index, holds)}
+    for axis, (factors, names) in ticks.items():
+        label = ", ".join(name.rstrip("_").replace("_", " ") for name in names)
+        ax.set(**{f"{axis}ticks": range(len(factors)), f"{axis}label": f"{label} (×)"})
+        getattr(ax, f"set_{axis}ticklabels")([f"{factor:.2g}" for factor in factors], fontsize=5.5)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    plot.note(ax, plot.look(rule).label)
+
+
+def listing(table: pd.DataFrame) -> str:
+    """Table: a rule's search (best, median, share that diverged) and its grid (best, share near it, and diverged)."""
+    names = ["search_best", "search_median", "search_diverged", "grid_best", "grid_share", "grid_diverged"]
+    rows = table[table.metric.isin(names)]
+    if rows.empty:
+        return tables.several("no run yet")
+    wide = rows.pivot_table(index="rule", columns="metric", values="value").reindex(columns=names)
+    wide = wide.loc[plot.in_order(wide.index)].rename(index=lambda rule: plot.look(rule).label)
+    wide.columns = ["search: best", "median", "diverged (%)", "grid: best", "near (%)", "diverged (%) "]
+    return tables.shown(wide.rename_axis(None), float_format="{:.1f}".format, na_rep="-")
+
+
+def chosen(table: pd.DataFrame) -> str:
+    """Table: the metaparameters of each search's best trial (of equals the first)."""
+    rows, found = table[(table.part == "search") & (table.layer == "")], {}
+    for rule in plot.in_order(rows.rule):
+        wide = rows[rows.rule == rule].pivot_table(index="number", columns="metric", values="value")
+        found[plot.look(rule).label] = wide.loc[wide.score.idxmax()].filter(like="set_")
+    if not found:
+        return tables.several("no search in these runs")
+    both = pd.DataFrame(found).T.rename(columns=lambda name: name.removeprefix("set_"))
+    return tables.shown(both.reindex(columns=SEARCHED["ia"]), float_format="{:.3g}".format, na_rep="-")
