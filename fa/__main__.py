@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile (auto: on CUDA, if it can)"
     )
     run.add_argument("--deterministic", action="store_true", help="on CUDA: slower, the same numbers each time")
+    run.add_argument("--storage", default="", help="of a search: a URL that Optuna knows (default: in the run store)")
     run.add_argument("--dry-run", action="store_true", help="say what would be trained and for how long, and stop")
 
     collect = command("collect", _collect, "merge finished runs into the record data/records/EXPERIMENT.csv")
@@ -205,6 +206,8 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     for name in sorted({c.dataset for c in runs.missing(configs) if hasattr(c, "dataset")}):
         data.load(name)  # a data set that is missing or damaged is found before any process starts
+    if args.storage:
+        os.environ["FA_STORAGE"] = args.storage  # workers inherit it
     if args.deterministic:
         import torch
 
@@ -220,7 +223,7 @@ def _run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"fa: failed: {failure}\n")
     names = " ".join(args.experiments)
     if summary.left:
-        own = _given(args, "budget", "workers", "device", "add", "together", "compile", "deterministic")
+        own = _given(args, "budget", "workers", "device", "add", "together", "compile", "deterministic", "storage")
         print(f"next: {_PROG} run {names}{own}")
     else:
         part = any(records.lacking(name, args.mode, whole) for name, whole in planned.items())

@@ -14,14 +14,8 @@ from fa import plot, tables
 from fa.errors import UserError
 from fa.experiments import Experiment
 from fa.experiments._search import NEAR, SEARCHED, SWITCHES, ask, summed, tell
-from fa.layers.hooks import converted
-from fa.metrics import alignment
-from fa.train import data
+from fa.experiments._short import CHANCE, network, trained
 from fa.train.config import Config, identity
-from fa.train.loop import all_finite
-from fa.train.measure import accuracies
-from fa.train.network import build_network
-from fa.train.step import Stepper, make_optimizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,8 +37,6 @@ CENTERS: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
 """Rule -> (middle of its grid, what the horizontal axis multiplies, what the vertical axis multiplies): coefficients
 that drive the feedback to W, and those that hold it back. KP has the learning rate and weight decay, which it shares
 with W. BP and FA have one point."""
-
-CHANCE = 10.0  # percent: what a trial counts that diverged
 
 
 @dataclass(frozen=True)
@@ -131,7 +123,8 @@ class Trial:
             found, rows, status = summed(self, pd.concat(needed)), pd.DataFrame(), {}
         else:
             chosen = self.metaparameters()
-            score, rows, status = trained(self.recipe(chosen))
+            config = self.recipe(chosen)
+            score, rows, status = trained(config, network(config))
             numbers = {f"set_{name}": value for name, value in chosen.items() if not isinstance(value, str)}
             found = {"score": score, "diverged": float(status["state"] == "diverged"), **numbers}
             if self.part == "search":
@@ -140,23 +133,6 @@ class Trial:
         table = pd.concat([own, rows]).reindex(columns=["epoch", "layer", "depth", "metric", "value"])
         table.attrs["status"] = status
         return table
-
-
-def trained(config: Config) -> tuple[float, pd.DataFrame, dict[str, Any]]:
-    """Train a run as :func:`fa.train.loop.train` does, and measure it once, at its end.
-
-    Returns:
-        The score, the rows of each layer's feedback (none where training diverged), and the run's status.
-    """
-    sets = data.load(config.dataset)
-    net = build_network(config, sets.shape, sets.classes)
-    stepper = Stepper(net, make_optimizer(net, config), config, sets.train)
-    for epoch in range(config.epochs):
-        if not all_finite([stepper.epoch(epoch), *net.parameters()]):
-            return CHANCE, pd.DataFrame(), {"state": "diverged", "epoch": epoch + 1}
-    [score] = accuracies(net, sets.val or sets.test)
-    rows = alignment(net).melt(["layer", "depth"], ["angle_deg", "norm_ratio"], "metric") if converted(net) else None
-    return score, pd.DataFrame(rows).assign(epoch=config.epochs), {"state": "finished"}
 
 
 # ----------------------------------------------------------------------------------------------------------------- plan
@@ -227,7 +203,7 @@ test images (%), for there are no others. {TEXT}"""
 def draw(page: Page) -> Figure:
     """a: the searches; b: importances; c to g: grids."""
     table = page.table()
-    rules = [rule for rule in plot.in_order(table.rule) if CENTERS[rule][0]]
+    rules = [rule for rule in plot.in_order(table.rule if len(table) else RULES) if CENTERS[rule][0]]
     searched = [rule for rule in SEARCHED if ((table.rule == rule) & (table.part == "search")).any()]
     top = [[[["a", "b"]]]] if searched else []
     fig, ax = plot.figure([*top, [[rules]]], height=4.1 if searched else 1.9, height_ratios=[1.25, 1][-1 - len(top) :])
@@ -273,6 +249,9 @@ def draw_grid(ax: Axes, rows: pd.DataFrame, rule: str, best: float) -> None:
     """Panels c to g: the scores of one grid, darkest where they are low."""
     from matplotlib.patches import Rectangle
 
+    plot.note(ax, plot.look(rule).label)
+    if rows.empty:
+        return
     wide = {
         metric: rows[rows.metric == metric].groupby(["hold", "drive"]).value.mean().unstack("drive")
         for metric in ("score", "diverged")
@@ -292,7 +271,6 @@ def draw_grid(ax: Axes, rows: pd.DataFrame, rule: str, best: float) -> None:
         getattr(ax, f"set_{axis}ticklabels")([f"{factor:.2g}" for factor in factors], fontsize=5.5)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    plot.note(ax, plot.look(rule).label)
 
 
 def listing(table: pd.DataFrame) -> str:
