@@ -13,14 +13,19 @@ half  := $(venv).installing
 made  := $(filter own lock,$(shell cat '$(stamp)' 2>/dev/null))
 TORCH ?= $(made)
 
+# A process for each processor, up to four, for each holds torch; one thread in each.
+pytest = OMP_NUM_THREADS=1 $(py) -m pytest -n logical --maxprocesses 4
+
+oldest := $(venv)-oldest
+
 pages  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.ipynb)),$(wildcard notebooks/*.ipynb))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env test test-all mutants lint reproduce refresh lab clean always
+.PHONY: help env test test-all test-slow test-oldest harness mutants lint site reproduce refresh lab clean always
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  MODE=$(MODE)              quick, record, small or paper: what reproduce does"
 	@echo "  NOTEBOOKS='32_… 33_…'   the notebooks reproduce runs; empty: all"
@@ -33,11 +38,23 @@ env: $(stamp)  ## make the environment, as requirements.lock pins it
 	@$(py) -c "$$check"
 
 test: $(stamp)  ## units, properties and notebooks
-	$(py) -m pytest -m "not slow" $(ARGS)
+	$(pytest) -m "not slow" $(ARGS)
 
-test-all: $(stamp)  ## the slow tests too, then every notebook in quick mode
-	$(py) -m pytest $(ARGS)
+test-all: test-slow harness mutants test-oldest  ## everything: each of its parts can be run alone
 	$(py) -m fa reproduce --mode quick
+
+test-slow: $(stamp)  ## units, properties and notebooks, the slow ones too
+	$(pytest) $(ARGS)
+
+# Newest Python: make test VENV=.venv-newest PYTHON=python3.14
+test-oldest: $(stamp)  ## as test, with the oldest packages that pyproject.toml allows, in an environment of their own
+	@[ -x '$(oldest)/bin/python' ] || $(py) -m venv '$(oldest)'
+	@$(py) -c "$$lowest" | $(oldest)/bin/python -m pip install --quiet -r /dev/stdin
+	@$(oldest)/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	$(subst $(py),$(oldest)/bin/python,$(pytest)) -m "not slow" $(ARGS)
+
+harness: $(stamp)  ## kills campaigns at every write and at random moments, and fills their disk
+	$(py) tests/harness.py $(ARGS)
 
 mutants: $(stamp)  ## wrong lines, one at a time: do the tests notice each?
 	$(py) tests/mutants.py $(ARGS)
@@ -50,6 +67,11 @@ lint: $(stamp)  ## ruff and mypy, installed when they are not there
 	$(py) -m ruff check
 	$(py) -m ruff format --check
 	$(py) -m mypy
+
+site: $(stamp)  ## the site, in build/site; Sphinx is installed when it is not there
+	@$(py) -c 'import furo, myst_nb, sphinx_copybutton; __import__("sphinx-mathjax-offline")' 2>/dev/null || $(py) -m pip install --quiet -e '.[docs]'
+	$(py) -m sphinx -qW --keep-going -c docs -d build/doctrees . build/site
+	@echo "fa: build/site/index.html"
 
 refresh: $(stamp)  ## for those who commit: run the notebooks (NOTEBOOKS) in place in record mode, and strip them
 	$(py) -m nbconvert --execute --inplace --coalesce-streams $(pages)
@@ -92,3 +114,12 @@ torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
 print(f"fa: {sys.prefix}: Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}")
 endef
 export check
+
+define lowest
+import re, tomllib
+about = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = about["optional-dependencies"]
+for requirement in [*about["dependencies"], *extras["notebooks"], *extras["dev"]]:
+    print(re.sub(r">=([\d.]+).*", r"==\1", requirement))
+endef
+export lowest

@@ -71,9 +71,9 @@ def decay_for(net: nn.Module, steps: int, lr: float, momentum: float, leave: flo
 
     .. math:: D \leftarrow \left(1 - \frac{\eta\gamma}{1 - \mu}\right) D \quad \text{a step, for small } \eta\gamma
 
-    The mismatch D of :func:`mismatch_left` only decays. The decay γ returned is the smallest that leaves the share
-    ``leave`` of D after ``steps`` steps of ``torch.optim.SGD``, once their momentum has died away; it is computed from
-    the recursion itself (our derivation). p3's decays are set by hand: they leave 0.055 on MNIST, 0.16 on CIFAR-10.
+    The mismatch D of :func:`fa.theory.mismatch_left` only decays. The decay γ returned is the smallest that leaves the
+    share ``leave`` of D after ``steps`` steps of ``torch.optim.SGD``, once their momentum has died away (our
+    derivation, from the recursion itself). p3's decays are set by hand: they leave 0.055 on MNIST, 0.16 on CIFAR-10.
 
     Args:
         net: a converted network, whose W and feedback share γ, as in the groups of :func:`fa.param_groups`.

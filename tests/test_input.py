@@ -312,8 +312,9 @@ def test_A32_a_folder_that_cannot_be_made_is_a_sentence(arguments, variable, mon
 
 
 def test_A34_the_cells_of_a_notebook_stay_in_one_process() -> None:
-    scheduler = pytest.importorskip("xdist.scheduler")
     import importlib.util
+
+    from xdist import scheduler
 
     spec = importlib.util.spec_from_file_location("root_conftest", fa.ROOT / "conftest.py")
     module = importlib.util.module_from_spec(spec)

@@ -28,7 +28,7 @@ Sizes = tuple[torch.Size, torch.Size]
 
 
 class FeedbackLinear(Converted, nn.Linear):
-    """``nn.Linear`` whose error goes down through ``self.feedback``; made by :func:`convert`, never constructed."""
+    """``nn.Linear`` whose error goes down through ``self.feedback``; made by :func:`fa.convert`, never constructed."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Shapes: input (..., in) -> (..., out), as ``nn.Linear``."""
@@ -41,7 +41,7 @@ class FeedbackLinear(Converted, nn.Linear):
 
 
 class FeedbackConv2d(Converted, nn.Conv2d):
-    """``nn.Conv2d`` whose error goes down through ``self.feedback``; made by :func:`convert`, never constructed."""
+    """``nn.Conv2d`` whose error goes down through ``self.feedback``; made by :func:`fa.convert`, never constructed."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Shapes: x (n, in, h, w) or (in, h, w) -> (n, out, h', w') or (out, h', w'), as ``nn.Conv2d``."""

@@ -149,7 +149,7 @@ def _check_implicit(layer: nn.Module, optimizer: torch.optim.Optimizer, group_of
 
 
 def note_weight(layer: nn.Module) -> None:
-    """Remember the weight as it is now, for :func:`_changed`: version, place, and the entries on its diagonal."""
+    """Remember the weight as it is now, for ``_changed``: version, place, and the entries on its diagonal."""
     W = layer.weight.detach()
     layer.feedback.seen = W._version, W.data_ptr(), W.diagonal().clone()
 

@@ -140,7 +140,7 @@ class Tape:
             self.taps = None
 
     def add(self, x: Tensor, spread: Spread, name: str) -> None:
-        """Tap ``x``, (*rows, in) or (*rows, in, h, w): its gradient will be the output error, spread.
+        """Tap ``x``, ``(*rows, in)`` or ``(*rows, in, h, w)``: its gradient will be the output error, spread.
 
         The end of the pass shows whether the output has an error for each row or for each sample; both are prepared.
         """

@@ -24,7 +24,7 @@ rule is a frozen dataclass whose fields are its options. Its class may have the 
 ``feedback_grad(...)``              the gradients of the ``learned`` tensors, by name; a pair (B, dW) stands for B^T dW
 ``send_error(...)``                 dx, where the error does not go through a kernel; None: it does
 ``after_step(...)``                 new values of tensors, by name, once per optimizer step
-``attach(net, layers, sizes, seed)`` of a rule that is not layer-wise (:mod:`fa.layers.dfa`): a function that puts it on
+``attach``                          of a rule that is not layer-wise, as ``dfa``: puts it on (net, layers, sizes, seed)
 =================================== ===================================================================================
 
 The methods with dots receive what they name as parameters: ``W`` and any tensor of ``init_state``; ``feedback_grad``
@@ -61,7 +61,7 @@ Terms = list[tuple[Any, ...]]
 
 
 def fans(W: Tensor) -> tuple[int, int]:
-    """(fan_in, fan_out) of a weight of shape (out, in / groups, *kernel), as ``torch.nn.init`` counts them."""
+    """(fan_in, fan_out) of a weight ``(out, in / groups, *kernel)``, as ``torch.nn.init`` counts them."""
     receptive = W[0, 0].numel()
     return W.shape[1] * receptive, W.shape[0] * receptive
 
@@ -120,8 +120,8 @@ def random_mask(shape: tuple[int, ...], density: float, like: Tensor, gen: torch
 
 
 def channel_product(A: Tensor, M: Tensor) -> Tensor:
-    """Product A M over channels, group by group: ``A`` (..., out/g, mid/g), ``M`` (mid, in, *kernel) -> (out, in,
-    *kernel).
+    """Product A M over channels, group by group: ``A`` (..., out/g, mid/g), ``M`` ``(mid, in, *kernel)`` ->
+    ``(out, in, *kernel)``.
 
     With one group ``A`` is an ordinary (out, mid) matrix and this is ``A @ M`` over the first axis of ``M``.
     """
@@ -136,7 +136,7 @@ def terms_of(kernel: Tensor | Terms, mask: Tensor | None) -> Terms:
 
 
 def multiply(terms: Terms) -> Tensor:
-    """The kernel K (out, in, *kernel) that the terms stand for."""
+    """The kernel K, ``(out, in, *kernel)``, that the terms stand for."""
     (A, K), *more = terms
     K = K if A is None else channel_product(A, K)  # (out, mid) (mid, in) -> (out, in)
     for A, M, c in more:
@@ -145,8 +145,8 @@ def multiply(terms: Terms) -> Tensor:
 
 
 def gradient_of(grad: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """A gradient as ``feedback_grad`` gave it: a tensor, or a pair (B, dW) that stands for B^T dW (mid, in,
-    *kernel)."""
+    """A gradient as ``feedback_grad`` gave it: a tensor, or a pair (B, dW) that stands for B^T dW,
+    ``(mid, in, *kernel)``."""
     return (
         grad if isinstance(grad, Tensor) else channel_product(grad[0].mT, grad[1])
     )  # (mid, out) (out, in) -> (mid, in)
@@ -221,8 +221,8 @@ class Rule:
         return self
 
     def init_state(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
-        """Tensors to keep, by name. ``W`` (out, in / groups, *kernel) is the weight at conversion; it is not
-        changed."""
+        """Tensors to keep, by name. ``W`` ``(out, in / groups, *kernel)`` is the weight at conversion; it is
+        not changed."""
         return {}
 
     def state(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:

@@ -46,8 +46,8 @@ class PFA(Rule):
 
     By linearity the path error -> population -> layer below is one pass with the product kernel, and the Hebbian
     gradient of R (population activity times presynaptic activity) is B^T dW. ``B`` is (out, expansion * out), uniform
-    with E[B B^T] = I; ``R`` is (expansion * out, in, *kernel). In a grouped convolution B mixes within each group
-    (ours; the authors' code mixes all channels).
+    with E[B B^T] = I; ``R`` is ``(expansion * out, in, *kernel)``. In a grouped convolution B mixes within each
+    group (ours; the authors' code mixes all channels).
 
     Args:
         expansion: size of the population relative to the layer's outputs (default 10, the paper's everywhere);

@@ -76,14 +76,12 @@ class Config:
     Defaults are p3's MNIST recipe (the authors' configuration).
 
     Phases (``alternate_step_freq`` and ``delay_epochs`` of p2's code) are for feedback that learns from activity or W,
-    and not
-    from the task: wm, ia, sa, aa, primitives. A mirror-only step moves that feedback and nothing else, a task-only step
-        all but it. What
-    rests does not move at all: no decay, and its momentum waits. That is our reading; p2's code multiplies one loss by
-    0 and steps both optimizers, so that momentum coasts through the other's phase. Running statistics of batch norm
-    follow activity in every step (p2's too). Steps count over the whole run, the delay's included, and each takes a
-    batch: ``epochs`` counts all of them, whichever part learns. p2's code multiplies the epochs of the drops by k + 1;
-    here they are what they say.
+    and not from the task: wm, ia, sa, aa, primitives. A mirror-only step moves that feedback and nothing else, a
+    task-only step all but it. What rests does not move at all: no decay, and its momentum waits. That is our reading;
+    p2's code multiplies one loss by 0 and steps both optimizers, so that momentum coasts through the other's phase.
+    Running statistics of batch norm follow activity in every step (p2's too). Steps count over the whole run, the
+    delay's included, and each takes a batch: ``epochs`` counts all of them, whichever part learns. p2's code multiplies
+    the epochs of the drops by k + 1; here they are what they say.
     """
 
     rule: str

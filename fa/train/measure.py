@@ -117,7 +117,7 @@ def symmetries(config: Config, net: nn.Module, epoch: int, sets: Data) -> Rows:
 def explicit(config: Config, net: nn.Module) -> nn.Module:
     """The network itself, or its twin in float64 that stores the R which implicit product feedback leaves out.
 
-    R = B^T W + c (R_0 - B^T W_0), with B, R_0 and W_0 drawn anew from the run's seed (:class:`fa.rules.PFA`).
+    R = B^T W + c (R_0 - B^T W_0), with B, R_0 and W_0 drawn anew from the run's seed (:class:`fa.rules.product.PFA`).
     """
     if not config.rule_options.get("implicit"):
         return net

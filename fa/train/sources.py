@@ -123,5 +123,5 @@ SETS: dict[str, Source | ImageFolderSource] = {
                                           sha256="85687d6c5c1b3d7cc2ae9beb6c663187236ffd8c0451e41057c2202762a8a7da"),
 }  # fmt: skip
 """Name -> :class:`Source`, or of photographs on disk :class:`fa.train.photos.ImageFolderSource`, of every data set
-that :func:`load` knows.
+that :func:`fa.train.data.load` knows.
 """
