@@ -22,7 +22,7 @@ pages  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.i
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env test test-all test-slow test-oldest harness mutants lint site reproduce refresh lab clean always
+.PHONY: help env test test-all test-slow test-oldest test-cluster harness mutants lint site reproduce refresh lab clean always
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -40,7 +40,7 @@ env: $(stamp)  ## make the environment, as requirements.lock pins it
 test: $(stamp)  ## units, properties and notebooks
 	$(pytest) -m "not slow" $(ARGS)
 
-test-all: test-slow harness mutants test-oldest  ## everything: each of its parts can be run alone
+test-all: test-slow harness mutants test-oldest test-cluster  ## everything: each of its parts can be run alone
 	$(py) -m fa reproduce --mode quick
 
 test-slow: $(stamp)  ## units, properties and notebooks, the slow ones too
@@ -52,6 +52,11 @@ test-oldest: $(stamp)  ## as test, with the oldest packages that pyproject.toml 
 	@$(py) -c "$$lowest" | $(oldest)/bin/python -m pip install --quiet -r /dev/stdin
 	@$(oldest)/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	$(subst $(py),$(oldest)/bin/python,$(pytest)) -m "not slow" $(ARGS)
+
+test-cluster: $(stamp)  ## kills workers of a Dask cluster, and more; Dask and submitit are installed when they are not there
+	@$(py) -c 'import distributed, submitit' 2>/dev/null || $(py) -m pip install --quiet -e '.[cluster]'
+	$(py) -m pytest tests/test_cluster.py $(ARGS)
+	$(py) tests/cluster_harness.py
 
 harness: $(stamp)  ## kills campaigns at every write and at random moments, and fills their disk
 	$(py) tests/harness.py $(ARGS)

@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--workers", default="auto", help="processes (default: auto, one for each core)")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    _executor(run)
     run.add_argument("--add", action="store_true", help="train only what neither the run store nor data/records holds")
     run.add_argument(
         "--together", type=_count, default=0, help="runs that a process trains at once (default: 1 on the CPU, else 15)"
@@ -121,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
         help="run once for each value; several: for each combination",
     )
     reproduce.add_argument("--add", action="store_true", help="in paper mode: train only what data/records lacks too")
-    reproduce.add_argument("--jobs", type=_count, default=2, help="notebooks at a time (default: 2)")
+    reproduce.add_argument("--jobs", type=_count, default=2, help="notebooks at a time (default: 2; elsewhere all)")
+    _executor(reproduce)
 
     command("report", _report, "judge every claim and write REPORT.md and the tables of README.md")
 
@@ -137,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     figure.add_argument("--width", type=float, default=0, help="inches, e.g. 3.5 or 7.2 (default: the figure's own)")
     figure.add_argument("--format", default="pdf,svg,png", help="of pdf, svg, png (default: all three)")
     return parser
+
+
+def _executor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--executor", default="local", help="local, dask://HOST:PORT, or slurm:NAME=VALUE,... (default: local)"
+    )
 
 
 def _grid(parser: argparse.ArgumentParser) -> None:
@@ -187,11 +195,12 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fa.results import executors, progress, records, registered, runs
+    from fa.results import cluster, executors, progress, records, registered, runs, store
     from fa.train import data
 
     budget = progress.seconds(args.budget) if args.budget else None
-    executors.pick_workers(args.workers, executors.pick_device(args.device))  # a slip is found before all else
+    here = args.executor == "local"
+    executors.pick_workers(args.workers, executors.pick_device(args.device, here))  # a slip is found before all else
     planned = _planned(args)
     configs = list({c.run: c for whole in planned.values() for c in whole}.values())
     if args.add:
@@ -204,7 +213,8 @@ def _run(args: argparse.Namespace) -> int:
             print(f"  {c.run}  {c.rule}" + (f"  seed {c.seed}  {c.epochs} epochs" if hasattr(c, "seed") else ""))
         print(progress.forecast(left, budget, args.workers, args.device))
         return 0
-    for name in sorted({c.dataset for c in runs.missing(configs) if hasattr(c, "dataset")}):
+    datasets = sorted({c.dataset for c in runs.missing(configs) if hasattr(c, "dataset")})
+    for name in datasets if here else ():
         data.load(name)  # a data set that is missing or damaged is found before any process starts
     if args.storage:
         os.environ["FA_STORAGE"] = args.storage  # workers inherit it
@@ -217,13 +227,18 @@ def _run(args: argparse.Namespace) -> int:
         registered.note(records.name_of(name, args.mode))
     executors.keep_pages()  # this process trains, or waits
     compiled = {"auto": None}.get(args.compile, args.compile == "yes")
-    summary = runs.run(configs, budget, args.workers, args.device, together=args.together, compiled=compiled)
+    with cluster.opened(args.executor, store.runs_root(), datasets) as executor:
+        device = executor.device if executor and args.device == "auto" else args.device
+        summary = runs.run(
+            configs, budget, args.workers, device, together=args.together, compiled=compiled, executor=executor
+        )
     print(summary)
     for failure in summary.failed:
         sys.stderr.write(f"fa: failed: {failure}\n")
     names = " ".join(args.experiments)
     if summary.left:
-        own = _given(args, "budget", "workers", "device", "add", "together", "compile", "deterministic", "storage")
+        options = ("budget", "workers", "device", "executor", "add", "together", "compile", "deterministic", "storage")
+        own = _given(args, *options)
         print(f"next: {_PROG} run {names}{own}")
     else:
         part = any(records.lacking(name, args.mode, whole) for name, whole in planned.items())
@@ -242,7 +257,7 @@ def _collect(args: argparse.Namespace) -> int:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from fa.results import batch
+    from fa.results import batch, cluster, records
 
     def pairs(items: list[str]) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -258,7 +273,10 @@ def _reproduce(args: argparse.Namespace) -> int:
     for name, values in grid.items():
         if twice := [v for v in values if values.count(v) > 1]:
             raise UserError(f"the grid of {name!r} has the value {twice[0]!r} twice; give it once")
-    return batch.reproduce(args.notebooks, args.mode, pairs(args.parameters), grid, args.jobs, add=args.add)
+    with cluster.opened(args.executor, records.build(args.mode) / "notebooks") as found:
+        pool = cluster.Sharing(found.pool, found.terms) if found else None
+        jobs = sys.maxsize if found and args.jobs == args.parser.get_default("jobs") else args.jobs
+        return batch.reproduce(args.notebooks, args.mode, pairs(args.parameters), grid, jobs, add=args.add, pool=pool)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -27,6 +28,16 @@ def environment() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "commit": commit(),
     }
+
+
+@cache
+def software() -> dict[str, str]:
+    """What must be alike on machines that train the runs of one campaign, name -> version: the code of this package, as
+    it was when first asked, and torch, whatever device it was built for."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return {"fa of code": digest.hexdigest()[:12], "torch": torch.__version__.partition("+")[0]}
 
 
 def _cpu() -> str:

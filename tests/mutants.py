@@ -269,6 +269,12 @@ MUTANTS = [
            "test_train.py::test_a_run_whose_last_step_spoils_a_weight_diverged"),
     Mutant("error bars of the standard error", "plot.py", "sd = values.std() if", "sd = values.sem() if",
            "test_plot.py::test_an_error_bar_at_the_last_epoch_is_one_sample_sd"),
+    Mutant("a finished run is replaced by one that comes back", "results/store.py", "if not mine or self.finished:",
+           "if not mine:", "test_cluster.py::test_files_travel_and_a_finished_run_is_never_replaced"),
+    Mutant("a run that another process holds is replaced", "results/store.py", "if not mine or self.finished:",
+           "if self.finished:", "test_cluster.py::test_files_travel_and_a_finished_run_is_never_replaced"),
+    Mutant("a cancelled job is none", "results/executors.py", "if future.cancelled():", "if False:",
+           "test_kill.py::test_jobs_that_their_scheduler_cancels_end_in_a_sentence"),
     Mutant("a job is lost with its worker", "results/executors.py", "if attempt < attempts:", "if False:",
            "test_kill.py::test_a_job_is_taken_up_by_another_worker"),
     # --------------------------------------------------------------------------------------------- the pages of paper 2

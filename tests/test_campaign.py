@@ -19,6 +19,7 @@ from fa import __main__ as command
 from fa import experiments, paths
 from fa.results import executors, progress, records
 from fa.results import runs as campaign
+from fa.results.cluster import Elsewhere, Terms
 from fa.results.page import Page
 from fa.results.store import RunFolder
 from fa.train import loop as train
@@ -256,7 +257,7 @@ def wait_for(condition):
 def test_any_executor_serves(tmp_path):
     configs = plan("bp,fa", epochs=1)
     with ThreadPoolExecutor(1) as pool:
-        summary = campaign.run(configs, device="cpu", executor=pool, progress=False)
+        summary = campaign.run(configs, device="cpu", executor=Elsewhere(pool, Terms(tmp_path)), progress=False)
     assert (summary.done, summary.left) == (2, 0)
 
 

@@ -125,6 +125,18 @@ def test_a_job_is_taken_up_by_another_worker(deadly: list[str], done: str, again
     assert sorted(said) == [(job, "it was killed") for job in again]
 
 
+def test_jobs_that_their_scheduler_cancels_end_in_a_sentence() -> None:
+    class Gone(Worker):
+        def submit(self, fn, /, *args, **kwargs) -> Future:
+            future: Future = Future()
+            future.cancel()
+            future.set_running_or_notify_cancel()
+            return future
+
+    with pytest.raises(fa.UserError, match="their scheduler went away; finished runs are kept"):
+        list(executors.each(str.upper, "abc", lambda: Gone([]), 2))
+
+
 def test_workers_that_cannot_even_start_end_in_a_sentence() -> None:
     with pytest.raises(fa.UserError, match="killed as they start"):
         list(executors.each(str.upper, "abc", lambda: Worker(["idle"]), 1))

@@ -74,7 +74,7 @@ def reproduce(
         jobs: notebooks at a time; 0: one a core, at most 4.
         say: takes the progress, a line at a time; default: prints.
         add: in small and paper mode, do not train again what data/records/ holds (default: False).
-        pool: where the notebooks run, e.g. a cluster's executor; default: processes of this machine.
+        pool: where the notebooks run, e.g. :class:`fa.results.cluster.Sharing`; default: processes of this machine.
     Returns:
         exit code: 0, or 1 if any notebook failed.
     Raises:

@@ -63,6 +63,21 @@ class Here(Executor):
 
 
 @contextmanager
+def unchanged() -> Iterator[None]:
+    """After the block the environment variables and the two output streams of this process are what they were before
+    it: a worker of a cluster serves other campaigns as well."""
+    variables, streams = dict(os.environ), [os.dup(1), os.dup(2)]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(variables)
+        for number, stream in enumerate(streams, 1):
+            os.dup2(stream, number)
+            os.close(stream)
+
+
+@contextmanager
 def processes() -> Iterator[Callable[[], Executor]]:
     """Yields a function that starts a worker process, as an executor of one; a worker that dies then takes no other
     one with it.
@@ -115,7 +130,7 @@ def each(
         (job, result, "") as they end, or (job, None, why) of one whose workers died.
 
     Raises:
-        UserError: from a job.
+        UserError: from a job; or jobs were cancelled by whoever makes the workers.
     """
     waiting, deaths = deque((job, 1) for job in jobs), 0
     flying: dict[Future, tuple[Executor, Any, int]] = {}
@@ -134,6 +149,11 @@ def each(
                     free.append(new())
             for future in wait(flying, return_when=FIRST_COMPLETED).done:
                 worker, job, attempt = flying.pop(future)
+                if future.cancelled():
+                    raise UserError(
+                        "the jobs were cancelled, or their scheduler went away; finished runs are kept, call again "
+                        "when it is back"
+                    )
                 error = future.exception()
                 if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
                     free.append(worker)

@@ -1,9 +1,9 @@
 """Campaigns: train the runs that are missing, in several processes, within a time budget.
 
 A finished run is never trained twice; one that was stopped, or killed, goes on from its checkpoint. The unit of work
-is a plain function, :func:`run_one`, which any ``concurrent.futures.Executor`` can call. On the CPU each run has one
-process and one thread, so that its numbers do not depend on how many runs are trained at the same time; on CUDA runs
-that share a recipe are one network (:mod:`fa.train.stack`).
+is a plain function, :func:`run_one`, which any ``concurrent.futures.Executor`` can call, on other machines too
+(:mod:`fa.results.cluster`). On the CPU each run has one process and one thread, so that its numbers do not depend on
+how many runs are trained at the same time; on CUDA runs that share a recipe are one network (:mod:`fa.train.stack`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ import pandas as pd
 
 from fa.errors import UserError
 from fa.provenance import environment
+from fa.results.cluster import Elsewhere
 from fa.results.executors import Here, each, pick_device, pick_workers, processes
 from fa.results.progress import Progress, clock, in_words
 from fa.results.store import RunFolder
@@ -158,7 +158,7 @@ def run(
     progress: bool = True,
     together: int = 0,
     compiled: bool | None = None,
-    executor: Executor | None = None,
+    executor: Elsewhere | None = None,
 ) -> Summary:
     """Train the missing runs, and before them those whose weights they need (``needs`` of a run's recipe).
 
@@ -171,14 +171,14 @@ def run(
         together: runs of a stack on CUDA (default 0: :data:`STACK`; 1: no stacks). On the CPU every run is trained
             alone.
         compiled: train through ``torch.compile`` (default None: on CUDA where there is a compiler).
-        executor: calls :func:`run_one` in place of processes of this machine, e.g. Dask's ``client.get_executor()``;
-            all jobs are submitted at once, and ``workers`` does not matter. Its machines must share the run store.
+        executor: calls :func:`run_one` in place of processes of this machine, see :func:`fa.results.cluster.opened`;
+            all jobs are submitted at once, and ``workers`` does not matter.
 
     Raises:
         UserError: from the first run that has one, e.g. a data set that is not there.
     """
     begin = time.time()
-    device, todo = pick_device(device), missing(configs)
+    device, todo = pick_device(device, needed=executor is None), missing(configs)
     if needed := missing(list({c.run: c for config in todo for c in getattr(config, "needs", ())}.values())):
         first = run(needed, budget, workers, device, progress, together, compiled, executor)
         if first.left:
@@ -190,15 +190,17 @@ def run(
     n = min(pick_workers(workers, device), len(jobs)) if executor is None else len(jobs)
     until = begin + budget if budget else math.inf
     work = partial(run_one, device=device, until=until, compiled=compiled)
-    done, busy, failed = 0, 0, []
+    done, busy, failed, attempts = 0, 0, [], executor.attempts if executor else ATTEMPTS
     with ExitStack() as open_:
         if progress and todo:
             started = f"starting {n} processes ..." if n > 1 and executor is None else ""
             open_.enter_context(Progress([RunFolder(c) for c in todo], len(configs), started))
         new = (lambda: executor) if executor else Here if n <= 1 else open_.enter_context(processes())
-        ended = open_.enter_context(closing(each(work, jobs, new, n, ATTEMPTS, _taken_up)))
+        ended = open_.enter_context(closing(each(work, jobs, new, n, attempts, _taken_up)))
         for job, results, why in ended:
-            results = results or [{"state": "failed", "error": f"its worker died {ATTEMPTS} times: {why}"}] * len(job)
+            if results and executor:
+                results = executor.receive(results)
+            results = results or [{"state": "failed", "error": f"its worker died {attempts} times: {why}"}] * len(job)
             for config, status in zip(job, results):
                 done += status["state"] in ("finished", "diverged")
                 busy += status["state"] == "busy"

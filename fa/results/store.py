@@ -28,6 +28,9 @@ from fa.provenance import environment
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.old.pt")
 """Names in a run's folder, the latest first."""
 
+FILES = (*CHECKPOINTS, "config.json", "progress.csv", "weights.pt", "metrics.csv", "status.json")
+"""All that a run's folder may hold, in the order of its writing: the status makes a run a finished one."""
+
 
 def runs_root() -> Path:
     """``$FA_RUNS`` (a relative path is taken from the repository's root) or ``data/runs``."""
@@ -143,6 +146,25 @@ class RunFolder:
         if not path.exists():
             raise UserError(f"{path} is not there; delete the folder of that run to train it again")
         return torch.load(path, map_location="cpu", weights_only=True)
+
+    def files(self) -> dict[str, bytes]:
+        """The folder's content, name -> bytes, to be installed in another store; empty where there is neither a
+        checkpoint nor a status."""
+        if not (self.begun or self.finished):
+            return {}
+        return {name: path.read_bytes() for name in FILES if (path := self.path / name).exists()}
+
+    def install(self, files: dict[str, bytes]) -> None:
+        """Write the content of the run's folder in another store, unless the run is finished here, or another process
+        holds it."""
+        with self.lock() as mine:
+            if not mine or self.finished:
+                return
+            for name in FILES:
+                if name in files:
+                    write_bytes(self.path / name, files[name])
+                elif name in CHECKPOINTS:
+                    (self.path / name).unlink(missing_ok=True)
 
     def lock(self, wait: bool = False) -> AbstractContextManager[bool]:
         """Hold the run against other processes; yields False where another one holds it, unless we ``wait`` for that

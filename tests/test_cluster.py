@@ -1,0 +1,202 @@
+"""Campaigns on a cluster: a real Dask scheduler and its workers, submitit's local jobs; killed workers, and workers
+that do not fit. ``python tests/cluster_harness.py`` kills many more."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import cluster_harness
+import pytest
+from cluster_harness import N_RUNS, Harness
+
+from fa.errors import UserError
+from fa.results import cluster
+from fa.results import runs as campaign
+from fa.results.store import RunFolder
+from fa.train import loop
+
+
+@pytest.fixture(scope="module")
+def lives() -> Iterator[Harness]:
+    pytest.importorskip("distributed", reason="needs the extra cluster")
+    with cluster_harness.harness() as made:
+        yield made
+
+
+@pytest.mark.parametrize("name", ["dask", "dask:127.0.0.1:8786", "dask://127.0.0.1", "slurm:gpu", "ray", ""])
+def test_an_unknown_executor_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown executor .* known executors: local, dask://HOST:PORT"):
+        with cluster.opened(name, tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, package", [("dask://127.0.0.1:1", "distributed"), ("slurm", "submitit")])
+def test_a_missing_package_is_named(name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package}; pip install -e '\.\[cluster\]'"):
+        with cluster.opened(name, tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_travel_and_a_finished_run_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint, then a table: what arrives is what was sent; nothing replaces what is finished."""
+    (config,) = cluster_harness.small_runs(1)
+    here, there = tmp_path / "here", tmp_path / "there"
+
+    def at(store: Path) -> RunFolder:
+        monkeypatch.setenv("FA_RUNS", str(store))
+        return RunFolder(config)
+
+    assert at(there).files() == {}
+    loop.train(config, folder=at(there), until=0.0)
+    begun = at(there).files()
+    assert begun.keys() == {"config.json", "checkpoint.pt"}
+    at(here).install(begun)
+    assert at(here).checkpoint()["epoch"] == 0 and at(here).files() == begun
+    table = loop.train(config, folder=at(there))
+    at(there).finish(table, table.attrs["status"])
+    done = at(there).files()
+    assert done.keys() == {"config.json", "progress.csv", "metrics.csv", "status.json"}
+    at(here).install(done)
+    assert at(here).files() == done
+    at(here).install(begun | {"metrics.csv": b"other"})
+    assert at(here).files() == done
+    with at(tmp_path / "held").lock():
+        RunFolder(config).install(done)
+    assert not RunFolder(config).finished
+
+
+@pytest.mark.slow
+def test_two_of_three_workers_are_killed_and_the_record_is_that_of_a_pool(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("distributed")
+    assert cluster_harness.main(["1"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_workers_that_do_not_share_the_store_go_on_from_its_checkpoints(lives: Harness) -> None:
+    """Stopped here, the runs go on there, and come back; a second call finds them finished."""
+    lives.folder()
+    configs = cluster_harness.small_runs(4)
+    stopped = campaign.run(configs, budget=1e-6, workers=1, device="cpu", progress=False)
+    assert stopped.done == 0 and all(RunFolder(c).begun for c in configs)
+    with lives.cluster(shares=False, places=(0,), prepare=first_epochs_are_forbidden) as (address, _, _):
+        with cluster.opened(address, Path(os.environ["FA_RUNS"])) as executor:
+            summary = campaign.run(configs, device="cpu", progress=False, executor=executor)
+    assert (summary.done, summary.failed) == (4, [])
+    assert not any(RunFolder(c).begun for c in configs)
+    assert RunFolder(configs[0]).table().value.tolist() == loop.train(configs[0]).value.tolist()
+
+
+def first_epochs_are_forbidden() -> None:
+    real = loop.Run.start
+
+    def start(self, *args) -> None:
+        real(self, *args)
+        assert self.rows, "no checkpoint came with it"
+
+    loop.Run.start = start
+
+
+def other_code() -> None:
+    cluster.software = lambda: {"fa of code": "0123", "torch": "2.11.0"}
+
+
+def other_torch() -> None:
+    known = cluster.software()
+    cluster.software = lambda: known | {"torch": "1.0"}
+
+
+def no_data() -> None:
+    os.environ["FA_DATA"] = "/nowhere"
+
+
+def no_fa() -> None:
+    sys.modules["fa.results.cluster"] = None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "prepare, threads, options, said",
+    [
+        (other_code, 1, [], "has fa of code 0123, the campaign"),
+        (other_torch, 1, [], "has torch 1.0, the campaign 2.11"),
+        (no_data, 1, ["--dataset", "mnist"], "MNIST"),
+        (no_fa, 1, [], "cannot use fa"),
+        (None, 2, [], "has several threads"),
+    ],
+)
+def test_a_worker_that_does_not_fit_is_named_in_a_sentence(lives: Harness, prepare, threads, options, said) -> None:
+    folder = lives.folder()
+    with lives.cluster(places=(0,), threads=threads, prepare=prepare) as (address, _, _):
+        status, out, err, _ = lives.campaign("--executor", address, *options)
+    assert status == 2 and err.startswith("fa: the worker ") and said in err and err.count("\n") == 1, err
+    assert not list((folder / "runs").iterdir()) and out == ""
+
+
+@pytest.mark.slow
+def test_a_wrong_address_is_a_sentence(lives: Harness) -> None:
+    folder = lives.folder()
+    status, _, err, _ = lives.campaign("--executor", f"dask://127.0.0.1:{cluster_harness.free_port()}")
+    assert status == 2 and err.startswith("fa: no Dask scheduler answers at 127.0.0.1:") and err.count("\n") == 1, err
+    assert not list((folder / "runs").iterdir())
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_goes_away_is_a_sentence_and_finished_runs_are_kept(lives: Harness) -> None:
+    folder = lives.folder()
+    with lives.cluster(places=(0,)) as (address, served, _):
+
+        def kill() -> None:
+            while not list(folder.glob("runs/*/status.json")):
+                threading.Event().wait(0.05)
+            served.kill()
+
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        status, _, err, _ = lives.campaign("--executor", address)
+        killer.join()
+    assert status == 2 and "Traceback" not in err, err
+    assert err.splitlines()[-1].startswith("fa: the jobs were cancelled, or their scheduler went away; finished runs")
+    assert 0 < len(list(folder.glob("runs/*/status.json"))) < N_RUNS
+    assert not list(folder.glob("runs/.*"))
+
+
+@pytest.mark.slow
+def test_jobs_of_submitit(lives: Harness, tmp_path: Path) -> None:
+    """Its local engine, in processes of their own; a job whose process is killed is submitted again."""
+    submitit = pytest.importorskip("submitit", reason="needs the extra cluster")
+    lives.folder()
+    configs = cluster_harness.small_runs(2)
+    engine = submitit.LocalExecutor(tmp_path)
+    store = Path(os.environ["FA_RUNS"])
+    real, killed = engine.submit, []
+
+    def submit(*args):
+        job = real(*args)
+        if not killed:
+            killed.append(job.job_id)
+            job.cancel()
+        return job
+
+    engine.submit = submit
+    with cluster.Submitted(engine, every=0.1) as pool:
+        summary = campaign.run(
+            configs, device="cpu", progress=False, executor=cluster.Elsewhere(pool, cluster.Terms(store))
+        )
+    assert (summary.done, summary.failed, len(killed)) == (2, [], 1)
+    assert RunFolder(configs[0]).table().value.tolist() == loop.train(configs[0]).value.tolist()
+
+
+@pytest.mark.slow
+def test_slurm_that_is_not_here_is_a_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason="needs the extra cluster")
+    with pytest.raises(UserError, match="Slurm cannot be used from here"):
+        with cluster.opened("slurm:partition=gpu,time=60", tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
