@@ -280,6 +280,7 @@ def listing(table: pd.DataFrame) -> str:
     if rows.empty:
         return tables.several("no run yet")
     wide = rows.pivot_table(index="rule", columns="metric", values="value").reindex(columns=names)
+    wide.loc[[rule for rule in wide.index if not CENTERS[rule][0]], "grid_share"] = math.nan  # of one point
     wide = wide.loc[plot.in_order(wide.index)].rename(index=lambda rule: plot.look(rule).label)
     wide.columns = ["search: best", "median", "diverged (%)", "grid: best", "near (%)", "diverged (%) "]
     return tables.shown(wide.rename_axis(None), float_format="{:.1f}".format, na_rep="-")
