@@ -22,7 +22,7 @@ pages  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.i
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env test test-all test-slow test-oldest test-cluster harness mutants lint site reproduce refresh lab clean always
+.PHONY: help env test test-all test-slow test-oldest test-cluster test-browser harness mutants lint site reproduce refresh lab clean always
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -38,9 +38,9 @@ env: $(stamp)  ## make the environment, as requirements.lock pins it
 	@$(py) -c "$$check"
 
 test: $(stamp)  ## units, properties and notebooks
-	$(pytest) -m "not slow" $(ARGS)
+	$(pytest) -m "not slow and not browser" $(ARGS)
 
-test-all: test-slow harness mutants test-oldest test-cluster  ## everything: each of its parts can be run alone
+test-all: test-slow harness mutants test-oldest test-cluster test-browser  ## everything: each of its parts can be run alone
 	$(py) -m fa reproduce --mode quick
 
 test-slow: $(stamp)  ## units, properties and notebooks, the slow ones too
@@ -51,12 +51,16 @@ test-oldest: $(stamp)  ## as test, with the oldest packages that pyproject.toml 
 	@[ -x '$(oldest)/bin/python' ] || $(py) -m venv '$(oldest)'
 	@$(py) -c "$$lowest" | $(oldest)/bin/python -m pip install --quiet -r /dev/stdin
 	@$(oldest)/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
-	$(subst $(py),$(oldest)/bin/python,$(pytest)) -m "not slow" $(ARGS)
+	$(subst $(py),$(oldest)/bin/python,$(pytest)) -m "not slow and not browser" $(ARGS)
 
 test-cluster: $(stamp)  ## kills workers of a Dask cluster, and more; Dask and submitit are installed when they are not there
 	@$(py) -c 'import distributed, submitit' 2>/dev/null || $(py) -m pip install --quiet -e '.[cluster]'
 	$(py) -m pytest tests/test_cluster.py $(ARGS)
 	$(py) tests/cluster_harness.py
+
+test-browser: $(stamp)  ## JupyterLab and the site in a Chromium; its driver is installed when it is not there
+	@$(py) -c 'import playwright, furo' 2>/dev/null || $(py) -m pip install --quiet -e '.[browser,docs]'
+	$(py) -m pytest -m browser tests/test_browser.py $(ARGS)
 
 harness: $(stamp)  ## kills campaigns at every write and at random moments, and fills their disk
 	$(py) tests/harness.py $(ARGS)

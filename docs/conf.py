@@ -25,7 +25,7 @@ exclude_patterns = [".*", "build", "data/[!R]*", "docs/contents.md", "fa", "test
 # Notebooks are shown as they are committed, with the outputs that they hold; nothing is executed.
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["dollarmath", "html_image"]
 myst_heading_anchors = 3
 
 # Docstrings are in Google's style; single backticks are code. No other site is asked for its names, so that types of

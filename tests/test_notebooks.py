@@ -513,6 +513,7 @@ def test_quick_mode_of_a_notebook_from_another_folder(tmp_path):
     outputs = [o for c in read(tmp_path / "out.ipynb").cells for o in c.get("outputs", [])]
     shown = unescape("".join(o.get("data", {}).get("text/html", "") for o in outputs))
     assert "Made here, mode 'quick'" in shown and "not tested" in shown
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 1, "nobody looks: no figure while it trains"
 
 
 def test_a_rule_of_a_page_is_trained_anew_when_its_code_has_changed(monkeypatch, tmp_path):

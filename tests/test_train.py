@@ -214,6 +214,8 @@ def test_progress_is_written_after_every_epoch(monkeypatch):
         want = table[(table.layer == "") & (table.metric == metric) & (table.epoch > 0)]
         assert lines[metric].tolist() == want.value.tolist()
     assert lines.train_accuracy.isna().tolist() == [True, True, False] and (lines.seconds >= 0).all()
+    angles = table[(table.metric == "angle_deg") & (table.epoch == 3)].value.round(2)
+    assert list(map(float, lines.angles.iloc[-1].split())) == angles.tolist()
     monkeypatch.setattr(train, "time", Clock(1.0))
     assert train.train(config, folder=folder, until=4.0) is None  # no checkpoint: from the beginning
     assert pd.read_csv(folder.path / "progress.csv").epoch.tolist() == [1] and folder.checkpoint()["epoch"] == 1

@@ -15,6 +15,8 @@ from fa.results import claims
 from fa.results.page import Page
 from fa.rules import RULES
 
+THUMBNAIL = 150  # pixels that a figure in the index is wide
+
 
 def find(names: Sequence[str] = ()) -> list[Path]:
     """Notebooks by file name, stem or beginning of it ("32"); all of them without names.
@@ -40,13 +42,17 @@ def before_saving(model: dict[str, Any], **_: object) -> None:
 
 
 def index() -> str:
-    """Markdown table of the notebooks: title, runs in the record, verdicts on the claims."""
-    lines = ["| notebook | shows | record | claims |", "|---|---|---|---|"]
+    """Markdown table of the notebooks: their figures in small, title, runs in the record, verdicts on the claims."""
+    lines = ["| | notebook | shows | record | claims |", "|---|---|---|---|---|"]
     for path in find():
         title = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()[0].lstrip("# ")
-        held, verdicts = [], []
+        held, verdicts, pictures = [], [], []
         for name, about in EXPERIMENTS.items():
-            if about.notebook != path.stem or not about.grid:
+            if about.notebook != path.stem:
+                continue
+            made = [n for n in (name, f"{name}_small") if (ROOT / "figures" / f"{n}.png").exists()]
+            pictures += [f'<img src="../figures/{n}.png" width="{THUMBNAIL}" alt="{n}">' for n in made[:1]]
+            if not about.grid:
                 continue
             for scale in ("small", "paper") if about.small else ("paper",):
                 page = Page(name, scale=scale)
@@ -54,7 +60,9 @@ def index() -> str:
                 small = "small: " if scale == "small" else ""
                 held.append(small + ", ".join(filter(None, [runs, page.partial()])))
                 verdicts.append(small + claims.counted(page.verdicts().verdict))
-        lines.append(f"| [{path.stem}]({path.name}) | {title} | {'; '.join(held)} | {'; '.join(verdicts)} |")
+        cells = [f"[{name}]({path.name})" for name in (*pictures[:1], path.stem)]
+        cells = ["", *cells][-2:] + [title, "; ".join(held), "; ".join(verdicts)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

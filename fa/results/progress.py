@@ -15,6 +15,7 @@ from typing import Any
 
 from fa.errors import UserError
 from fa.paths import read_json
+from fa.results import live
 from fa.results.executors import pick_device, pick_workers
 from fa.results.store import RunFolder, run_seconds, runs_root
 from fa.train.loop import progress_lines
@@ -47,8 +48,8 @@ def in_words(config: Any) -> str:
 
 
 class Progress(threading.Thread):
-    """Shows how far a campaign is, from the run folders: a bar in a terminal or a notebook, else a line every half
-    minute and at the end.
+    """Shows how far a campaign is, from the run folders: a bar in a terminal or a notebook, with a figure
+    (:class:`fa.results.live.Live`) where somebody looks at it, else a line every half minute and at the end.
 
     Args:
         folders: of the runs to train.
@@ -71,6 +72,8 @@ class Progress(threading.Thread):
                 self.bar.set_postfix_str(started)
             except ImportError:
                 pass
+        trains = any(hasattr(f.config, "epochs") for f in folders)
+        self.live = live.Live(self.epochs) if self.bar and trains and live.watched() else None
         if not self.bar:
             sys.stderr.write(", ".join(filter(None, (text, started))) + "\n")
 
@@ -108,6 +111,8 @@ class Progress(threading.Thread):
             self.bar.update(epochs - self.bar.n)
             if self.latest:
                 self.bar.set_postfix_str(f"{runs}/{len(self.epochs)} runs, {self.latest}")
+            if self.live:
+                self.live.update(last=self.over.is_set())
             return
         fresh = epochs - self.before
         left = f", {clock(spent * (self.total - epochs) / fresh)} left" if fresh and epochs < self.total else ""

@@ -29,8 +29,9 @@ from fa.train.measure import ALONE, MEASURES, accuracies, chosen_rows, layer_epo
 from fa.train.network import build_network
 from fa.train.step import Stepper, make_optimizer, numerics
 
-PROGRESS = ("epoch", "seconds", "train_loss", "train_accuracy", "val_accuracy", "test_accuracy")
-"""Columns of ``progress.csv`` in a run's folder: one line an epoch; a metric that was not measured is empty."""
+PROGRESS = ("epoch", "seconds", "train_loss", "train_accuracy", "val_accuracy", "test_accuracy", "angles")
+"""Columns of ``progress.csv`` in a run's folder: one line an epoch; a metric that was not measured is empty. ``angles``
+are those between W and its feedback, in degrees, layer by layer from the input, with a space between two."""
 
 CHECKPOINT_EVERY = 30.0  # seconds
 
@@ -45,7 +46,7 @@ def progress_lines(folder: Path) -> list[dict[str, Any]]:
     for line in path.read_text(errors="replace").splitlines()[1:] if path.exists() else []:
         values = line.split(",")
         try:
-            epoch, *_ = int(values[0]), *map(float, filter(None, values[1:]))
+            epoch, *_ = int(values[0]), *map(float, " ".join(values[1:]).split())
         except ValueError:
             continue
         if len(values) == len(PROGRESS):
@@ -126,7 +127,9 @@ class Run:
         """Write ``progress.csv``, which bars and live plots read, with the latest epoch at its end."""
         if self.folder:
             found = {metric: value for epoch, layer, _, metric, value in self.rows if epoch == self.epoch and not layer}
-            self.lines.append({"epoch": self.epoch, "seconds": round(self.seconds, 1)} | found)
+            angles = [f"{row[4]:.2f}" for row in self.rows if row[0] == self.epoch and row[3] == "angle_deg"]
+            found |= {"epoch": self.epoch, "seconds": round(self.seconds, 1), "angles": " ".join(angles)}
+            self.lines.append(found)
             table = [",".join(str(line.get(name, "")) for name in PROGRESS) for line in self.lines]
             content = "\n".join([",".join(PROGRESS), *table, ""])
             write_bytes(self.folder.path / "progress.csv", content.encode())

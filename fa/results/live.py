@@ -1,0 +1,77 @@
+"""Learning curves and alignment by layer while a page trains: one figure in the notebook, updated in place."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from fa import plot
+from fa.results.store import RunFolder
+from fa.train.loop import progress_lines
+
+if TYPE_CHECKING:
+    from IPython.display import Image
+
+PERIOD = 0.5  # seconds between two updates, at least
+SHARE = 0.1  # of the time, at most, is spent on drawing, for a single run is trained in the same process
+
+
+def watched() -> bool:
+    """Whether somebody looks at the notebook. A cell that papermill, nbval or nbconvert runs cannot ask for input."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))
+
+
+class Live:
+    """The figure: test accuracy by epoch, and the angle between W and its feedback by layer; a line a run.
+
+    Args:
+        folders: of the runs that are trained. The figure reads their ``progress.csv``.
+    """
+
+    def __init__(self, folders: Iterable[RunFolder]) -> None:
+        from IPython.display import display
+
+        self.folders, self.drawn, self.next = list(folders), 0, 0.0
+        self.handle = display(self._picture([]), display_id=True)
+
+    def update(self, last: bool = False) -> None:
+        """Draw the runs anew if they have moved and the last drawing is long enough ago.
+
+        Args:
+            last: whatever the time; so that the final state stays (default False).
+        """
+        begin = time.monotonic()
+        if begin < self.next and not last:
+            return
+        runs = [(folder.config.rule, progress_lines(folder.path)) for folder in self.folders]
+        if (lines := sum(len(run) for _, run in runs)) == self.drawn:
+            return
+        self.handle.update(self._picture(runs))
+        now = time.monotonic()
+        self.drawn, self.next = lines, now + max(PERIOD, (now - begin) / SHARE)
+
+    def _picture(self, runs: list[tuple[str, list[dict[str, Any]]]]) -> Image:
+        """The figure as PNG; ``runs`` are (rule, lines of its ``progress.csv``)."""
+        from IPython.display import Image
+        from matplotlib.figure import Figure  # without pyplot, whose state belongs to the thread of the cell
+
+        figure = Figure(figsize=(7.2, 2.2), dpi=200, layout="constrained")
+        curves, layers = figure.subplots(1, 2)
+        curves.set(xlabel="epoch", ylabel="test accuracy (%)")
+        layers.set(xlabel="layer, from the input", ylabel="angle to W (degrees)", ylim=(-3, 100), yticks=(0, 45, 90))
+        known = {}
+        for rule, lines in sorted(runs, key=lambda run: plot.in_order([r for r, _ in runs]).index(run[0])):
+            look = plot.look(rule)
+            at = [line["epoch"] for line in lines if line["test_accuracy"]]
+            test = [float(line["test_accuracy"]) for line in lines if line["test_accuracy"]]
+            (known[look.label],) = curves.plot(at, test, color=look.color, lw=1)
+            angles = next((line["angles"].split() for line in reversed(lines) if line["angles"]), [])
+            layers.plot(range(1, len(angles) + 1), list(map(float, angles)), color=look.color, lw=1, marker=".")
+        layers.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(known.values(), known.keys(), loc="outside right center", frameon=False)
+        figure.savefig(png := BytesIO(), format="png")
+        return Image(png.getvalue(), width=720, alt="While training: test accuracy by epoch, angle to W by layer")

@@ -1,0 +1,86 @@
+"""The figure that a page draws while it trains: in place, not too often, to the end, and only where somebody looks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fa.results import live
+from fa.train import loop
+
+
+class Screen:
+    """In the place of a notebook: what was displayed, and the updates of it."""
+
+    def __init__(self) -> None:
+        self.displayed: list[object] = []
+        self.updates: list[object] = []
+
+    def display(self, picture: object, display_id: bool) -> SimpleNamespace:
+        assert display_id
+        self.displayed.append(picture)
+        return SimpleNamespace(update=self.updates.append)
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    screen = Screen()
+    monkeypatch.setattr("IPython.display.display", screen.display)
+    return screen
+
+
+def folder(path: Path, rule: str, epochs: int) -> SimpleNamespace:
+    """A run's folder with the progress of so many epochs."""
+    lines = [f"{e},1.0,0.5,,,{80 + e},{90 - e}.00 45.00" for e in range(epochs)]
+    path.mkdir(exist_ok=True)
+    (path / "progress.csv").write_text("\n".join([",".join(loop.PROGRESS), *lines, ""]))
+    return SimpleNamespace(path=path, config=SimpleNamespace(rule=rule))
+
+
+def test_one_figure_is_updated_in_place_at_most_twice_a_second_and_ends_with_the_last_state(
+    tmp_path: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(live.time, "monotonic", lambda: clock.now)
+    figure = live.Live([folder(tmp_path / "a", "pfa", 0), folder(tmp_path / "b", "bp", 0)])
+    for epochs in range(1, 21):  # a step of the clock is 0.1 seconds
+        folder(tmp_path / "a", "pfa", epochs)
+        figure.update()
+        clock.now += 0.1
+    assert len(screen.displayed) == 1 and len(screen.updates) == 4
+    clock.now += 1
+    figure.update()
+    assert len(screen.updates) == 5, "what was not drawn before"
+    clock.now += 1
+    figure.update()
+    assert len(screen.updates) == 5, "nothing has moved"
+    for path, epochs in ((tmp_path / "a", 21), (tmp_path / "a", 22)):
+        folder(path, "pfa", epochs)
+        figure.update(last=epochs == 22)
+    drawn, figure.drawn = screen.updates[-1].data, 0
+    figure.update(last=True)
+    assert len(screen.displayed) == 1 and screen.updates[-1].data == drawn, "the last state is the one that stays"
+
+
+def test_a_run_tells_its_angles_and_the_figure_shows_them(tmp_path: Path, screen: Screen) -> None:
+    from matplotlib.figure import Figure
+
+    drawn = []
+    keep = lambda figure, *_, **__: drawn.append(figure)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", keep)
+        live.Live([folder(tmp_path / "a", "pfa", 3)]).update()
+    curves, layers = drawn[-1].axes
+    assert curves.lines[0].get_xydata().tolist() == [[0, 80], [1, 81], [2, 82]]
+    assert layers.lines[0].get_xydata().tolist() == [[1, 88], [2, 45]], "the latest angles, layer by layer"
+
+
+@pytest.mark.parametrize("asks, seen", [(True, True), (False, False), (None, False)])
+def test_it_is_silent_where_nobody_looks(asks: bool | None, seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None: a terminal, which has no kernel."""
+    kernel = {} if asks is None else {"kernel": SimpleNamespace(_allow_stdin=asks)}
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(**kernel)))
+    assert live.watched() is seen
