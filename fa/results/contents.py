@@ -51,7 +51,8 @@ def index() -> str:
             if about.notebook != path.stem:
                 continue
             made = [n for n in (name, f"{name}_small") if (ROOT / "figures" / f"{n}.png").exists()]
-            pictures += [f'<img src="../figures/{n}.png" width="{THUMBNAIL}" alt="{n}">' for n in made[:1]]
+            size = f'width="{THUMBNAIL}" style="min-width: {THUMBNAIL}px"'  # else a table makes it as small as it can
+            pictures += [f'<img src="../figures/{n}.png" {size} alt="{n}">' for n in made[:1]]
             if not about.grid:
                 continue
             for scale in ("small", "paper") if about.small else ("paper",):
