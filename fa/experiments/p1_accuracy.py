@@ -123,7 +123,7 @@ def draw(page: Page) -> Figure:
     curves(ax["a"], rows, "epoch")
     ax["a"].xaxis.get_major_locator().set_params(integer=True)
     ax["a"].set(ylabel=plot.LABELS["test_accuracy"], ylim=(10, 100 if rows.value.max() > 80 else 80))
-    ax["a"].legend(handles=key(rows.variant), loc="lower right", ncols=2)
+    ax["a"].legend(handles=key(rows.variant), loc="center right", bbox_to_anchor=(1, 0.41), ncols=2)
     metric = measured(table)
     finals(ax["b"], table[table.metric == metric], page.reference())
     ax["b"].set(ylabel=plot.LABELS[metric])
