@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile (auto: on CUDA, if it can)"
     )
     run.add_argument("--deterministic", action="store_true", help="on CUDA: slower, the same numbers each time")
+    run.add_argument("--storage", default="", help="of a search: a URL that Optuna knows (default: in the run store)")
     run.add_argument("--dry-run", action="store_true", help="say what would be trained and for how long, and stop")
 
     collect = command("collect", _collect, "merge finished runs into the record data/records/EXPERIMENT.csv")
@@ -215,6 +216,8 @@ def _run(args: argparse.Namespace) -> int:
     datasets = sorted({c.dataset for c in runs.missing(configs) if hasattr(c, "dataset")})
     for name in datasets if here else ():
         data.load(name)  # a data set that is missing or damaged is found before any process starts
+    if args.storage:
+        os.environ["FA_STORAGE"] = args.storage  # workers inherit it
     if args.deterministic:
         import torch
 
@@ -234,7 +237,8 @@ def _run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"fa: failed: {failure}\n")
     names = " ".join(args.experiments)
     if summary.left:
-        own = _given(args, "budget", "workers", "device", "executor", "add", "together", "compile", "deterministic")
+        options = ("budget", "workers", "device", "executor", "add", "together", "compile", "deterministic", "storage")
+        own = _given(args, *options)
         print(f"next: {_PROG} run {names}{own}")
     else:
         part = any(records.lacking(name, args.mode, whole) for name, whole in planned.items())

@@ -296,6 +296,14 @@ MUTANTS = [
     Mutant("activity not held where x changes", "experiments/_framework.py",
            "W=moved(W, (every, 1, -W[:, 0] * by / x[0, 1]))", "W=W",
            "test_estimation.py::test_an_intervention_moves_one_quantity_and_no_other"),
+    Mutant("a run that diverged counts nothing", "experiments/_short.py", "return CHANCE,", "return 0.0,",
+           "test_tuning.py::test_training_that_diverges_counts_as_chance_and_is_marked"),
+    Mutant("near the best is better than two points below", "experiments/_search.py", "score >= score.max() - NEAR",
+           "score > score.max() - NEAR", "test_tuning.py::test_the_share_of_a_grid_near_its_best"),
+    Mutant("a grid that is not centred", "experiments/p2_tuning.py", "(self.side - 1) / 2", "self.side / 2",
+           "test_tuning.py::test_the_middle_of_a_grid_and_its_corners"),
+    Mutant("a needed run's weights in place of its table", "results/runs.py", 'getattr(f.config, "keep", False)',
+           "True", "test_tuning.py::test_a_summary_reads_the_tables_of_its_runs"),
 ]  # fmt: skip
 
 

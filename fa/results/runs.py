@@ -137,12 +137,13 @@ def _train(folders: Sequence[RunFolder], device: str, until: float, compiled: bo
 
 
 def drawn(config: Any) -> pd.DataFrame:
-    """The table of a run in which nothing is trained: its recipe makes it itself, in one thread, from the weights of
-    the runs that it needs, if any."""
-    begin = time.monotonic()
+    """The table of a run whose recipe makes it itself, in one thread, from the weights of the runs that it needs, if
+    any, or from their tables where they keep no weights."""
+    begin, needed = time.monotonic(), map(RunFolder, getattr(config, "needs", ()))
     with numerics("cpu"):
-        table = config.table(*(RunFolder(c).weights() for c in getattr(config, "needs", ())))
-    table.attrs["status"] = {"state": "finished", "seconds": round(time.monotonic() - begin, 1)}
+        table = config.table(*(f.weights() if getattr(f.config, "keep", False) else f.table() for f in needed))
+    status = {"state": "finished", **table.attrs.get("status", {}), "seconds": round(time.monotonic() - begin, 1)}
+    table.attrs["status"] = status
     return table
 
 

@@ -73,9 +73,10 @@ class FigureTable:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The parameters whose value is not the figure's own; the device is none of them, for it changes no recipe."""
+        """The parameters whose value is not the figure's own; the device and the storage of a search are none of them,
+        for they change no recipe."""
         named = {"seeds": self.seeds, "epochs": self.epochs, "rules": ",".join(self.rules), "dataset": self.dataset}
-        own = {n: v for n, v in self.own.items() if v != self.about.own[n]}
+        own = {n: v for n, v in self.own.items() if v != self.about.own[n] and n != "storage"}
         return {n: v for n, v in named.items() if v} | own
 
     @property
