@@ -175,8 +175,8 @@ MUTANTS = [
            "K, L = K.clone(), L.clone()", "test_metrics.py::test_cka_is_the_u_statistic_over_four_samples"),
     Mutant("PyTorch's initial weights, too wide", "models.py", "std = (1 / (3 * fans(m.weight)[0])) ** 0.5",
            "std = (1 / fans(m.weight)[0]) ** 0.5", "test_models.py::test_pytorchs_initial_weights_are_those_of_its_layers"),
-    Mutant("Architecture 1 without a ReLU", "models.py", "x = torch.relu(F.max_pool2d(conv(x), 2))",
-           "x = F.max_pool2d(conv(x), 2)", "test_models.py::test_architecture_1_by_hand"),
+    Mutant("Architecture 1 without a ReLU", "models.py", "x = torch.relu(F.max_pool2d(conv(x), 2))  # as",
+           "x = F.max_pool2d(conv(x), 2)  # as", "test_models.py::test_architecture_1_by_hand"),
     Mutant("dense DFA scaled as a kernel", "layers/dfa.py", 'own = torch.empty(shapes[name], device="meta")',
            'own = torch.empty(kernel, device="meta")', "test_dfa.py::test_dense_feedback_can_have_noklands_scale"),
     # ------------------------------------------------------------------------------------------------------------ train

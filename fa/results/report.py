@@ -90,7 +90,8 @@ def _figure(name: str, rows: pd.DataFrame, told: Mapping[str, Any]) -> SimpleNam
     """One figure's part of the report."""
     about, made = experiments.find(records.figure_of(name)[0]), _made(name)
     finding, text = _prose(name, about.title, told)
-    start, shown = common_start(list(rows.claim))
+    open_ = rows[rows.verdict != "holds"]
+    start, shown = common_start(list(open_.claim))
     untested = rows[rows.verdict == "not tested"]
     tested = [str(n) for n in rows.n if str(n)]
     return SimpleNamespace(
@@ -105,7 +106,7 @@ def _figure(name: str, rows: pd.DataFrame, told: Mapping[str, Any]) -> SimpleNam
         why_untested="; ".join(dict.fromkeys(why.partition(" (")[0] for why in untested.why)),
         start=start,
         seeds=" to ".join(dict.fromkeys([min(tested, key=int), max(tested, key=int)])) if tested else "",
-        table="" if set(rows.verdict) in ({"holds"}, {"not tested"}) else claims_table(rows.assign(claim=shown)),
+        table="" if set(open_.verdict) <= {"not tested"} else claims_table(open_.assign(claim=shown)),
         so_far=_so_far(name) if made.get("partial") else "",
         claims=_claims(rows),
         settings=_settings(name, made),
