@@ -166,7 +166,7 @@ def here(monkeypatch, tmp_path):
         return real(members, "cpu", *args)
 
     monkeypatch.setattr(campaign, "train_runs", counted)
-    monkeypatch.setattr(campaign, "pick_device", lambda device: "meta")
+    monkeypatch.setattr(campaign, "pick_device", lambda device, needed=True: "meta")
     return sizes
 
 
