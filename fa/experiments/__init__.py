@@ -40,6 +40,7 @@ class Experiment:
         small: whether the figure has a mode ``small``, for two CPU cores.
         swept: run -> the columns of the figure's table that name a run's place in a sweep, alike for every run of the
             figure.
+        labels: value of the column ``variant`` -> its name on axes and in texts, of a figure that has this column.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Experiment:
     own: dict[str, Any] = field(default_factory=dict)
     small: bool = False
     swept: Callable[[Any], dict[str, Any]] = lambda config: {}
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def of_rules(base: Config, rules: Sequence[str], seeds: int, own: Mapping[str, Mapping[str, Any]]) -> list[Config]:

@@ -43,6 +43,9 @@ VARIANTS = {
 }
 """The column ``variant`` -> what it stands for; a rule that is not here is its own variant, with its defaults."""
 
+LABELS = {name: variant.label for name, variant in VARIANTS.items()}
+"""Variant -> its name in legends and on axes."""
+
 PAPER = Config(
     "bp", 0, dataset="cifar10-24", model="arch1", hidden="", epochs=50, batch=128, lr=1e-3, lr_drops="",
     optimizer="adam", weight_decay=0.0, augment=True, weights="torch", first_steps="1,2,4,8,16,32,64,128,256",
@@ -97,7 +100,7 @@ def swept(config: Config) -> dict[str, Any]:
 
 EXPERIMENT = Experiment(
     "Accuracy of feedback alignment in a convolutional network", "p1", "11_fa_accuracy", RULES, grid, small=True,
-    swept=swept,
+    swept=swept, labels=LABELS,
 )  # fmt: skip
 
 
@@ -146,7 +149,7 @@ def look(variant: str) -> dict[str, Any]:
 
 def label(variant: str) -> str:
     """Name of a variant in legends and on axes."""
-    return VARIANTS[variant].label if variant in VARIANTS else plot.look(variant).label
+    return LABELS.get(variant) or plot.look(variant).label
 
 
 def in_order(variants: Sequence[str] | pd.Series) -> list[str]:

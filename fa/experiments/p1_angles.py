@@ -10,7 +10,18 @@ import pandas as pd
 
 from fa import plot
 from fa.experiments import Experiment
-from fa.experiments.p1_accuracy import BARS, RULES, SCALED, SET_UP, by_layer, curves, grid, key, swept  # fmt: skip
+from fa.experiments.p1_accuracy import (
+    BARS,
+    LABELS,
+    RULES,
+    SCALED,
+    SET_UP,
+    by_layer,
+    curves,
+    grid,
+    key,
+    swept,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +31,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = Experiment(
     "Alignment of feedback and gradients in a convolutional network", "p1", "12_fa_angles", RULES, grid, small=True,
-    swept=swept,
+    swept=swept, labels=LABELS,
 )  # fmt: skip
 
 START = {"usf": 30.0, "frsf": float(np.degrees(np.arccos(0.75))), "fa": 90.0}

@@ -35,7 +35,7 @@ def swept(similarity: Similarity) -> dict[str, Any]:
 
 EXPERIMENT = Experiment(
     "Representations of feedback alignment and of backprop", "p1", "17_fa_representations", p1_accuracy.RULES, grid,
-    small=True, swept=swept,
+    small=True, swept=swept, labels=p1_accuracy.LABELS,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------- figure

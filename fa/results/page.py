@@ -160,11 +160,31 @@ class Page(FigureTable):
             words = "Reproduces" if tested.eq("holds").all() else part
             said = [f"{words}: {len(verdicts) - len(other)} of {len(verdicts)} claims hold"]
             said[0] += f" ({claims.counted(other)})" if len(other) else ""
-        said += [text] if (text := _beside(table, self.reference(), list(self.about.swept(self.runs[0])))) else []
+        said += [text] if (text := self._beside()) else []
         if "wall_seconds" in made and not table.empty:
             machine = provenance.told(made["environments"], "gpu", "cpu")
             said.append(f"n = {table.seed.nunique()}; trained in {clock(made['wall_seconds'])} on {machine}")
         return ". ".join(said) + "."
+
+    def _beside(self) -> str:
+        """Our last accuracies, mean over seeds, and the published ones in brackets; "" of a sweep over numbers."""
+        table, reference, swept = self.table(), self.reference(), self.about.swept(self.runs[0])
+        known = [m for m in plot.LABELS if "accuracy" in m and m in set(table.metric)]
+        metric = next((m for m in known if len(reference) and m in set(reference.metric)), next(iter(known), ""))
+        by = "variant" if "variant" in swept else "rule"
+        if not metric or set(swept) - {by}:
+            return ""
+
+        def last(frame: pd.DataFrame) -> pd.Series:
+            rows = frame[frame.metric == metric]
+            return rows[rows.epoch == rows.groupby(by).epoch.transform("max")].groupby(by).value.mean()
+
+        ours, theirs = last(table), last(reference) if len(reference) else pd.Series(dtype=float)
+        names = plot.in_order(ours.index) if by == "rule" else ours.sort_values(ascending=False).index
+        labels = {n: plot.look(n).label for n in names} | self.about.labels
+        values = [f"{labels[n]} {ours[n]:.2f}" + (f" ({theirs[n]:.2f})" if n in theirs else "") for n in names]
+        published = ", ours (published)" if len(theirs) else ""
+        return f"{plot.LABELS[metric]}{published}: {'; '.join(values)}"
 
     def trail(self) -> dict[str, Any]:
         """What leads from a figure back to its data, code and machine; nothing in it depends on the clock."""
@@ -220,25 +240,6 @@ class Page(FigureTable):
         if words:
             plot.stamp(fig, " · ".join(words))
         return plot.save(fig, self.own_name, caption, folder, **self.trail())
-
-
-def _beside(table: pd.DataFrame, reference: pd.DataFrame, swept: Sequence[str]) -> str:
-    """Our last accuracies, mean over seeds, and the published ones in brackets; "" of a sweep over numbers."""
-    known = [m for m in plot.LABELS if "accuracy" in m and m in set(table.metric)]
-    metric = next((m for m in known if len(reference) and m in set(reference.metric)), next(iter(known), ""))
-    by = next((name for name in swept if name == "variant"), "rule")
-    if not metric or set(swept) - {by}:
-        return ""
-
-    def last(frame: pd.DataFrame) -> pd.Series:
-        rows = frame[frame.metric == metric]
-        return rows[rows.epoch == rows.groupby(by).epoch.transform("max")].groupby(by).value.mean()
-
-    ours, theirs = last(table), last(reference) if len(reference) else pd.Series(dtype=float)
-    names = plot.in_order(ours.index) if by == "rule" else ours.sort_values(ascending=False).index
-    values = [f"{plot.look(n).label} {ours[n]:.2f}" + (f" ({theirs[n]:.2f})" if n in theirs else "") for n in names]
-    published = ", ours (published)" if len(theirs) else ""
-    return f"{plot.LABELS[metric]}{published}: {', '.join(values)}"
 
 
 def _show(path: Path, fig: Figure) -> None:
