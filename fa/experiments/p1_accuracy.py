@@ -66,12 +66,18 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
     Small: 8 epochs in place of 50, layers measured at fewer steps of the first. Quick: digits, 3 epochs, one seed, with
     padded convolutions, as 8x8 pixels are too few without, and images as they are.
     """
-    base = {"paper": PAPER, "small": SMALL, "quick": QUICK}[mode]
-    base = base.vary(epochs=epochs or base.epochs)
-    if dataset:
-        small = dataset not in ("cifar10", "cifar10-24", "imagenet")
-        base = base.vary(dataset=dataset, model="arch1-same" if small else "arch1")
+    base = asked({"paper": PAPER, "small": SMALL, "quick": QUICK}[mode], epochs, dataset)
     return [recipe(base, variant, seed) for seed in range(seeds or SEEDS[mode]) for variant in of(rules)]
+
+
+def asked(base: Config, epochs: int, dataset: str) -> Config:
+    """The recipe with other epochs (0: its own) and on another data set ("": its own), padded where images are
+    small."""
+    base = base.vary(epochs=epochs or base.epochs)
+    if not dataset:
+        return base
+    small = dataset not in ("cifar10", "cifar10-24", "imagenet")
+    return base.vary(dataset=dataset, model="arch1-same" if small else "arch1")
 
 
 def of(rules: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fa.errors import UserError
-from fa.rules.base import Rule, fans, rms, uniform
+from fa.rules.base import Rule, fans, random_mask, rms, uniform
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,10 @@ class USF(Rule):
         scale: the magnitude s. ``"init"`` (default): the RMS of ``W`` at conversion; ``"xavier"``: sqrt(2 / (fan_in +
             fan_out)) (p3's "SF" and BioTorch); ``"track"``: the RMS of ``W`` now (p1's strict normalisation); or a
             number.
+        concordance: probability in [0, 1] that an entry has W's sign (default 1), else it has the opposite one; drawn
+            once, entry by entry, and kept whatever W becomes.
 
-    Source: Liao et al. 2016 (arXiv 1510.05067); p1; p3 (authors' code, ``usf``).
+    Source: Liao et al. 2016 (arXiv 1510.05067); p1; p3 (authors' code, ``usf``). ``concordance``: our reading.
     """
 
     name = "usf"
@@ -98,21 +100,27 @@ class USF(Rule):
     source = "Liao et al. 2016; Moskovitz et al. 2018; Xiao et al. 2018"
 
     scale: str | float = "init"
+    concordance: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.scale, str) and self.scale not in ("init", "xavier", "track"):
             raise UserError(f"usf: scale={self.scale!r} is not one of init, xavier, track or a number")
+        if not 0 <= self.concordance <= 1:
+            raise UserError(f"usf: concordance={self.concordance!r} must lie in [0, 1]")
 
     def init_state(self, op, W, gen):
         named = {"init": rms(W), "track": rms(W), "xavier": math.sqrt(2 / sum(fans(W)))}
         s = float(named.get(self.scale, self.scale))
         s = self.nonzero(s, "scale") if self.scale == "init" else s
-        return {"s": torch.tensor(s, dtype=torch.float64).to(W)}  # -> ()
+        s = torch.tensor(s, dtype=torch.float64).to(W)  # -> ()
+        if self.concordance < 1:
+            s = s * (2 * random_mask(W.shape, self.concordance, W, gen) - 1)  # -> (out, in), of both signs
+        return {"s": s}
 
     def kernel(self, W, s):
-        scale = W.square().mean().sqrt() if self.scale == "track" else s  # (out, in) -> ()
-        return W.sign().mul_(scale)  # (out, in) () -> (out, in)
+        scale = s.sign() * W.square().mean().sqrt() if self.scale == "track" else s  # -> () or (out, in)
+        return W.sign().mul_(scale)  # (out, in), () or (out, in) -> (out, in)
 
 
 @dataclass(frozen=True)
