@@ -47,9 +47,8 @@ def _table(rows: list[dict[str, object]], columns: list[str]) -> pd.DataFrame:
     """A table of rows; numbers that are tensors are read from their device all at once."""
     values = [v for row in rows for v in row.values() if isinstance(v, Tensor)]
     numbers = iter(torch.stack(values).tolist() if values else [])
-    return pd.DataFrame(
-        [{k: next(numbers) if isinstance(v, Tensor) else v for k, v in row.items()} for row in rows], columns=columns
-    )
+    told = [{k: next(numbers) if isinstance(v, Tensor) else v for k, v in row.items()} for row in rows]
+    return pd.DataFrame(told, columns=columns)
 
 
 def feedback_weight(layer: nn.Module) -> Tensor:

@@ -55,6 +55,8 @@ MUTANTS = [
            "torch.addcmul(K, torch.ones_like(c), M", "test_rules.py::test_implicit_feedback_is_the_explicit_one"),
     Mutant("magnitudes of track by the mean", "rules/fixed.py", "W.square().mean().sqrt() if", "W.abs().mean() if",
            "test_rules.py::test_any_linear_layer"),
+    Mutant("signs wrong in the share that is right", "rules/fixed.py", "s * (2 * random_mask", "-s * (2 * random_mask",
+           "test_rules.py::test_angle_that_a_rule_has_by_construction"),
     Mutant("magnitudes that have signs", "rules/fixed.py", "M.abs() * W.sign()", "M * W.sign()",
            "test_local_rules.py::test_angles_by_construction"),
     Mutant("dense feedback transposed", "rules/fixed.py", "reversed(op.sizes)", "op.sizes",

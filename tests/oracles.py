@@ -74,6 +74,8 @@ def kernel(layer, W0):
             }.get(fb.rule.scale, fb.rule.scale)
             s = torch.tensor(s, dtype=torch.float64).to(W)
             K = torch.where(W > 0, s, torch.where(W < 0, -s, torch.zeros_like(W))) * mask
+            if fb.rule.concordance < 1:
+                K = torch.where(fb.s < 0, -K, K)  # the entries whose sign was drawn to be wrong
         case "frsf" | "brsf":
             K = torch.where(W > 0, fb.M.abs(), torch.where(W < 0, -fb.M.abs(), 0.0)) * mask
         case "pfa" | "pfa_o":

@@ -27,6 +27,8 @@ RULES = {
     "usf xavier": ("usf", {"scale": "xavier"}),
     "usf track": ("usf", {"scale": "track"}),
     "usf 0.2 sparse": ("usf", {"scale": 0.2, "density": 0.5}),
+    "usf some": ("usf", {"concordance": 0.7}),
+    "usf track some": ("usf", {"scale": "track", "concordance": 0.4, "density": 0.5}),
     "usf norm": ("usf", {"scale": 3.0, "norm": "track"}),
     "frsf": ("frsf", {}),
     "frsf sparse": ("frsf", {"density": 0.5}),
@@ -575,6 +577,8 @@ def flat(gen):
         (flat, "usf", {}, 30.0),
         (gaussian, "usf", {}, 37.1),
         (flat, "usf", {"scale": "xavier"}, 30.0),
+        (flat, "usf", {"concordance": 0.8}, 58.7),  # acos(0.6 cos 30)
+        (flat, "usf", {"concordance": 0.0, "scale": "track"}, 150.0),
         (flat, "frsf", {}, 41.4),
         (gaussian, "frsf", {}, 46.3),
         (flat, "brsf", {}, 41.4),
@@ -585,6 +589,19 @@ def flat(gen):
 )
 def test_angle_that_a_rule_has_by_construction(draw, rule, options, degrees):
     assert wide(draw, rule, **options) == pytest.approx(degrees, abs=0.2)
+
+
+@pytest.mark.parametrize("scale", ["init", "track"])
+def test_wrong_signs_stay_where_they_were_drawn(scale):
+    """Whatever W becomes, its entries of the drawn share have their sign in the feedback, at one magnitude."""
+    layer = fa.convert(nn.Linear(300, 200).double(), "usf", concordance=0.7, scale=scale, seed=4)
+    before = fa.feedback_weight(layer).sign() == layer.weight.sign()
+    with torch.no_grad():
+        layer.weight.copy_(oracles.randn(200, 300, seed=9))
+    K = fa.feedback_weight(layer)
+    assert torch.equal(K.sign() == layer.weight.sign(), before)
+    assert before.double().mean().item() == pytest.approx(0.7, abs=0.01)
+    assert K.abs().max() == K.abs().min()
 
 
 @pytest.mark.parametrize("inputs, out", [(784, 512), (512, 512), (512, 10)])
@@ -763,6 +780,7 @@ def test_a_rule_that_asks_for_what_nobody_has_is_refused():
         ("fa", {"density": 1.5}, "density"),
         ("fa", {"norm": "tracked"}, "tracked"),
         ("usf", {"scale": "inti"}, "inti"),
+        ("usf", {"concordance": 1.2}, "concordance"),
         ("pfa", {"expansion": 0}, "expansion"),
         ("pfa", {"implicit": "last"}, "implicit='last'"),
         ("pfa_o", {"expansion": 2}, "expansion"),

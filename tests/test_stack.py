@@ -24,7 +24,7 @@ from fa.train.step import Stepper
 BASE = Config("bp", 0, dataset="digits", model="resnet8", hidden="", epochs=2, batch=128, lr=0.1, lr_drops="2",
               first_weight_decay=0.01, augment=True)  # fmt: skip
 RULES = [
-    ("bp", ""), ("fa", ""), ("fa", "density=0.5"), ("usf", ""), ("frsf", ""), ("kp", ""), ("kp", "density=0.5"), ("pfa", ""),
+    ("bp", ""), ("fa", ""), ("fa", "density=0.5"), ("usf", ""), ("usf", "concordance=0.7"), ("frsf", ""), ("kp", ""), ("kp", "density=0.5"), ("pfa", ""),
     ("pfa", "implicit=true"), ("pfa", "density=0.3 expansion=4"), ("pfa_o", ""), ("pfa_o", "implicit=true"),
 ]  # fmt: skip
 

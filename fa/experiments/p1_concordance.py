@@ -46,9 +46,7 @@ def swept(config: Config) -> dict[str, Any]:
     return {"share": shares.get(config.rule, 0.5)}
 
 
-EXPERIMENT = Experiment(
-    "Accuracy against the share of concordant signs", "p1", "15_fa_signs", RULES, grid, swept=swept
-)
+EXPERIMENT = Experiment("Accuracy against the share of concordant signs", "p1", "15_fa_signs", RULES, grid, swept=swept)
 
 
 # ------------------------------------------------------------------------------------------------------------- figure

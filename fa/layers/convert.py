@@ -74,9 +74,8 @@ def _linear_map(layer: nn.Module, sizes: Sizes | None = None) -> LinearMap | Con
         padding = (layer._reversed_padding_repeated_twice[2], layer._reversed_padding_repeated_twice[0])
     else:
         padding = layer.padding
-    return ConvMap(
-        layer.stride, padding, layer.dilation, layer.groups, sizes=sizes, pad=tuple(_explicit_padding(layer))
-    )
+    pad = tuple(_explicit_padding(layer))
+    return ConvMap(layer.stride, padding, layer.dilation, layer.groups, sizes=sizes, pad=pad)
 
 
 _CONVERTED: dict[type, type] = {
@@ -140,9 +139,8 @@ def convert(
     layers = targets(net, skip, treat_as_base)
     sizes = {} if sample is None else _sizes(net, sample)
     # all feedback is drawn before anything is changed
-    feedback = (
-        r.draw_feedback(net, layers, sizes, seed) if hasattr(r, "draw_feedback") else _draw(r, layers, sizes, seed)
-    )
+    own = hasattr(r, "draw_feedback")
+    feedback = r.draw_feedback(net, layers, sizes, seed) if own else _draw(r, layers, sizes, seed)
     revert(net)
     for name, layer in layers.items():
         put_on(layer, feedback[name])

@@ -209,9 +209,8 @@ class DirectFeedback(nn.Module):
             left, right, top, bottom = layer._reversed_padding_repeated_twice
             axes = zip(x.shape[-2:], ((top, bottom), (left, right)), self.B.shape[2:], layer.stride, layer.dilation)
             covered, indices = zip(*(patterns(*axis) for axis in axes))
-            tables = (
-                torch.tensor(c, dtype=self.B.dtype, device=x.device) for c in covered
-            )  # (rows, kh), (columns, kw)
+            like = {"dtype": self.B.dtype, "device": x.device}
+            tables = (torch.tensor(c, **like) for c in covered)  # (rows, kh), (columns, kw)
             S = torch.einsum("cihw,rh,qw->cirq", self.B, *tables)  # (classes, in, rows, columns)
             S = S.contiguous(memory_format=torch.channels_last if key[-1] else torch.contiguous_format)
             self._spread[key] = S, *(torch.tensor(index, device=x.device) for index in indices)  # (h,), (w,)

@@ -147,9 +147,7 @@ def multiply(terms: Terms) -> Tensor:
 def gradient_of(grad: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """A gradient as ``feedback_grad`` gave it: a tensor, or a pair (B, dW) that stands for B^T dW,
     ``(mid, in, *kernel)``."""
-    return (
-        grad if isinstance(grad, Tensor) else channel_product(grad[0].mT, grad[1])
-    )  # (mid, out) (out, in) -> (mid, in)
+    return grad if isinstance(grad, Tensor) else channel_product(grad[0].mT, grad[1])  # -> (mid, in)
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,10 @@ class USF(Rule):
     .. math:: dx = s\,\mathrm{sign}(W)^T dy
 
     Args:
-        scale: the magnitude s. ``"init"`` (default): the RMS of ``W`` at conversion; ``"xavier"``: sqrt(2 / (fan_in +
-            fan_out)) (p3's "SF" and BioTorch); ``"track"``: the RMS of ``W`` now (p1's strict normalisation); or a
-            number.
-        concordance: probability in [0, 1] that an entry has W's sign (default 1), else it has the opposite one; drawn
-            once, entry by entry, and kept whatever W becomes.
+        scale: s. ``"init"`` (default): the RMS of ``W`` at conversion; ``"xavier"``: sqrt(2 / (fan_in + fan_out)) (p3's
+            "SF" and BioTorch); ``"track"``: the RMS of ``W`` now (p1's strict normalisation); or a number.
+        concordance: share in [0, 1] of the entries that have W's sign (default 1), the others have the opposite one;
+            drawn once, and kept whatever W becomes.
 
     Source: Liao et al. 2016 (arXiv 1510.05067); p1; p3 (authors' code, ``usf``). ``concordance``: our reading.
     """
@@ -112,8 +111,7 @@ class USF(Rule):
     def init_state(self, op, W, gen):
         named = {"init": rms(W), "track": rms(W), "xavier": math.sqrt(2 / sum(fans(W)))}
         s = float(named.get(self.scale, self.scale))
-        s = self.nonzero(s, "scale") if self.scale == "init" else s
-        s = torch.tensor(s, dtype=torch.float64).to(W)  # -> ()
+        s = torch.tensor(self.nonzero(s, "scale") if self.scale == "init" else s, dtype=torch.float64).to(W)  # -> ()
         if self.concordance < 1:
             s = s * (2 * random_mask(W.shape, self.concordance, W, gen) - 1)  # -> (out, in), of both signs
         return {"s": s}
