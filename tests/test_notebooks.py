@@ -23,7 +23,7 @@ import pytest
 
 import fa
 from fa import citations, experiments, paths, plot
-from fa.results import batch, contents, parameters, records
+from fa.results import batch, compare, contents, parameters, records
 from fa.results import page as notebooks
 from fa.results import table as figure_table
 from fa.train.config import Config
@@ -478,8 +478,28 @@ def test_the_variants_of_a_grid_keep_apart(monkeypatch, tmp_path):
     monkeypatch.setenv("FA_BUILD", str(tmp_path))
     assert records.build("quick") == tmp_path / "quick"
     assert records.record_path("p3_fig2", "quick") == tmp_path / "quick" / "p3_fig2.csv"
-    jobs = [batch._Job(PAGES[0], "quick", {}, f"seeds={n}") for n in (1, 2)]
+    jobs = [batch._Job(PAGES[0], "quick", {}, {"seeds": f"{n}"}) for n in (1, 2)]
     assert jobs[0].build != jobs[1].build and jobs[0].build.is_relative_to(tmp_path)
+
+
+def test_the_points_of_a_grid_are_joined_to_one_table(tmp_path):
+    """Rows and parameters of every point; an older table is not the grid's."""
+    head = "run,rule,seed,epoch,layer,depth,metric,value\n"
+    for n, base in ((1, 50.0), (3, 60.0)):
+        folder = tmp_path / f"expansion={n}" / "quick"
+        folder.mkdir(parents=True)
+        rows = [f"{rule}{n}{seed},{rule},{seed},{epoch},,,test_accuracy,{base + add + seed + epoch}" for rule, add in (("pfa", 5), ("bp", 9)) for seed in (0, 1) for epoch in (1, 2)]  # fmt: skip
+        (folder / f"p3_fig2__expansion={n}.csv").write_text(head + "\n".join(rows) + "\n")
+    old = tmp_path / "expansion=1" / "quick" / "p3_fig3.csv"
+    old.write_text(head)
+    os.utime(old, (1, 1))
+    points = [({"expansion": str(n)}, tmp_path / f"expansion={n}" / "quick") for n in (1, 3)]
+    (path,) = compare.over_grid(points, tmp_path, since=100)
+    table = pd.read_csv(path)
+    assert path == tmp_path / "p3_fig2.csv" and len(table) == 16 and list(table)[0] == "grid_expansion"
+    printed = [line.split() for line in compare.last_accuracies(table).splitlines()]
+    assert printed[1:] == [["grid_expansion", "BP", "PFA"], ["1", "61.50", "57.50"], ["3", "71.50", "67.50"]]
+    assert compare.over_grid(points[:0], tmp_path) == []
 
 
 def test_the_command_line_ends_with_a_sentence_and_not_with_a_traceback(tmp_path):

@@ -18,7 +18,8 @@ from typing import Any
 
 from fa.errors import UserError, did_you_mean
 from fa.experiments import EXPERIMENTS
-from fa.paths import ROOT, relative, writing
+from fa.paths import ROOT, read_csv, relative, writing
+from fa.results import compare
 from fa.results.contents import find
 from fa.results.executors import each, processes
 from fa.results.page import cut
@@ -38,8 +39,13 @@ class _Job:
     notebook: Path
     mode: str
     parameters: dict[str, Any]
-    variant: str  # which values of a grid; empty without one
+    grid: dict[str, str]  # its point of a grid, parameter -> value; empty without one
     add: bool = False  # train only what the records lack
+
+    @property
+    def variant(self) -> str:
+        """The point of the grid in words; "" without one."""
+        return ",".join(f"{k}={v}" for k, v in self.grid.items()).replace("/", "-")
 
     @property
     def name(self) -> str:
@@ -70,7 +76,8 @@ def reproduce(
         notebooks: names as `find` takes them; none: all, in mode small those of figures that have it.
         mode: "record", "quick", "small" or "paper".
         parameters: name to value, for every notebook.
-        grid: name to values; every combination is run, each with tables and figures of its own under build/grid/.
+        grid: name to values; every combination is run, each with tables and figures of its own under build/grid/, and
+            build/grid/NAME.csv is one table of them all (:mod:`fa.results.compare`).
         jobs: notebooks at a time; 0: one a core, at most 4.
         say: takes the progress, a line at a time; default: prints.
         add: in small and paper mode, do not train again what data/records/ holds (default: False).
@@ -104,6 +111,12 @@ def reproduce(
     folders = dict.fromkeys([job.build / mode / "figures" for job in work] + [ROOT / "figures"])
     made = [p for folder in folders for p in sorted(folder.glob("*.pdf")) if p.stat().st_mtime >= start - 1]
     say("\n  ".join([f"{FIGURES[mode]}:", *(relative(p) for p in made)]) if made else "figures: none")
+    if grid:
+        points = [(job.grid, job.build / mode) for job in work]
+        for path in compare.over_grid(points, build("").resolve() / "grid", since=start - 1):
+            say(f"the grid as one table: {relative(path)}")
+            if told := compare.last_accuracies(read_csv(path)):
+                say(told)
     if mode != "quick":
         say("report on the records: REPORT.md, written by python -m fa report")
     verdict = f"{len(work) - len(failed)} of {len(work)} ran through, in {time.time() - start:.0f} s"
@@ -124,8 +137,7 @@ def _planned(
     work = []
     for path, values in itertools.product(find(notebooks), itertools.product(*grid.values())):
         chosen = dict(zip(grid, values))
-        variant = ",".join(f"{k}={v}" for k, v in chosen.items()).replace("/", "-")
-        work.append(_Job(path, mode, _typed(path, {"mode": mode} | fixed | chosen), variant, add))
+        work.append(_Job(path, mode, _typed(path, {"mode": mode} | fixed | chosen), chosen, add))
     return work
 
 
