@@ -216,6 +216,8 @@ MUTANTS = [
            "usedforsecurity=False).hexdigest() == ''", "test_data.py::test_a_changed_byte_is_noticed"),
     Mutant("divided before the mean is taken off", "train/data.py", ".sub_(mean).div_(sd)", ".div_(sd).sub_(mean)",
            "test_data.py::test_digits_normalisation_is_the_training_split_s"),
+    Mutant("a diverged run trains its epoch out", "train/step.py", "asked = 1 if", "asked = 10**9 if",
+           "test_train.py::test_a_run_that_diverges_is_recorded_as_such"),
     Mutant("epoch of a divergence off by one", "train/loop.py", 'state="diverged", epoch=epoch + 1',
            'state="diverged", epoch=epoch', "test_train.py::test_a_run_that_diverges_is_recorded_as_such"),
     Mutant("momentum not taken from the checkpoint", "train/loop.py",

@@ -173,6 +173,7 @@ def test_a_run_that_diverges_is_recorded_as_such():
     losses = steps(*started(config), config, data.load("digits").train, 0)
     first = int((~torch.isfinite(losses)).nonzero()[0]) + 1
     assert (status["state"], status["epoch"], status["step"]) == ("diverged", 1, first) and first > 1
+    assert len(losses) == first < 1437 // config.batch, "training ends at that step"
     assert set(table.epoch) == {0} and table.value.notna().all()
     folder = RunFolder(config)
     folder.finish(table, status)

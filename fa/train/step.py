@@ -108,7 +108,9 @@ class Stepper:
         self.at.zero_()
 
     def epoch(self, epoch: int, limit: int | None = None, seen: Callable[[int], None] = lambda step: None) -> Tensor:
-        """Train one epoch, or its first ``limit`` batches.
+        """Train one epoch, or its first ``limit`` batches; it ends early after a loss that is not finite.
+
+        On a CPU it ends at that step. A GPU is asked every hundredth step, for each question waits for all steps before.
 
         Args:
             epoch: its number, from 0.
@@ -120,9 +122,12 @@ class Stepper:
         """
         self.begin(epoch)
         steps = self.per_epoch if limit is None else min(limit, self.per_epoch)
+        asked = 1 if self.device.type == "cpu" else 100
         for number in range(1, steps + 1):
             self.step()
             seen(number)
+            if number % asked == 0 and not torch.isfinite(self.losses[number - asked : number]).all():
+                return self.losses[:number]
         return self.losses[:steps]
 
     def step(self) -> None:
