@@ -110,7 +110,7 @@ class Stepper:
     def epoch(self, epoch: int, limit: int | None = None, seen: Callable[[int], None] = lambda step: None) -> Tensor:
         """Train one epoch, or its first ``limit`` batches; it ends early after a loss that is not finite.
 
-        On a CPU it ends at that step. A GPU is asked every hundredth step, for a question waits for all steps before it.
+        On a CPU it ends at that step. A GPU is asked every hundredth step, for it answers when it has done all before.
 
         Args:
             epoch: its number, from 0.
