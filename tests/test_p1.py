@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import fa
 from fa import experiments
-from fa.experiments import p1_accuracy, p1_angles, p1_representations
+from fa.experiments import p1_accuracy, p1_angles, p1_concordance, p1_normalization, p1_representations
 from fa.metrics import gradient_angles, linear_layers
 from fa.results import runs as campaign
 from fa.results.store import RunFolder
@@ -23,6 +23,7 @@ from fa.train import loop as train
 from fa.train.config import Config, canonical
 from fa.train.network import build_network
 from fa.train.similarity import Similarity, activities
+from fa.train.step import make_optimizer
 from oracles import randn
 
 VARIANTS = list(p1_accuracy.VARIANTS)
@@ -276,3 +277,85 @@ def test_growth_is_over_the_initial_norm_of_the_same_run():
     rows = [("a", 0, "fc", 2.0), ("a", 5, "fc", 3.0), ("b", 0, "fc", 4.0), ("b", 5, "fc", 2.0)]
     table = pd.DataFrame(rows, columns=["run", "epoch", "layer", "value"]).assign(metric="weight_norm")
     assert p1_angles.growth(table).value.tolist() == [1.5, 0.5]
+
+
+# ------------------------------------------------------------------------------- strict normalisation, share of signs
+
+
+def started(config: Config) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A page's network on smaller images, in float64, and its optimizer."""
+    net = build_network(config, (3, 16, 16), 10, torch.float64)
+    return net, make_optimizer(net, config)
+
+
+def test_the_settings_of_strict_normalisation_are_both_readings():
+    runs = experiments.plan("p1_normalization", "paper")
+    assert len(runs) == len({c.run for c in runs}) == 51 and {(c.epochs, c.precision) for c in runs} == {
+        (10, "bfloat16")
+    }
+    places = [(c.rule, *p1_normalization.swept(c).values()) for c in runs if c.seed == 0]
+    settings = [("fixed", "free"), ("track", "free"), ("fixed", "held"), ("track", "held")]
+    assert places == [("bp", "fixed", "free"), *((r, *s) for r in ("fa", "usf", "brsf", "frsf") for s in settings)]
+    for rule in ("fa", "usf", "brsf", "frsf"):
+        for config in p1_normalization.of_rule(runs[0], rule, 0):
+            feedback, forward = p1_normalization.swept(config).values()
+            net, opt = started(config)
+            start = [torch.linalg.vector_norm(layer.weight).item() for layer in linear_layers(net).values()]
+            with torch.no_grad():
+                for layer in linear_layers(net).values():
+                    layer.weight.mul_(3)
+            x, y = batch()
+            F.cross_entropy(net(x), y).backward()
+            opt.step()
+            end = [torch.linalg.vector_norm(layer.weight).item() for layer in linear_layers(net).values()]
+            assert np.allclose(end, start, rtol=1e-12) if forward == "held" else np.all(np.divide(end, start) > 2)
+            ratio = fa.alignment(net).norm_ratio
+            known = 1 if feedback == "track" or forward == "held" else np.divide(start, end)
+            assert np.allclose(ratio, known, rtol=0.1 if rule == "brsf" else 0.05 if rule in ("fa", "frsf") else 1e-9)
+
+
+@pytest.mark.parametrize("rule", ["fa", "usf", "frsf"])
+def test_where_w_is_held_feedback_that_follows_is_feedback_that_stays(rule):
+    """W's norm is the initial one, and so is the feedback's, but for the last bits and what a draw's norm is off."""
+    base = experiments.plan("p1_normalization", "paper")[0].vary(precision="float32")
+    *_, held, both = p1_normalization.of_rule(base, rule, 0)
+    ends = []
+    for config in (held, both):
+        net, opt = started(config)
+        if rule != "usf":  # the drawn feedback, which has W's norm on average, gets it exactly
+            with torch.no_grad():
+                for layer in linear_layers(net).values():
+                    own = layer.feedback.B if rule == "fa" else layer.feedback.M
+                    own.mul_(torch.linalg.vector_norm(layer.weight) / torch.linalg.vector_norm(own))
+        for _ in range(3):
+            x, y = batch()
+            opt.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            opt.step()
+        ends.append({name: layer.weight.detach().clone() for name, layer in linear_layers(net).items()})
+    assert all((ends[0][n] - ends[1][n]).abs().max() < 1e-9 * ends[0][n].abs().max() for n in LAYERS)
+
+
+def test_the_shares_of_concordant_signs():
+    runs = experiments.plan("p1_concordance", "paper")
+    shares = [p1_concordance.swept(c)["share"] for c in runs if c.rule == "usf" and c.seed == 0]
+    assert shares == [0.5, 0.6, 0.7, 0.8, 0.9, 1.0] and len(runs) == 24
+    assert len({c.run for c in runs} & {c.run for c in experiments.plan("p1_normalization", "paper")}) == 9
+    x, y = batch(40)
+    angles = []
+    for config in (c for c in runs if c.rule == "usf" and c.seed == 0):
+        net, share = build_network(config, (3, 24, 24), 10, torch.float64), p1_concordance.swept(config)["share"]
+        found = fa.alignment(net)
+        assert (found.sign_concordance - share).abs().max() < 0.04
+        assert (found.angle_deg - p1_concordance.law(share)).abs().max() < 4
+        small = build_network(config, (3, 16, 16), 10, torch.float64)
+        angles.append(gradient_angles(small, x, y, F.cross_entropy).grad_angle_global_deg.iloc[0])
+        before = weight_gradients(small)
+        with torch.no_grad():
+            for layer in linear_layers(small).values():
+                layer.feedback.s.mul_(2)
+        after = weight_gradients(small)
+        assert all(torch.equal(after[n], 2.0**i * before[n]) for i, n in enumerate(reversed(LAYERS)))
+    assert angles[0] > 75 and angles[-1] < 65, "half of the signs is chance"
+    with pytest.raises(fa.UserError, match="bp, fa and usf, not kp"):
+        experiments.plan("p1_concordance", "quick", rules="kp,usf")
