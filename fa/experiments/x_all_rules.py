@@ -127,7 +127,8 @@ EXPERIMENT = Experiment(
 
 TEXT = """ a, b: test accuracy after the last epoch below backprop's, seed by seed, against the angle between the
 gradient of each layer below the output and exact backprop's, mean of the layers; in words: rules whose gradients
-there are zero or not finite. c: CPU time of a training step over that of a step of backprop. Bars: +/- 1 sd over seeds."""
+there are zero or not finite. c: CPU time of a training step over the time of a step of backprop. Bars: +/- 1 sd over
+seeds."""
 CAPTION = f"""Every rule of the three papers with p3's recipes: the network of Figure 2 on MNIST (a), ResNet-20 on
 CIFAR-10 (b).{TEXT}"""
 SMALL_CAPTION = f"""Every rule of the three papers with one recipe for each network: the network of p3's Figure 2 on
