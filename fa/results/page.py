@@ -163,7 +163,8 @@ class Page(FigureTable):
         said += [text] if (text := self._beside()) else []
         if "wall_seconds" in made and not table.empty:
             machine = provenance.told(made["environments"], "gpu", "cpu")
-            said.append(f"n = {table.seed.nunique()}; trained in {clock(made['wall_seconds'])} on {machine}")
+            made_in = "its runs took" if self.datasets else "computed in"
+            said.append(f"n = {table.seed.nunique()}; {made_in} {clock(made['wall_seconds'])} in sum on {machine}")
         return ". ".join(said) + "."
 
     def _beside(self) -> str:
@@ -184,7 +185,8 @@ class Page(FigureTable):
         labels = {n: plot.look(n).label for n in names} | self.about.labels
         values = [f"{labels[n]} {ours[n]:.2f}" + (f" ({theirs[n]:.2f})" if n in theirs else "") for n in names]
         published = ", ours (published)" if len(theirs) else ""
-        return f"{plot.LABELS[metric]}{published}: {'; '.join(values)}"
+        name = plot.LABELS[metric] + ("" if metric.startswith("chosen") else ", last epoch")
+        return f"{name}{published}: {'; '.join(values)}"
 
     def trail(self) -> dict[str, Any]:
         """What leads from a figure back to its data, code and machine; nothing in it depends on the clock."""
