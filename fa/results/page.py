@@ -118,6 +118,8 @@ class Page(FigureTable):
         both = ours.join(theirs, how="outer", sort=False).reset_index()
         if both.empty:
             return tables.several(f"no {metric} yet")
+        if "variant" in both:
+            both["variant"] = [self.about.labels.get(v, v) for v in both.variant]
         depth = list(dict.fromkeys([*self.table().sort_values("depth").layer, *self.reference().layer]))
         rank = {"layer": depth.index} | ({"rule": plot.in_order(both.rule).index} if "rule" in by else {})
         both = both.sort_values(by, key=lambda column: column.map(rank.get(column.name, lambda v: v)))
