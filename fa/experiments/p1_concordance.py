@@ -85,7 +85,8 @@ def draw(page: Page) -> Figure:
     ax["b"].set(ylabel=plot.LABELS["angle_deg"], ylim=(20, 100), yticks=(30, 60, 90))
     ax["b"].legend(handles=plot.key(colors), loc="lower left")
     by_share(ax["c"], end[(end.rule == "usf") & (end.depth < end.depth.max())], "grad_angle_global_deg")
-    ax["c"].set(ylabel=plot.LABELS["grad_angle_global_deg"], ylim=(0, 100), yticks=(0, 30, 60, 90))
+    ax["c"].set(ylabel=plot.LABELS["grad_angle_global_deg"], ylim=(0, None), yticks=(0, 30, 60, 90, 120, 150))
+    ax["c"].axhline(90, color="0.75", lw=0.6, ls=":", zorder=0)
     for panel in "abc":
         ax[panel].set(xlabel="Share of concordant signs", xticks=(0.5, 0.6, 0.7, 0.8, 0.9, 1))
     plot.letters(ax.values())
