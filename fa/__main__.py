@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import NoReturn
 
-from fa import __version__
+from fa.commands import PROG, parser
 from fa.errors import UserError
 from fa.paths import need_repository
-
-_PROG = "python -m fa"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,16 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminated) if main_thread else None
     try:
-        args = _parser().parse_args(arguments)
+        args = parser().parse_args(arguments)
         need_repository()
-        status = args.do(args)
+        status = globals()[f"_{args.command}"](args)
         sys.stdout.flush()
         return status
     except UserError as e:
         sys.stderr.write(f"fa: {e}\n")
         return 2
     except KeyboardInterrupt as e:
-        again = f"{_PROG} {shlex.join(arguments)}"
+        again = f"{PROG} {shlex.join(arguments)}"
         sys.stderr.write(f"fa: stopped; what is finished and checkpointed is kept, go on with: {again}\n")
         return 143 if e.args == ("terminated",) else 130
     except BrokenPipeError:  # whoever read the output has seen enough
@@ -51,117 +47,13 @@ def _terminated(*_: object) -> None:
     raise KeyboardInterrupt("terminated")
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def _count(text: str) -> int:
-    """A whole number from 0 up."""
-    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=_PROG, allow_abbrev=False, description="Learning without weight transport: train, draw, report."
-    )
-    parser.add_argument("--version", action="version", version=f"fa {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, do: object, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        sub.set_defaults(do=do, parser=sub)
-        return sub
-
-    command("list", _list, "experiments, their notebooks, and which runs are finished")
-
-    run = command("run", _run, "train the missing runs of experiments; stopped or killed, it goes on when called again")
-    run.add_argument("experiments", nargs="+", metavar="EXPERIMENT", help="names of figures, as fa list prints them")
-    _grid(run)
-    run.add_argument(
-        "--budget", default="", help="stop by itself after this time, e.g. 9m or 2h10m (default: no bound)"
-    )
-    run.add_argument("--workers", default="auto", help="processes (default: auto, one for each core)")
-    run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    _executor(run)
-    run.add_argument("--add", action="store_true", help="train only what neither the run store nor data/records holds")
-    run.add_argument(
-        "--together", type=_count, default=0, help="runs that a process trains at once (default: 1 on the CPU, else 15)"
-    )
-    run.add_argument(
-        "--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile (auto: on CUDA, if it can)"
-    )
-    run.add_argument("--deterministic", action="store_true", help="on CUDA: slower, the same numbers each time")
-    run.add_argument("--storage", default="", help="of a search: a URL that Optuna knows (default: in the run store)")
-    run.add_argument("--dry-run", action="store_true", help="say what would be trained and for how long, and stop")
-
-    collect = command("collect", _collect, "merge finished runs into the record data/records/EXPERIMENT.csv")
-    collect.add_argument(
-        "experiments", nargs="+", metavar="EXPERIMENT", help="names of figures, as fa list prints them"
-    )
-    _grid(collect)
-    collect.add_argument("--partial", action="store_true", help="although runs are missing; figures will say so")
-
-    reproduce = command("reproduce", _reproduce, "run notebooks headless through papermill; outputs under build/")
-    reproduce.add_argument(
-        "notebooks", nargs="*", metavar="NOTEBOOK", help="name or its beginning, e.g. 32 (default: all)"
-    )
-    reproduce.add_argument("--mode", default="quick", help="quick, record, small or paper (default: quick)")
-    reproduce.add_argument(
-        "-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a parameter"
-    )
-    reproduce.add_argument(
-        "--grid",
-        action="append",
-        default=[],
-        metavar="NAME=V1,V2",
-        help="run once for each value; several: for each combination",
-    )
-    reproduce.add_argument("--add", action="store_true", help="in paper mode: train only what data/records lacks too")
-    reproduce.add_argument("--jobs", type=_count, default=2, help="notebooks at a time (default: 2; elsewhere all)")
-    _executor(reproduce)
-
-    command("report", _report, "judge every claim and write REPORT.md and the tables of README.md")
-
-    data = command("data", _data, "say which data sets are here, or download one")
-    data.add_argument("download", nargs="*", metavar="NAME", help="data sets to download")
-
-    cite = command("cite", _cite, "how to cite a figure: caption, references, data, code, machine")
-    cite.add_argument("figure", metavar="FIGURE", help="a name in figures/, e.g. p3_fig2")
-    cite.add_argument("--format", default="text", help="text, markdown, latex or bibtex (default: text)")
-
-    figure = command("figure", _figure, "draw a figure again from its record, in another width or format")
-    figure.add_argument("figure", metavar="FIGURE", help="a name in figures/, e.g. p3_fig2")
-    figure.add_argument("--width", type=float, default=0, help="inches, e.g. 3.5 or 7.2 (default: the figure's own)")
-    figure.add_argument("--format", default="pdf,svg,png", help="of pdf, svg, png (default: all three)")
-    return parser
-
-
-def _executor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--executor", default="local", help="local, dask://HOST:PORT, or slurm:NAME=VALUE,... (default: local)"
-    )
-
-
-def _grid(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mode", default="paper", help="paper, small or quick (default: paper)")
-    parser.add_argument("--seeds", type=_count, default=0, help="number of seeds (default 0: the mode's own)")
-    parser.add_argument("--epochs", type=_count, default=0, help="number of epochs (default 0: the mode's own)")
-    parser.add_argument("--rules", default="", help="comma separated (default: the figure's)")
-    parser.add_argument("--dataset", default="", help="default: the mode's own")
-
-
 def _planned(args: argparse.Namespace) -> dict[str, list]:
     from fa import experiments
 
     common = dict(seeds=args.seeds, epochs=args.epochs, rules=args.rules, dataset=args.dataset)
     planned = {name: experiments.plan(name, args.mode, **common) for name in args.experiments}
     if empty := [name for name, whole in planned.items() if not whole]:
-        raise UserError(f"{empty[0]} has no such runs, so that nothing is to be trained or collected; see {_PROG} list")
+        raise UserError(f"{empty[0]} has no such runs, so that nothing is to be trained or collected; see {PROG} list")
     return planned
 
 
@@ -239,10 +131,10 @@ def _run(args: argparse.Namespace) -> int:
     if summary.left:
         options = ("budget", "workers", "device", "executor", "add", "together", "compile", "deterministic", "storage")
         own = _given(args, *options)
-        print(f"next: {_PROG} run {names}{own}")
+        print(f"next: {PROG} run {names}{own}")
     else:
         part = any(records.lacking(name, args.mode, whole) for name, whole in planned.items())
-        print(f"next: {_PROG} collect {names}{_given(args)}{' --partial' if part else ''}")
+        print(f"next: {PROG} collect {names}{_given(args)}{' --partial' if part else ''}")
     return 1 if summary.failed else 0
 
 
