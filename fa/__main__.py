@@ -138,6 +138,18 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if summary.failed else 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from fa.results import plan, records, runs
+
+    planned, held = _planned(args), records.holders() if args.add else {}
+    todo = {}
+    for name, configs in planned.items():
+        once = list({c.run: c for c in configs if c.run not in held}.values())
+        todo[name] = once if args.all else runs.missing(once)
+    print(plan.report(args.mode, planned, todo, args.device, args.devices, args.measure))
+    return 0
+
+
 def _collect(args: argparse.Namespace) -> int:
     from fa.paths import relative
     from fa.results import records

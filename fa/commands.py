@@ -61,6 +61,17 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--storage", default="", help="of a search: a URL that Optuna knows (default: in the run store)")
     run.add_argument("--dry-run", action="store_true", help="say what would be trained and for how long, and stop")
 
+    plan = command("plan", "say what runs would cost, from the committed records or from steps that are measured here")
+    plan.add_argument("experiments", nargs="+", metavar="EXPERIMENT", help="names of figures, as fa list prints them")
+    _grid(plan)
+    plan.add_argument(
+        "--device", default="here", help="here: measured on this machine; or a part of a name in the records, e.g. epyc"
+    )
+    plan.add_argument("--devices", type=_count, default=1, help="equal ones; on the CPU processes (default: 1)")
+    plan.add_argument("--measure", action="store_true", help="measure here what the records do not know of --device")
+    plan.add_argument("--all", action="store_true", help="of all runs, the finished ones too")
+    plan.add_argument("--add", action="store_true", help="of those that neither the run store nor data/records holds")
+
     collect = command("collect", "merge finished runs into the record data/records/EXPERIMENT.csv")
     collect.add_argument(
         "experiments", nargs="+", metavar="EXPERIMENT", help="names of figures, as fa list prints them"

@@ -42,12 +42,14 @@ class Terms:
         mark: name of a file in it, which a worker sees that shares the folder.
         software: of the campaign, name -> version.
         deterministic: what ``torch.use_deterministic_algorithms`` was told.
+        storage: where searches are kept, ``$FA_STORAGE`` of the campaign ("": wherever a worker keeps them).
     """
 
     folder: Path
     mark: str = field(default_factory=lambda: f".{uuid.uuid4().hex}.shared")
     software: dict[str, str] = field(default_factory=software)
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
+    storage: str = field(default_factory=lambda: os.environ.get("FA_STORAGE", ""))
 
     @property
     def shared(self) -> bool:
@@ -134,6 +136,8 @@ def _there(
         with unchanged():
             if shared := terms.shared:
                 os.environ["FA_RUNS"] = str(terms.folder)
+            if terms.storage:
+                os.environ["FA_STORAGE"] = terms.storage
             for config, found in files if not shared else ():
                 RunFolder(config).install(found)
             if terms.deterministic:

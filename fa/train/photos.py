@@ -49,6 +49,11 @@ class ImageFolderSource:
     sd: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     @property
+    def train(self) -> int:
+        """Number of training images."""
+        return self.counts["train"]
+
+    @property
     def black(self) -> tuple[float, ...]:
         """The normalised value of a black pixel, per channel."""
         return tuple(-mean / sd for mean, sd in zip(self.mean, self.sd))

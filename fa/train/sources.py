@@ -33,6 +33,7 @@ class Source:
         pad: largest shift of a training image in pixels, where a recipe augments (default 4: p3's, for 32x32).
         margin: pixels of the files' images that are cut off on each side (default 0). A shifted image shows them;
             otherwise the border is black.
+        train: number of training images, for plans made where the files are not (default 45,000: CIFAR-10's).
     """
 
     images: str
@@ -44,6 +45,7 @@ class Source:
     parse: Callable[[list[bytes]], Arrays]
     pad: int = 4
     margin: int = 0
+    train: int = 45_000
 
     @property
     def black(self) -> tuple[float, ...]:
@@ -111,8 +113,8 @@ CIFAR10 = {
 GREY, RGB = ((0.1307,), (0.3081,)), ((0.4914, 0.4821, 0.4465), (0.2470, 0.2435, 0.2616))  # p3's (mean, sd)
 
 SETS: dict[str, Source | ImageFolderSource] = {
-    "digits": Source("8x8 grey: 1,437 train, 360 test", 10, 16, (0.3052,), (0.3760,), DIGITS, _digits),
-    "mnist": Source("28x28 grey: 60,000 train, 10,000 test", 10, 255, *GREY, MNIST, _mnist),
+    "digits": Source("8x8 grey: 1,437 train, 360 test", 10, 16, (0.3052,), (0.3760,), DIGITS, _digits, train=1437),
+    "mnist": Source("28x28 grey: 60,000 train, 10,000 test", 10, 255, *GREY, MNIST, _mnist, train=60_000),
     "cifar10": Source("32x32 RGB: 45,000 train, 5,000 validation, 10,000 test", 10, 255, *RGB, CIFAR10, _cifar10),
     "cifar10-16": Source("16x16 RGB: means of 2x2 pixels of cifar10", 10, 255, *RGB, CIFAR10, _cifar10_16, 2),
     "cifar10-24": Source("24x24 RGB: crops of cifar10", 10, 255, *RGB, CIFAR10, _cifar10, margin=4),

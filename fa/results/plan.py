@@ -1,0 +1,233 @@
+"""A plan before anything is spent: steps, hours on one device and on several, and memory of runs, each with its spread
+(:mod:`fa.results.costs` says where it is known from)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fa.errors import UserError
+from fa.provenance import environment
+from fa.results import runs
+from fa.results.costs import Recorded, kind, measure_all, steps
+from fa.results.executors import pick_device, pick_workers
+from fa.results.progress import clock
+from fa.train import stack
+from fa.train.config import Config
+from fa.train.timing import Cost, Spread, plus, times
+
+
+@dataclass
+class Forecast:
+    """What some runs cost on several equal devices.
+
+    Args:
+        todo: the runs, in the order in which they are begun.
+        costs: kind of run -> cost, or why it is not known.
+        devices: number of devices; on the CPU of processes.
+        stacked: whether runs of one recipe are trained as one, as on a GPU.
+    """
+
+    todo: Sequence[Any]
+    costs: dict[Any, Cost | str]
+    devices: int = 1
+    stacked: bool = False
+
+    def cost(self, config: Any) -> Cost | str:
+        """Of a run."""
+        return self.costs[kind(asdict(config))]
+
+    def seconds(self, config: Any) -> Spread | None:
+        """Of a run, or None where it is not known."""
+        cost = self.cost(config)
+        return None if isinstance(cost, str) else cost.run[getattr(config, "epochs", 0)]
+
+    @property
+    def known(self) -> list[Any]:
+        """The runs whose cost is known."""
+        return [c for c in self.todo if self.seconds(c)]
+
+    @property
+    def device_seconds(self) -> Spread:
+        """Of all known runs together."""
+        return plus(*map(self.seconds, self.known))  # type: ignore[arg-type]
+
+    @property
+    def jobs(self) -> list[Spread]:
+        """Seconds of what is trained as one: a run, or on a GPU a stack."""
+        groups = stack.groups(self.known, runs.STACK if self.stacked else 1)
+        return [plus(*map(self.seconds, group)) for group in groups]  # type: ignore[arg-type]
+
+    @property
+    def wall(self) -> Spread:
+        """Seconds until the last device is through, each of which begins the next job when it is free."""
+        ends = []
+        for column in zip(*self.jobs):
+            free = [0.0] * self.devices
+            for job in column:
+                free[free.index(min(free))] += job
+            ends.append(max(free))
+        return tuple(ends) if ends else (0.0, 0.0, 0.0)  # type: ignore[return-value]
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the largest process (0: not known)."""
+        return max((cost.memory for cost in map(self.cost, self.known)), default=0)  # type: ignore[union-attr]
+
+
+def forecasts(
+    planned: dict[str, list[Any]], device: str = "here", devices: int = 1, measuring: bool = False
+) -> tuple[dict[str, Forecast], str]:
+    """The forecast of several experiments.
+
+    Args:
+        planned: experiment -> its runs to train; those whose weights or tables they need, and that are missing, are
+            added.
+        device: "here": this machine, measured; else a part of a device's name in the records.
+        devices: number of equal devices; on the CPU of processes.
+        measuring: measure here what the records do not know, if this machine has that name (default False).
+
+    Returns:
+        Experiment -> forecast, and what the device is, in words.
+
+    Raises:
+        UserError: no device of that name is known; or it is to be measured here, and this machine is another.
+    """
+    if devices < 1:
+        raise UserError(f"devices={devices} is not a positive number")
+    planned = {name: [*_needed(todo), *todo] for name, todo in planned.items()}
+    alike: dict[Any, list[Any]] = defaultdict(list)
+    for config in (c for todo in planned.values() for c in todo):
+        alike[kind(asdict(config))].append(config)
+    mine = environment()["gpu"] or environment()["cpu"]
+    if measuring and device != "here" and device.lower() not in mine.lower():
+        raise UserError(f"this machine is no {device!r} but {mine}; leave --measure out, or take --device here")
+    here, torch_device = device == "here", pick_device("auto")
+    try:
+        recorded: Recorded | None = Recorded(mine if here else device)
+    except UserError:
+        if not (here or measuring):
+            raise
+        recorded = None
+    costs: dict[Any, Cost | str] = {}
+    for of, same in alike.items():
+        if here and isinstance(same[0], Config):
+            continue
+        costs[of] = recorded.cost(same) if recorded else f"no record has such runs from {mine}"
+    open_ = [of for of in alike if isinstance(alike[of][0], Config) and isinstance(costs.get(of, ""), str)]
+    if open_ and (here or measuring):
+        cores = 1 if torch_device != "cpu" else pick_workers("auto")
+        costs |= zip(open_, measure_all([alike[of] for of in open_], torch_device, min(devices, cores)))
+    gpu = bool(environment()["gpu"]) if here or measuring else recorded.gpu  # type: ignore[union-attr]
+    told = mine if here or measuring else recorded.machines  # type: ignore[union-attr]
+    return {name: Forecast(todo, costs, devices, gpu) for name, todo in planned.items()}, told
+
+
+def _needed(todo: Sequence[Any]) -> list[Any]:
+    own = {c.run for c in todo}
+    needed = {c.run: c for config in todo for c in getattr(config, "needs", ()) if c.run not in own}
+    return runs.missing(list(needed.values()))
+
+
+# ------------------------------------------------------------------------------------------------------------- in words
+
+
+def table(forecast: Forecast) -> str:
+    """A forecast in lines: a line for every kind of runs, what all of them take, and what is not known."""
+    alike: dict[Any, list[Any]] = defaultdict(list)
+    for config in forecast.todo:
+        alike[kind(asdict(config)), getattr(config, "epochs", 0)].append(config)
+    lines, unknown, names = [], defaultdict(list), _names([of for of, _ in alike])
+    for ((of, epochs), same), name in zip(alike.items(), names):
+        cost = forecast.costs[of]
+        if isinstance(cost, str):
+            unknown[cost].append((name, len(same)))
+            continue
+        step = f"{steps(same[0]):,} steps of {spread(times(1000, cost.step), _short)} ms" if cost.step else "no steps"
+        memory = f"{cost.memory / 1e9:.2f} GB" if cost.memory else ""
+        number = f"{len(same)} {'run' if len(same) == 1 else 'runs'}"
+        lines.append((name, number, step, f"{spread(cost.run[epochs], clock)} a run", memory, cost.source))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = ["  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths) if w).rstrip() for line in lines]
+    if known := forecast.known:
+        hours = spread(times(1 / 3600, forecast.device_seconds), _short)
+        longest = max(forecast.jobs, key=lambda job: job[1])
+        what = "longest stack" if forecast.stacked else "longest run"
+        text.append(f"  {len(known)} runs: {hours} device-hours; the {what} {spread(longest, clock)}")
+        text.append(f"  on {forecast.devices} {'device' if forecast.devices == 1 else 'devices'}: "
+                    f"{spread(forecast.wall, clock)}" + _memory(forecast))  # fmt: skip
+    for why, those in unknown.items():
+        n = sum(count for _, count in those)
+        text.append(f"  not known: {n} {'run' if n == 1 else 'runs'} ({', '.join(dict(those))}), for {why}")
+    return "\n".join(text)
+
+
+def _memory(forecast: Forecast) -> str:
+    if not forecast.memory:
+        return "; memory is not known from records"
+    whole = f", {forecast.devices * forecast.memory / 1e9:.1f} GB for all" if forecast.devices > 1 else ""
+    return f"; {forecast.memory / 1e9:.2f} GB of memory at the peak of the largest{whole}, each measured once"
+
+
+def _names(kinds: Sequence[Any]) -> list[str]:
+    """Each kind in words: its rule, and what not all kinds have in common."""
+    seen: dict[str, set[Any]] = defaultdict(set)
+    for of in kinds:
+        for name, value in of:
+            seen[name].add(value)
+    found = []
+    for of in map(dict, kinds):
+        words = [str(of["rule"])]
+        for name, value in of.items():
+            if name == "options":
+                words += [f"{n}={str(v).lower()}" for n, v in value if v != "a number"]
+            elif name != "rule" and len(seen[name]) > 1 and value not in ("", None, False):
+                words.append(f"{name}={value}" if isinstance(value, (bool, int, float)) else str(value))
+        found.append(" ".join(words))
+    return found
+
+
+def spread(values: Spread, text: Callable[[float], str]) -> str:
+    """ "2.44 [2.1, 3.02]"; a single value has no brackets."""
+    low, middle, high = map(text, values)
+    return middle if values[0] == values[2] else f"{middle} [{low}, {high}]"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def report(
+    mode: str,
+    planned: dict[str, list[Any]],
+    todo: dict[str, list[Any]],
+    device: str = "here",
+    devices: int = 1,
+    measuring: bool = False,
+) -> str:
+    """What ``fa plan`` prints.
+
+    Args:
+        mode: of the plans, in words.
+        planned: experiment -> its runs.
+        todo: experiment -> those that are to be trained.
+        device, devices, measuring: see :func:`forecasts`.
+    """
+    found, told = forecasts(todo, device, devices, measuring)
+    gpu = any(forecast.stacked for forecast in found.values())
+    unit = "" if gpu else ", a device is a process with one thread"
+    lines = [f"on {told}{unit}; median [quartiles]"]
+    for name, forecast in found.items():
+        n, total = len(forecast.todo), sum(map(steps, forecast.todo))
+        extra = n - len(todo[name])
+        needs = f", with {extra} that they need" if extra else ""
+        of = len({c.run for c in planned[name]})
+        lines.append(f"{name}, mode {mode}: {n} runs to train of {of}{needs}; {total:,} steps")
+        lines += [table(forecast)] if forecast.todo else []
+    every = {c.run: c for forecast in found.values() for c in forecast.todo}
+    if len(found) > 1 and every:
+        costs = next(iter(found.values())).costs
+        lines += ["all, each run once:", *table(Forecast(list(every.values()), costs, devices, gpu)).splitlines()[-2:]]
+    return "\n".join(lines)
