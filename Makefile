@@ -53,9 +53,9 @@ test-oldest: $(stamp)  ## as test, with the oldest packages that pyproject.toml 
 	@$(oldest)/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	$(subst $(py),$(oldest)/bin/python,$(pytest)) -m "not slow and not browser" $(ARGS)
 
-test-cluster: $(stamp)  ## kills workers of a Dask cluster, and more; Dask and submitit are installed when they are not there
-	@$(py) -c 'import distributed, submitit' 2>/dev/null || $(py) -m pip install --quiet -e '.[cluster]'
-	$(py) -m pytest tests/test_cluster.py $(ARGS)
+test-cluster: $(stamp)  ## kills workers of a Dask cluster, and a search on PostgreSQL; the extra cluster is installed when it is not there
+	@$(py) -c 'import distributed, submitit, optuna, psycopg' 2>/dev/null || $(py) -m pip install --quiet -e '.[cluster]'
+	$(py) -m pytest tests/test_cluster.py tests/test_tuning.py $(ARGS)
 	$(py) tests/cluster_harness.py
 
 test-browser: $(stamp)  ## JupyterLab and the site in a Chromium; its driver is installed when it is not there

@@ -4,10 +4,13 @@ killed."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,3 +139,92 @@ def test_a_search_that_two_processes_share_and_one_is_killed_of_ends_whole(store
     trials = _search.study_of(runs[0]).trials
     assert sorted(t.user_attrs["number"] for t in trials) == list(range(6))
     assert all(t.state.is_finished() for t in trials) and all((store / c.run / "status.json").exists() for c in runs)
+
+
+# ------------------------------------------------------------------------------------------------ on a PostgreSQL server
+
+N = 40  # trials
+
+
+def postgres(name: str) -> Path | None:
+    """A program of the server, in the path or where Debian's package puts it."""
+    found = (
+        [Path(there)] if (there := shutil.which(name)) else sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
+    )
+    return found[-1].resolve() if found else None
+
+
+@pytest.fixture
+def server(tmp_path_factory) -> Iterator[str]:
+    """The URL of a server of the test's own, on a free port of the loopback; it is stopped afterwards. As it refuses to
+    be run by root, root becomes nobody."""
+    pytest.importorskip("psycopg", reason="the extra `cluster` is not installed")
+    programs = [postgres(name) for name in ("initdb", "postgres", "pg_ctl")]
+    runuser = shutil.which("runuser")
+    if not all(programs) or os.getuid() == 0 and not runuser:
+        pytest.skip("there is no PostgreSQL server here; apt-get install postgresql")
+    initdb, serve, ctl = map(str, programs)
+    where = tmp_path_factory.mktemp("postgres")
+    as_user: list[str] = []
+    if os.getuid() == 0:
+        as_user = [runuser, "-u", "nobody", "--"]
+        for folder in (where.parent, where.parent.parent):
+            folder.chmod(0o755)  # pytest's are for their owner alone
+        shutil.chown(where, "nobody")
+    data, calm = str(where / "data"), dict(cwd=where, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*as_user, initdb, "-D", data, "-U", "fa", "--auth=trust", "--no-sync", "--locale=C", "-E", "UTF8"], **calm)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["-p", str(port), "-h", "127.0.0.1", "-k", "", "-F"]  # no socket in a folder, no syncing to the disk
+    with open(tmp_path_factory.mktemp("log") / "log", "w") as log:
+        process = subprocess.Popen([*as_user, serve, "-D", data, *options], cwd=where, stdout=log, stderr=log)
+        try:
+            for _ in range(600):
+                with socket.socket() as s:
+                    if s.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                assert process.poll() is None, Path(log.name).read_text()
+                time.sleep(0.1)
+            yield f"postgresql+psycopg://fa@127.0.0.1:{port}/postgres"
+        finally:
+            subprocess.run([*as_user, ctl, "-D", data, "-m", "fast", "-w", "stop"], **calm)
+            assert process.wait(60) == 0
+            with socket.socket() as s:
+                assert s.connect_ex(("127.0.0.1", port)) != 0, "the server is stopped"
+
+
+SEARCHING = f"""
+import sys
+from fa.experiments import plan
+from fa.results.runs import run
+whole = plan("p2_tuning", "quick", rules="wm", epochs=1, trials={N}, storage=sys.argv[1])
+print(run([c for c in whole if c.part == "search"], workers=1, device="cpu", progress=False), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_search_on_a_server_outlives_a_process_that_is_killed(store, server, monkeypatch):
+    """Forty trials in two processes, one of them killed midway and started again: forty are finished, none twice."""
+
+    def start() -> subprocess.Popen:
+        command = [sys.executable, "-c", SEARCHING, server]
+        return subprocess.Popen(command, cwd=fa.ROOT, stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setenv("FA_STORAGE", server)
+    runs = [c for c in plan("p2_tuning", "quick", rules="wm", epochs=1, trials=N) if c.part == "search"]
+    finished = lambda: sum((store / c.run / "status.json").exists() for c in runs)  # noqa: E731
+    killed, other = start(), start()
+    while finished() < N // 4 and killed.poll() is None:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    then, again = finished(), start()
+    said = [p.communicate()[0].strip() for p in (other, again)]
+    trials = _search.study_of(runs[0]).trials
+    print(f"killed at {then} of {N} trials; afterwards {len(trials)} trials, {finished()} runs finished")
+    print(*said, sep="\n")
+    assert N // 4 <= then < N and (other.returncode, again.returncode) == (0, 0)
+    assert sorted(t.user_attrs["number"] for t in trials) == list(range(N))
+    assert all(t.state.name == "COMPLETE" for t in trials) and finished() == N
+    assert len({t.value for t in trials}) > 1 and not (store / "studies").exists(), "all of it is on the server"

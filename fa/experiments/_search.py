@@ -67,7 +67,8 @@ def study_of(trial: Trial) -> Any:
     except Exception as error:  # of a driver that is missing, an address that nobody answers, a disk
         raise UserError(
             f"the storage of the search cannot be used ({type(error).__name__}); set FA_STORAGE to a URL that Optuna "
-            "knows, e.g. sqlite:///search.db, or leave it empty for a file in the run store"
+            "knows, e.g. sqlite:///search.db or, with the extra cluster and a database in UTF8, "
+            "postgresql+psycopg://USER@HOST/DATABASE, or leave it empty for a file in the run store"
         ) from error
 
 

@@ -99,14 +99,26 @@ class Watch:
             begin = time.monotonic()
             do()
             self.wait()
-            if i >= warm or warm and time.monotonic() > until:
-                self.seen[name].append(scale * (time.monotonic() - begin))
-            if self.seen[name] and time.monotonic() > until:
+            end = time.monotonic()
+            if i >= warm or end > until:
+                self.seen[name].append(scale * (end - begin))
+            if end > until:
                 return
 
     def sum(self, counts: dict[str, int]) -> Spread:
         """Of so many of each."""
         return plus(*(times(n, quartiles(self.seen[name])) for name, n in counts.items() if n))
+
+
+def parts(config: Config, sets: data.Data, compiled: bool = False) -> Counter[str]:
+    """How often a whole run does each of the parts that :func:`measured` times."""
+    epochs = config.epochs
+    counts = Counter(m for e in range(epochs + 1) for m in measure.splits_to_measure(sets, config, e))
+    layers = len(measure.layer_epochs(epochs)) + len(integers(config.first_steps))
+    counts.update({"start": 1, "epoch": epochs, "layers": layers, "step": epochs * (len(sets.train) // config.batch)})
+    counts.update({"compiling": 1} if compiled else {})
+    counts.update({"own first": 1, "own later": epochs - 1, "own last": 1} if config.measure else {})
+    return counts
 
 
 def measured(config: Config, lengths: Sequence[int], device: str = "cpu", compiled: bool = False) -> Cost:
@@ -153,16 +165,7 @@ def measured(config: Config, lengths: Sequence[int], device: str = "cpu", compil
             own = measure.MEASURES[config.measure]
             watch.time(f"own {when}", lambda: own(config, run.net, epoch, sets), warm=0)
 
-        def whole_run(epochs: int) -> Spread:
-            long = replace(config, epochs=epochs)
-            counts = Counter(m for e in range(epochs + 1) for m in measure.splits_to_measure(sets, long, e))
-            layers = len(measure.layer_epochs(epochs)) + len(integers(config.first_steps))
-            counts.update({"start": 1, "epoch": epochs, "step": epochs * stepper.per_epoch, "layers": layers})
-            counts.update({"compiling": 1} if compiled else {})
-            counts.update({"own first": 1, "own later": epochs - 1, "own last": 1} if config.measure else {})
-            return watch.sum(counts)
-
-        found = {n: whole_run(n) for n in lengths}
+        found = {n: watch.sum(parts(replace(config, epochs=n), sets, compiled)) for n in lengths}
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     memory = torch.cuda.max_memory_allocated() if cuda else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     steps_seen = many * len(watch.seen["step"])
