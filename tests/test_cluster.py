@@ -200,3 +200,46 @@ def test_slurm_that_is_not_here_is_a_sentence(tmp_path: Path) -> None:
         with cluster.opened("slurm:partition=gpu,time=60", tmp_path):
             pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_notebooks_run_on_workers_and_one_that_fails_stops_no_other(
+    lives: Harness, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its outputs and figures are in the campaign's folder; the failed one is told with its error, and its log has the
+    traceback."""
+    from fa.__main__ import main
+
+    folder = lives.folder()
+    given = ["reproduce", "32", "-p", "rules=bp", "-p", "seeds=1", "-p", "epochs=1", "--grid", "dataset=mnist,digits"]
+    with lives.cluster(places=(0, 0), prepare=no_data) as (address, _, _):
+        status = main([*given, "--executor", address])
+    out = capsys.readouterr().out
+    assert status == 1 and "1 of 2 ran through" in out, out
+    failed, ran = (f"32_pfa_fig2_mnist__dataset={name}" for name in ("mnist", "digits"))
+    assert f"failed: {failed}" in out and "UserError: data set mnist: /nowhere/" in out
+    outputs = folder / "build" / "quick" / "notebooks"
+    assert {p.name for p in outputs.iterdir()} == {f"{n}.{end}" for n in (failed, ran) for end in ("ipynb", "log")}
+    assert (
+        "Traceback" in (outputs / f"{failed}.log").read_text()
+        and "cfg.draw()" in (outputs / f"{failed}.log").read_text()
+    )
+    assert list((folder / "build" / "grid" / "dataset=digits").rglob("*.pdf"))
+
+
+@pytest.mark.slow
+def test_workers_keep_a_search_where_the_campaign_does(lives: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were started without a word about it, and share no store."""
+    pytest.importorskip("optuna", reason="needs the extra cluster")
+    from fa.experiments import plan
+
+    url = f"sqlite:///{lives.folder() / 'search.db'}"
+    runs = [c for c in plan("p2_tuning", "quick", rules="wm", epochs=1, trials=3) if c.part == "search"]
+    with lives.cluster(shares=False, places=(0,)) as (address, _, _):
+        monkeypatch.setenv("FA_STORAGE", url)
+        with cluster.opened(address, Path(os.environ["FA_RUNS"])) as executor:
+            summary = campaign.run(runs, device="cpu", progress=False, executor=executor)
+    assert (summary.done, summary.failed) == (3, [])
+    from fa.experiments._search import study_of
+
+    assert sorted(t.user_attrs["number"] for t in study_of(runs[0]).trials) == [0, 1, 2]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,7 +89,7 @@ def test_what_a_step_depends_on(change, same):
 
 def test_a_record_from_before_a_field_has_its_default():
     told = asdict(BP)
-    del told["optimizer"], told["first_steps"]
+    del told["optimizer"], told["augment"]
     assert kind(told) == kind(asdict(BP)) != kind(told | {"optimizer": "adam"})
 
 
@@ -106,7 +105,7 @@ def known(*seconds: float, stacked: bool = False, devices: int = 2) -> plan.Fore
     """Runs of two rules that differ in nothing else, with these seconds, at the quartiles a half and twice of that."""
     base = Config("bp", 0, dataset="cifar10", model="resnet20", epochs=1)
     todo = [base.vary(rule=rule) for rule in ("bp", "fa", "usf", "kp")[: len(seconds)]]
-    cost = {kind(asdict(c)): Cost({1: (s / 2, s, 2 * s)}, None, 7, "") for c, s in zip(todo, seconds)}
+    cost = {kind(asdict(c)): Cost({1: (s / 2, s, 2 * s)}, (1.0, 1.0, 1.0), 7, "") for c, s in zip(todo, seconds)}
     return plan.Forecast(todo, cost, devices, stacked)
 
 
@@ -141,7 +140,10 @@ def test_the_plan_of_a_committed_record_is_what_its_runs_took(tmp_path, monkeypa
     assert forecast.seconds(next(c for c in runs if c.rule == "dfa"))[1] == pytest.approx(sorted(took)[2])
     assert command.main(["plan", "p3_fig2", "x_precision", "--device", "epyc", "--devices", "4"]) == 0
     out = capsys.readouterr().out
-    assert "p3_fig2, mode paper: 30 runs to train of 30; 1,124,400 steps" in out and "all, each run once:" in out
+    assert (
+        "p3_fig2, mode paper: 30 runs to train of 30; 1,124,400 steps" in out
+        and "all: 70 runs, 65 runs of which are known" in out
+    )
     assert "on 4 devices: " in out and "memory is not known from records" in out
     assert command.main(["plan", "p3_fig2", "--device", "epyc", "--add"]) == 0
     assert "0 runs to train of 30; 0 steps" in capsys.readouterr().out
@@ -204,6 +206,7 @@ def test_a_whole_run_is_counted_as_the_trainer_makes_it(measure_, epochs, monkey
     counted(Stepper, "begin", "epoch")
     counted(Stepper, "step", "step")
     counted(loop.Run, "start", "start")
+    counted(loop.Run, "report", "report")
     if measure_:
         own = measure.MEASURES[measure_]
 
@@ -216,14 +219,15 @@ def test_a_whole_run_is_counted_as_the_trainer_makes_it(measure_, epochs, monkey
     assert done == timing.parts(config, sets)
 
 
-def test_a_recipe_is_measured(monkeypatch):
+def test_a_recipe_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "BLOCK", 1e-9)  # a step
     config = Config("fa", 0, dataset="digits", hidden="8", epochs=3, batch=512, measure="symmetry")
-    found = timing.measured(config, [3, 30])
+    found = timing.measured(config, [3, 30], tmp_path)
     low, middle, high = found.step
     assert 0 < low <= middle <= high and found.source == f"{timing.BLOCKS} steps measured here"
     assert found.run[30][1] - found.run[3][1] > 27 * 2 * middle, "27 epochs of two steps, and their measurements"
     assert found.memory > 50e6, "the process's, in bytes"
+    assert not list(tmp_path.iterdir()), "what was written is removed"
 
 
 def test_a_watch_looks_once_where_that_is_long(monkeypatch):
@@ -237,8 +241,9 @@ def test_a_watch_looks_once_where_that_is_long(monkeypatch):
 @pytest.mark.slow
 def test_kinds_are_measured_side_by_side_and_data_that_are_missing_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FA_DATA", str(tmp_path))
+    monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs"))
     there = Config("bp", 0, dataset="digits", hidden="8", epochs=1)
     known, unknown, again = costs.measure_all([[there], [replace(there, dataset="mnist")], [there]], "cpu", 2)
     assert known.run[1][1] > 0 and again.run[1][1] > 0 and "data set mnist" in unknown
     assert "measuring 1 to 2 of 3 kinds of runs" in capsys.readouterr().err
-    assert not list(Path(tmp_path).iterdir()), "nothing is written"
+    assert [p.name for p in tmp_path.rglob("*")] == ["runs"], "nothing stays"

@@ -40,6 +40,7 @@ class _Job:
     mode: str
     parameters: dict[str, Any]
     grid: dict[str, str]  # its point of a grid, parameter -> value; empty without one
+    root: Path  # the campaign's folder of what is made, wherever the job is done
     add: bool = False  # train only what the records lack
 
     @property
@@ -54,8 +55,7 @@ class _Job:
     @property
     def build(self) -> Path:
         """What $FA_BUILD is for this job: the variants of a grid have tables and figures of their own."""
-        root = build("").resolve()
-        return root / "grid" / self.variant if self.variant else root
+        return self.root / "grid" / self.variant if self.variant else self.root
 
 
 def reproduce(
@@ -137,7 +137,7 @@ def _planned(
     work = []
     for path, values in itertools.product(find(notebooks), itertools.product(*grid.values())):
         chosen = dict(zip(grid, values))
-        work.append(_Job(path, mode, _typed(path, {"mode": mode} | fixed | chosen), chosen, add))
+        work.append(_Job(path, mode, _typed(path, {"mode": mode} | fixed | chosen), chosen, build("").resolve(), add))
     return work
 
 

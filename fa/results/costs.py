@@ -19,16 +19,17 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from fa.errors import UserError
+from fa.paths import writing
 from fa.results import records
 from fa.results.executors import processes
-from fa.results.store import run_seconds
+from fa.results.store import run_seconds, runs_root
 from fa.train import data
 from fa.train.config import Config, parse_options
 from fa.train.step import can_compile
 from fa.train.timing import Cost, measured, quartiles, times
 
 UNNAMED = ("seed", "number")  # which of several equal runs
-COUNTED = ("rule", "dataset", "model", "hidden", "batch", "precision", "optimizer", "augment", "measure", "first_steps")
+COUNTED = ("rule", "dataset", "model", "hidden", "batch", "precision", "optimizer", "augment", "measure")
 """Fields of a recipe on which the time of a step depends."""
 
 
@@ -121,7 +122,9 @@ class Recorded:
 def measure_all(kinds: Sequence[Sequence[Config]], device: str = "cpu", together: int = 1) -> list[Cost | str]:
     """The cost of each kind of runs, or why it is not known, measured ``together`` at a time, each in a process of its
     own as the runs of a campaign are."""
-    compiled, found = device != "cpu" and can_compile(device), []
+    compiled, found, store = device != "cpu" and can_compile(device), [], runs_root()
+    with writing(store):
+        store.mkdir(parents=True, exist_ok=True)
     with processes() as new:
         for i in range(0, len(kinds), together):
             some = list(kinds[i : i + together])
@@ -131,7 +134,7 @@ def measure_all(kinds: Sequence[Sequence[Config]], device: str = "cpu", together
             for ready in [worker.submit(quartiles, [0.0]) for worker in workers]:
                 ready.result()  # all have imported what they need
             jobs = [
-                worker.submit(measured, same[0], sorted({c.epochs for c in same}), device, compiled)
+                worker.submit(measured, same[0], sorted({c.epochs for c in same}), store, device, compiled)
                 for worker, same in zip(workers, busy)
             ]
             for job in jobs:

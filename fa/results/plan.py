@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,10 @@ from fa.results.executors import pick_device, pick_workers
 from fa.results.progress import clock
 from fa.train import stack
 from fa.train.config import Config
-from fa.train.timing import Cost, Spread, plus, times
+from fa.train.timing import Cost, Spread, plus, quartiles, times
+
+NAMING = ("dataset", "model", "hidden", "batch", "precision", "optimizer", "measure", "part")
+"""Fields that tell kinds of runs apart in a table."""
 
 
 @dataclass
@@ -137,31 +140,53 @@ def _needed(todo: Sequence[Any]) -> list[Any]:
 def table(forecast: Forecast) -> str:
     """A forecast in lines: a line for every kind of runs, what all of them take, and what is not known."""
     alike: dict[Any, list[Any]] = defaultdict(list)
-    for config in forecast.todo:
-        alike[kind(asdict(config)), getattr(config, "epochs", 0)].append(config)
-    lines, unknown, names = [], defaultdict(list), _names([of for of, _ in alike])
-    for ((of, epochs), same), name in zip(alike.items(), names):
-        cost = forecast.costs[of]
-        if isinstance(cost, str):
-            unknown[cost].append((name, len(same)))
-            continue
-        step = f"{steps(same[0]):,} steps of {spread(times(1000, cost.step), _short)} ms" if cost.step else "no steps"
-        memory = f"{cost.memory / 1e9:.2f} GB" if cost.memory else ""
-        number = f"{len(same)} {'run' if len(same) == 1 else 'runs'}"
-        lines.append((name, number, step, f"{spread(cost.run[epochs], clock)} a run", memory, cost.source))
+    for config in forecast.known:  # of those that make their tables themselves hardly two are alike
+        alike[kind(asdict(config)) if steps(config) else config.rule, getattr(config, "epochs", 0)].append(config)
+    names = _names([kind(asdict(same[0])) for same in alike.values() if steps(same[0])])
+    lines = []
+    for same in alike.values():
+        cost, took = forecast.cost(same[0]), quartiles([forecast.seconds(c)[1] for c in same])  # type: ignore[index]
+        if steps(same[0]):
+            took = forecast.seconds(same[0])  # type: ignore[assignment]
+            step = f"{steps(same[0]):,} steps of {spread(times(1000, cost.step), _short)} ms"  # type: ignore
+        name, step = (next(names), step) if steps(same[0]) else (same[0].rule, "no steps")
+        memory = f"{cost.memory / 1e9:.2f} GB" if cost.memory else ""  # type: ignore[union-attr]
+        lines.append((name, _runs(len(same)), step, f"{spread(took, clock)} a run", memory, cost.source))  # type: ignore
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths) if w).rstrip() for line in lines]
-    if known := forecast.known:
-        hours = spread(times(1 / 3600, forecast.device_seconds), _short)
-        longest = max(forecast.jobs, key=lambda job: job[1])
-        what = "longest stack" if forecast.stacked else "longest run"
-        text.append(f"  {len(known)} runs: {hours} device-hours; the {what} {spread(longest, clock)}")
-        text.append(f"  on {forecast.devices} {'device' if forecast.devices == 1 else 'devices'}: "
-                    f"{spread(forecast.wall, clock)}" + _memory(forecast))  # fmt: skip
-    for why, those in unknown.items():
-        n = sum(count for _, count in those)
-        text.append(f"  not known: {n} {'run' if n == 1 else 'runs'} ({', '.join(dict(those))}), for {why}")
-    return "\n".join(text)
+    return "\n".join([*text, *totals(forecast), *unknown(forecast)])
+
+
+def totals(forecast: Forecast) -> list[str]:
+    """What all runs take of which that is known, in two lines; none where there is no such run."""
+    if not (known := forecast.known):
+        return []
+    hours = spread(times(1 / 3600, forecast.device_seconds), _short)
+    longest = max(forecast.jobs, key=lambda job: job[1])
+    what = "longest stack" if forecast.stacked else "longest run"
+    devices = "1 device" if forecast.devices == 1 else f"{forecast.devices} devices"
+    return [
+        f"  {_runs(len(known))}: {hours} device-hours; the {what} {spread(longest, clock)}",
+        f"  on {devices}: {spread(forecast.wall, clock)}" + _memory(forecast),
+    ]
+
+
+def unknown(forecast: Forecast) -> list[str]:
+    """The runs whose cost is not known, a line for every reason."""
+    why: dict[str, dict[Any, int]] = defaultdict(Counter)
+    for config in forecast.todo:
+        if isinstance(cost := forecast.cost(config), str):
+            why[cost][kind(asdict(config))] += 1
+    found = []
+    for reason, kinds in why.items():
+        names = list(dict.fromkeys(_names(list(kinds))))
+        more = f" and {len(names) - 6} more kinds" if len(names) > 6 else ""
+        found.append(f"  not known: {_runs(sum(kinds.values()))} ({', '.join(names[:6])}{more}), for {reason}")
+    return found
+
+
+def _runs(n: int) -> str:
+    return f"{n} run" if n == 1 else f"{n} runs"
 
 
 def _memory(forecast: Forecast) -> str:
@@ -171,22 +196,20 @@ def _memory(forecast: Forecast) -> str:
     return f"; {forecast.memory / 1e9:.2f} GB of memory at the peak of the largest{whole}, each measured once"
 
 
-def _names(kinds: Sequence[Any]) -> list[str]:
+def _names(kinds: Sequence[Any]) -> Iterator[str]:
     """Each kind in words: its rule, and what not all kinds have in common."""
     seen: dict[str, set[Any]] = defaultdict(set)
     for of in kinds:
         for name, value in of:
             seen[name].add(value)
-    found = []
     for of in map(dict, kinds):
         words = [str(of["rule"])]
         for name, value in of.items():
             if name == "options":
                 words += [f"{n}={str(v).lower()}" for n, v in value if v != "a number"]
-            elif name != "rule" and len(seen[name]) > 1 and value not in ("", None, False):
-                words.append(f"{name}={value}" if isinstance(value, (bool, int, float)) else str(value))
-        found.append(" ".join(words))
-    return found
+            elif name in NAMING and len(seen[name]) > 1 and value not in ("", None, False):
+                words.append(f"{name}={value}" if isinstance(value, (bool, int)) else str(value))
+        yield " ".join(words)
 
 
 def spread(values: Spread, text: Callable[[float], str]) -> str:
@@ -229,5 +252,6 @@ def report(
     every = {c.run: c for forecast in found.values() for c in forecast.todo}
     if len(found) > 1 and every:
         costs = next(iter(found.values())).costs
-        lines += ["all, each run once:", *table(Forecast(list(every.values()), costs, devices, gpu)).splitlines()[-2:]]
+        whole = Forecast(list(every.values()), costs, devices, gpu)
+        lines += [f"all: {_runs(len(every))}, {_runs(len(whole.known))} of which are known", *totals(whole)]
     return "\n".join(lines)

@@ -12,6 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -115,18 +118,21 @@ def parts(config: Config, sets: data.Data, compiled: bool = False) -> Counter[st
     epochs = config.epochs
     counts = Counter(m for e in range(epochs + 1) for m in measure.splits_to_measure(sets, config, e))
     layers = len(measure.layer_epochs(epochs)) + len(integers(config.first_steps))
-    counts.update({"start": 1, "epoch": epochs, "layers": layers, "step": epochs * (len(sets.train) // config.batch)})
+    counts.update({"start": 1, "epoch": epochs, "report": epochs, "layers": layers})
+    counts.update({"step": epochs * (len(sets.train) // config.batch)})
     counts.update({"compiling": 1} if compiled else {})
     counts.update({"own first": 1, "own later": epochs - 1, "own last": 1} if config.measure else {})
     return counts
 
 
-def measured(config: Config, lengths: Sequence[int], device: str = "cpu", compiled: bool = False) -> Cost:
-    """Time a recipe here, in this process: its steps, and all that :func:`fa.train.loop.train_runs` does besides.
+def measured(config: Config, lengths: Sequence[int], store: Path, device: str = "cpu", compiled: bool = False) -> Cost:
+    """Time a recipe here, in this process: its steps, and all that :func:`fa.train.loop.train_runs` does besides, but
+    for checkpoints, of which there are at most two a minute.
 
     Args:
         config: the recipe.
         lengths: numbers of epochs for which the cost of a run is wanted.
+        store: a folder on the disk of the run store, where a file is written and removed.
         device: a torch device.
         compiled: through ``torch.compile`` (default False).
 
@@ -161,6 +167,9 @@ def measured(config: Config, lengths: Sequence[int], device: str = "cpu", compil
                 if metric not in watch.seen:
                     watch.time(metric, lambda: measure.accuracies(run.net, part), scale=whole)  # type: ignore[arg-type]
         watch.time("layers", lambda: measure.layer_rows(run.net, sets, 0))
+        with TemporaryDirectory(prefix=".timing", dir=store) as place:  # the disk may be slow, and every epoch syncs
+            run.rows, run.folder = measure.layer_rows(run.net, sets, 0), SimpleNamespace(path=Path(place))
+            watch.time("report", run.report)
         for when, epoch in {"first": 0, "later": 1, "last": config.epochs}.items() if config.measure else ():
             own = measure.MEASURES[config.measure]
             watch.time(f"own {when}", lambda: own(config, run.net, epoch, sets), warm=0)
