@@ -308,6 +308,13 @@ MUTANTS = [
            "test_tuning.py::test_the_middle_of_a_grid_and_its_corners"),
     Mutant("a needed run's weights in place of its table", "results/runs.py", 'getattr(f.config, "keep", False)',
            "True", "test_tuning.py::test_a_summary_reads_the_tables_of_its_runs"),
+    # ------------------------------------------------------------------------------------------------------------ plans
+    Mutant("a record of two machines used", "results/costs.py", "if fits and len(machines) > 1:",
+           "if fits and len(machines) > 2:", "test_plan.py::test_a_record_of_several_machines_is_named_and_not_used"),
+    Mutant("epoch 0 is not measured", "train/timing.py", "for e in range(epochs + 1) for m", "for e in range(1, epochs + 1) for m",
+           "test_plan.py::test_a_whole_run_is_counted_as_the_trainer_makes_it"),
+    Mutant("runs wait for the last device", "results/plan.py", "free[free.index(min(free))]", "free[free.index(max(free))]",
+           "test_plan.py::test_a_free_device_begins_the_next_run"),
 ]  # fmt: skip
 
 

@@ -55,7 +55,8 @@ def test_every_rule_is_in_the_table_with_its_label() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    pages = ("README.md", "CONTRIBUTING.md", "REPORT.md", "REPORT_details.md", "docs/design.md", "docs/guarantees.md")
+    pages = ("README.md", "CONTRIBUTING.md", "REPORT.md", "REPORT_details.md", "docs/design.md", "docs/guarantees.md",
+             "docs/cluster.md", "docs/costs.md")  # fmt: skip
     for name in (*pages, *(f"{folder}/README.md" for folder in ("benchmarks", "data", "figures"))):
         page = fa.ROOT / name
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):

@@ -172,7 +172,9 @@ def server(tmp_path_factory) -> Iterator[str]:
             folder.chmod(0o755)  # pytest's are for their owner alone
         shutil.chown(where, "nobody")
     data, calm = str(where / "data"), dict(cwd=where, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([*as_user, initdb, "-D", data, "-U", "fa", "--auth=trust", "--no-sync", "--locale=C", "-E", "UTF8"], **calm)
+    subprocess.run(
+        [*as_user, initdb, "-D", data, "-U", "fa", "--auth=trust", "--no-sync", "--locale=C", "-E", "UTF8"], **calm
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

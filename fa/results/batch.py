@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ class _Job:
     mode: str
     parameters: dict[str, Any]
     grid: dict[str, str]  # its point of a grid, parameter -> value; empty without one
-    root: Path  # the campaign's folder of what is made, wherever the job is done
     add: bool = False  # train only what the records lack
+    root: Path = field(default_factory=lambda: build("").resolve())  # the campaign's, wherever the job is done
 
     @property
     def variant(self) -> str:
@@ -137,7 +137,7 @@ def _planned(
     work = []
     for path, values in itertools.product(find(notebooks), itertools.product(*grid.values())):
         chosen = dict(zip(grid, values))
-        work.append(_Job(path, mode, _typed(path, {"mode": mode} | fixed | chosen), chosen, build("").resolve(), add))
+        work.append(_Job(path, mode, _typed(path, {"mode": mode} | fixed | chosen), chosen, add))
     return work
 
 

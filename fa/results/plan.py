@@ -151,7 +151,7 @@ def table(forecast: Forecast) -> str:
             step = f"{steps(same[0]):,} steps of {spread(times(1000, cost.step), _short)} ms"  # type: ignore
         name, step = (next(names), step) if steps(same[0]) else (same[0].rule, "no steps")
         memory = f"{cost.memory / 1e9:.2f} GB" if cost.memory else ""  # type: ignore[union-attr]
-        lines.append((name, _runs(len(same)), step, f"{spread(took, clock)} a run", memory, cost.source))  # type: ignore
+        lines.append((name, _runs(len(same)), step, f"{spread(took, _time)} a run", memory, cost.source))  # type: ignore
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths) if w).rstrip() for line in lines]
     return "\n".join([*text, *totals(forecast), *unknown(forecast)])
@@ -166,8 +166,8 @@ def totals(forecast: Forecast) -> list[str]:
     what = "longest stack" if forecast.stacked else "longest run"
     devices = "1 device" if forecast.devices == 1 else f"{forecast.devices} devices"
     return [
-        f"  {_runs(len(known))}: {hours} device-hours; the {what} {spread(longest, clock)}",
-        f"  on {devices}: {spread(forecast.wall, clock)}" + _memory(forecast),
+        f"  {_runs(len(known))}: {hours} device-hours; the {what} {spread(longest, _time)}",
+        f"  on {devices}: {spread(forecast.wall, _time)}" + _memory(forecast),
     ]
 
 
@@ -216,6 +216,10 @@ def spread(values: Spread, text: Callable[[float], str]) -> str:
     """ "2.44 [2.1, 3.02]"; a single value has no brackets."""
     low, middle, high = map(text, values)
     return middle if values[0] == values[2] else f"{middle} [{low}, {high}]"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f}s" if seconds < 60 else clock(seconds)
 
 
 def _short(value: float) -> str:

@@ -92,11 +92,12 @@ class Watch:
 
     wait: Callable[[], None]
     seen: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    first: float = 0.0
 
     def time(self, name: str, do: Callable[[], Any], n: int = 3, warm: int = 1, scale: float = 1.0) -> None:
         """Do it ``warm`` times, and ``n`` times more, each ``scale`` times as long as it took; at most for LOOK
-        seconds, but once."""
-        until = time.monotonic() + LOOK
+        seconds, but once. What the first times take beyond the median of the others is counted once, as "first"."""
+        until, first, took = time.monotonic() + LOOK, 0.0, []
         for i in range(warm + n):
             self.wait()
             begin = time.monotonic()
@@ -104,23 +105,27 @@ class Watch:
             self.wait()
             end = time.monotonic()
             if i >= warm or end > until:
-                self.seen[name].append(scale * (end - begin))
+                took.append(end - begin)
+            else:
+                first += end - begin
             if end > until:
-                return
+                break
+        self.seen[name] += [scale * t for t in took]
+        if took and warm:
+            self.first += max(first - warm * statistics.median(took), 0.0)
 
     def sum(self, counts: dict[str, int]) -> Spread:
         """Of so many of each."""
         return plus(*(times(n, quartiles(self.seen[name])) for name, n in counts.items() if n))
 
 
-def parts(config: Config, sets: data.Data, compiled: bool = False) -> Counter[str]:
+def parts(config: Config, sets: data.Data) -> Counter[str]:
     """How often a whole run does each of the parts that :func:`measured` times."""
     epochs = config.epochs
     counts = Counter(m for e in range(epochs + 1) for m in measure.splits_to_measure(sets, config, e))
     layers = len(measure.layer_epochs(epochs)) + len(integers(config.first_steps))
-    counts.update({"start": 1, "epoch": epochs, "report": epochs, "layers": layers})
+    counts.update({"start": 1, "first": 1, "epoch": epochs, "report": epochs, "layers": layers})
     counts.update({"step": epochs * (len(sets.train) // config.batch)})
-    counts.update({"compiling": 1} if compiled else {})
     counts.update({"own first": 1, "own later": epochs - 1, "own last": 1} if config.measure else {})
     return counts
 
@@ -156,9 +161,8 @@ def measured(config: Config, lengths: Sequence[int], store: Path, device: str = 
                     stepper.begin(at := 0)
                 at, _ = at + 1, stepper.step()
 
-        watch.time("compiling", lambda: some(WARM + 1), 1, warm=0)
-        watch.time("warm step", lambda: some(1), 5)
-        many = math.ceil(BLOCK / quartiles(watch.seen["warm step"])[1])
+        watch.time("one step", lambda: some(1), 5, warm=WARM + 1)  # on a GPU the last of the first ones is captured
+        many = math.ceil(BLOCK / quartiles(watch.seen["one step"])[1])
         watch.time("step", lambda: some(many), BLOCKS, warm=0, scale=1 / many)
         for epoch in (0, config.epochs):
             for metric, split in measure.splits_to_measure(sets, config, epoch).items():
@@ -174,7 +178,8 @@ def measured(config: Config, lengths: Sequence[int], store: Path, device: str = 
             own = measure.MEASURES[config.measure]
             watch.time(f"own {when}", lambda: own(config, run.net, epoch, sets), warm=0)
 
-        found = {n: watch.sum(parts(replace(config, epochs=n), sets, compiled)) for n in lengths}
+        watch.seen["first"] = [watch.first]
+        found = {n: watch.sum(parts(replace(config, epochs=n), sets)) for n in lengths}
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     memory = torch.cuda.max_memory_allocated() if cuda else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     steps_seen = many * len(watch.seen["step"])
