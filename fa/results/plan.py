@@ -55,13 +55,13 @@ class Forecast:
     @property
     def device_seconds(self) -> Spread:
         """Of all known runs together."""
-        return plus(*map(self.seconds, self.known))  # type: ignore[arg-type]
+        return plus(*map(self.seconds, self.known))
 
     @property
     def jobs(self) -> list[Spread]:
         """Seconds of what is trained as one: a run, or on a GPU a stack."""
         groups = stack.groups(self.known, runs.STACK if self.stacked else 1)
-        return [plus(*map(self.seconds, group)) for group in groups]  # type: ignore[arg-type]
+        return [plus(*map(self.seconds, group)) for group in groups]
 
     @property
     def wall(self) -> Spread:
@@ -72,12 +72,12 @@ class Forecast:
             for job in column:
                 free[free.index(min(free))] += job
             ends.append(max(free))
-        return tuple(ends) if ends else (0.0, 0.0, 0.0)  # type: ignore[return-value]
+        return tuple(ends) if ends else (0.0, 0.0, 0.0)
 
     @property
     def memory(self) -> int:
         """Bytes of the largest process (0: not known)."""
-        return max((cost.memory for cost in map(self.cost, self.known)), default=0)  # type: ignore[union-attr]
+        return max((cost.memory for cost in map(self.cost, self.known)), default=0)
 
 
 def forecasts(
@@ -123,8 +123,8 @@ def forecasts(
     if open_ and (here or measuring):
         cores = 1 if torch_device != "cpu" else pick_workers("auto")
         costs |= zip(open_, measure_all([alike[of] for of in open_], torch_device, min(devices, cores)))
-    gpu = bool(environment()["gpu"]) if here or measuring else recorded.gpu  # type: ignore[union-attr]
-    told = mine if here or measuring else recorded.machines  # type: ignore[union-attr]
+    gpu = bool(environment()["gpu"]) if here or measuring else recorded.gpu
+    told = mine if here or measuring else recorded.machines
     return {name: Forecast(todo, costs, devices, gpu) for name, todo in planned.items()}, told
 
 
@@ -145,13 +145,13 @@ def table(forecast: Forecast) -> str:
     names = _names([kind(asdict(same[0])) for same in alike.values() if steps(same[0])])
     lines = []
     for same in alike.values():
-        cost, took = forecast.cost(same[0]), quartiles([forecast.seconds(c)[1] for c in same])  # type: ignore[index]
+        cost, took = forecast.cost(same[0]), quartiles([forecast.seconds(c)[1] for c in same])
         if steps(same[0]):
-            took = forecast.seconds(same[0])  # type: ignore[assignment]
-            step = f"{steps(same[0]):,} steps of {spread(times(1000, cost.step), _short)} ms"  # type: ignore
+            took = forecast.seconds(same[0])
+            step = f"{steps(same[0]):,} steps of {spread(times(1000, cost.step), _short)} ms"
         name, step = (next(names), step) if steps(same[0]) else (same[0].rule, "no steps")
-        memory = f"{cost.memory / 1e9:.2f} GB" if cost.memory else ""  # type: ignore[union-attr]
-        lines.append((name, _runs(len(same)), step, f"{spread(took, _time)} a run", memory, cost.source))  # type: ignore
+        memory = f"{cost.memory / 1e9:.2f} GB" if cost.memory else ""
+        lines.append((name, _runs(len(same)), step, f"{spread(took, _time)} a run", memory, cost.source))
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths) if w).rstrip() for line in lines]
     return "\n".join([*text, *totals(forecast), *unknown(forecast)])

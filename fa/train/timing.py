@@ -53,17 +53,17 @@ def quartiles(values: Sequence[float]) -> Spread:
     """Lower quartile, median and upper quartile; of a single value that value three times."""
     if len(values) == 1:
         return (values[0],) * 3
-    return tuple(statistics.quantiles(values, n=4, method="inclusive"))  # type: ignore[return-value]
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
 
 
 def plus(*spreads: Spread) -> Spread:
     """Sums of the quartiles: as if all parts were slow together."""
-    return tuple(map(sum, zip(*spreads))) if spreads else (0.0, 0.0, 0.0)  # type: ignore[return-value]
+    return tuple(map(sum, zip(*spreads))) if spreads else (0.0, 0.0, 0.0)
 
 
 def times(n: float, spread: Spread) -> Spread:
     """``n`` times each."""
-    return tuple(n * s for s in spread)  # type: ignore[return-value]
+    return tuple(n * s for s in spread)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def measured(config: Config, lengths: Sequence[int], store: Path, device: str = 
                 part = Part(split, 5000 if cuda else 1000)
                 whole = len(split) / len(part)
                 if metric not in watch.seen:
-                    watch.time(metric, lambda: measure.accuracies(run.net, part), scale=whole)  # type: ignore[arg-type]
+                    watch.time(metric, lambda: measure.accuracies(run.net, part), scale=whole)
         watch.time("layers", lambda: measure.layer_rows(run.net, sets, 0))
         with TemporaryDirectory(prefix=".timing", dir=store) as place:  # the disk may be slow, and every epoch syncs
             run.rows, run.folder = measure.layer_rows(run.net, sets, 0), SimpleNamespace(path=Path(place))
