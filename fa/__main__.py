@@ -9,10 +9,14 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from fa.commands import PROG, parser
+from fa.commands import PROG, RUN, parser
 from fa.errors import UserError
 from fa.paths import need_repository
+
+if TYPE_CHECKING:
+    from fa.train.ddp import Ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"fa: {e}\n")
         return 2
     except KeyboardInterrupt as e:
-        again = f"{PROG} {shlex.join(arguments)}"
+        again = f"{RUN} {shlex.join(arguments)}"
         sys.stderr.write(f"fa: stopped; what is finished and checkpointed is kept, go on with: {again}\n")
         return 143 if e.args == ("terminated",) else 130
     except BrokenPipeError:  # whoever read the output has seen enough
@@ -62,7 +66,7 @@ def _given(args: argparse.Namespace, *more: str) -> str:
     text = ""
     for name in ("mode", "seeds", "epochs", "rules", "dataset", *more):
         if (value := getattr(args, name)) != args.parser.get_default(name):
-            text += f" --{name}" + ("" if value is True else f" {shlex.quote(str(value))}")
+            text += f" --{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
     return text
 
 
@@ -87,12 +91,30 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fa.results import cluster, executors, progress, records, registered, runs, store
+    from fa.results import executors
+    from fa.train import ddp, loop
+
+    device = executors.pick_device(args.device, args.executor == "local")  # a slip is found before all else
+    executors.pick_workers(args.workers, device)
+    if args.deterministic:
+        import torch
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it; workers inherit it
+        torch.use_deterministic_algorithms(True)
+    executors.keep_pages()  # this process trains, or waits
+    asked = {n: v for n in ("workers", "together", "executor") if (v := getattr(args, n)) != args.parser.get_default(n)}
+    with ddp.joined(device, args.sync_batch_norm, **asked) as ranks:
+        if ranks.rank == 0:
+            return _lead(args, ranks)
+        loop.follow(ranks)
+    return 0
+
+
+def _lead(args: argparse.Namespace, ranks: Ranks) -> int:
+    from fa.results import cluster, progress, records, registered, runs, store
     from fa.train import data
 
-    budget = progress.seconds(args.budget) if args.budget else None
-    here = args.executor == "local"
-    executors.pick_workers(args.workers, executors.pick_device(args.device, here))  # a slip is found before all else
+    budget, here = progress.seconds(args.budget) if args.budget else None, args.executor == "local"
     planned = _planned(args)
     configs = list({c.run: c for whole in planned.values() for c in whole}.values())
     if args.add:
@@ -110,28 +132,21 @@ def _run(args: argparse.Namespace) -> int:
         data.load(name)  # a data set that is missing or damaged is found before any process starts
     if args.storage:
         os.environ["FA_STORAGE"] = args.storage  # workers inherit it
-    if args.deterministic:
-        import torch
-
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it; workers inherit it
-        torch.use_deterministic_algorithms(True)
     for name in planned if args.mode != "quick" else ():
         registered.note(records.name_of(name, args.mode))
-    executors.keep_pages()  # this process trains, or waits
     compiled = {"auto": None}.get(args.compile, args.compile == "yes")
     with cluster.opened(args.executor, store.runs_root(), datasets) as executor:
         device = executor.device if executor and args.device == "auto" else args.device
-        summary = runs.run(
-            configs, budget, args.workers, device, together=args.together, compiled=compiled, executor=executor
-        )
+        how = dict(together=args.together, compiled=compiled, executor=executor, ranks=ranks)
+        summary = runs.run(configs, budget, args.workers, device, **how)
     print(summary)
     for failure in summary.failed:
         sys.stderr.write(f"fa: failed: {failure}\n")
     names = " ".join(args.experiments)
     if summary.left:
-        options = ("budget", "workers", "device", "executor", "add", "together", "compile", "deterministic", "storage")
+        options = "budget workers device executor add together compile deterministic sync_batch_norm storage".split()
         own = _given(args, *options)
-        print(f"next: {PROG} run {names}{own}")
+        print(f"next: {RUN} run {names}{own}")
     else:
         part = any(records.lacking(name, args.mode, whole) for name, whole in planned.items())
         print(f"next: {PROG} collect {names}{_given(args)}{' --partial' if part else ''}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from typing import NoReturn
 
@@ -10,6 +11,7 @@ from fa import __version__
 from fa.errors import UserError
 
 PROG = "python -m fa"
+RUN = f"torchrun --nproc-per-node {n} -m fa" if (n := os.environ.get("LOCAL_WORLD_SIZE")) else PROG
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile (auto: on CUDA, if it can)"
     )
     run.add_argument("--deterministic", action="store_true", help="on CUDA: slower, the same numbers each time")
+    run.add_argument("--sync-batch-norm", action="store_true", help="under torchrun: statistics of the whole batch")
     run.add_argument("--storage", default="", help="of a search: a URL that Optuna knows (default: in the run store)")
     run.add_argument("--dry-run", action="store_true", help="say what would be trained and for how long, and stop")
 

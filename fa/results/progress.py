@@ -144,7 +144,8 @@ def forecast(todo: list[Any], budget: float | None = None, workers: str | int = 
     for path in runs_root().glob("*/status.json"):
         status = read_json(path, state=str, seconds=(int, float), environment=dict)
         config = read_json(path.parent / "config.json", rule=str)
-        if bool(status["environment"].get("gpu")) == (device != "cpu") and status["state"] == "finished":
+        same = bool(status["environment"].get("gpu")) == (device != "cpu") and "ranks" not in status
+        if same and status["state"] == "finished":
             spent[_kind(config)].append(run_seconds(status) / config.get("epochs", 1))
     known = [c for c in todo if _kind(asdict(c)) in spent]
     total = sum(getattr(c, "epochs", 1) * statistics.median(spent[_kind(asdict(c))]) for c in known)

@@ -262,8 +262,7 @@ def apart(experiment: str, path: Path, configs: Sequence[Any]) -> Path:
     """Write the finished ones of these runs, which are not the figure's own, to a table outside of the records."""
     swept = experiments.find(experiment).swept
     finished = [f.table().assign(**swept(f.config)) for f in map(RunFolder, configs) if f.finished]
-    content = pd.concat(finished).to_csv(index=False, lineterminator="\n").encode()
-    return write_bytes(path, content)
+    return write_bytes(path, pd.concat(finished).to_csv(index=False, lineterminator="\n").encode())
 
 
 def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[Any]) -> tuple[Path, int]:
@@ -273,6 +272,8 @@ def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[A
     before = sidecar(name, mode) if (folder_of(mode) / f"{name}.json").exists() else {}
     kept = [c for c in whole if where.get(c.run) == name]
     new = [f for f in (RunFolder(c) for c in configs if c.run not in where) if f.finished]
+    for f in new if mode != "quick" else ():
+        f.check()
     finished = sum(c.run in where for c in whole) + len(new)
     if not new and (not kept or before["partial"] == (finished < len(whole))):
         return record_path(name, mode), 0

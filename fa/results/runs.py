@@ -29,6 +29,7 @@ from fa.results.progress import Progress, clock, in_words
 from fa.results.store import RunFolder
 from fa.train import stack
 from fa.train.config import Config
+from fa.train.ddp import ONE_PROCESS, Ranks, lost
 from fa.train.loop import Run, StackDiverged, train_runs
 from fa.train.step import can_compile, numerics
 
@@ -70,7 +71,11 @@ def missing(configs: list[Any]) -> list[Any]:
 
 
 def run_one(
-    configs: Sequence[Any], device: str = "cpu", until: float = math.inf, compiled: bool = False
+    configs: Sequence[Any],
+    device: str = "cpu",
+    until: float = math.inf,
+    compiled: bool = False,
+    ranks: Ranks = ONE_PROCESS,
 ) -> list[dict[str, Any]]:
     """Train one run, or several as a stack, into their folders. Calling it again goes on where it stopped.
 
@@ -79,6 +84,7 @@ def run_one(
         device: a torch device.
         until: ``time.time()`` at which to have stopped (default: no bound).
         compiled: train through ``torch.compile`` (default False).
+        ranks: the processes that train one run together, of which this is rank 0 (:mod:`fa.train.ddp`).
 
     Returns:
         A status for each run. Its ``state`` is "finished" or "diverged", as in the run's ``status.json``; "stopped"
@@ -105,24 +111,29 @@ def run_one(
                 except UserError as error:
                     wrong = error
         for folders in reached.values():
-            found |= _train(folders, device, time.monotonic() + (until - time.time()), compiled)
+            found |= _train(folders, device, time.monotonic() + (until - time.time()), compiled, ranks)
     if wrong:
         raise wrong
     return [found[config.run] for config in configs]
 
 
-def _train(folders: Sequence[RunFolder], device: str, until: float, compiled: bool) -> dict[str, dict[str, Any]]:
+def _train(
+    folders: Sequence[RunFolder], device: str, until: float, compiled: bool, ranks: Ranks = ONE_PROCESS
+) -> dict[str, dict[str, Any]]:
     """Run -> status; the runs of a stack that fails are trained again, one by one."""
     try:
         if isinstance(folders[0].config, Config):
-            tables = train_runs([Run(f.config, f) for f in folders], device, until, compiled)
+            tables = train_runs([Run(f.config, f) for f in folders], device, until, compiled, None, ranks)
         else:
             tables = [drawn(f.config) for f in folders]
     except UserError:
         raise
     except Exception as error:
-        if not isinstance(error, StackDiverged):
+        if not isinstance(error, StackDiverged) and not lost(error):
             traceback.print_exception(error)
+        if ranks.size > 1:  # the other ranks are in the middle of that run
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise UserError(f"run {folders[0].config.run} lost a rank ({why}); call again to go on with it") from error
         if len(folders) == 1:
             return {folders[0].config.run: {"state": "failed", "error": f"{type(error).__name__}: {error}"}}
         tables = []  # not retried here, where the exception holds the stack's memory
@@ -159,6 +170,7 @@ def run(
     together: int = 0,
     compiled: bool | None = None,
     executor: Elsewhere | None = None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Summary:
     """Train the missing runs, and before them those whose weights they need (``needs`` of a run's recipe).
 
@@ -173,23 +185,26 @@ def run(
         compiled: train through ``torch.compile`` (default None: on CUDA where there is a compiler).
         executor: calls :func:`run_one` in place of processes of this machine, see :func:`fa.results.cluster.opened`;
             all jobs are submitted at once, and ``workers`` does not matter.
+        ranks: the processes that train one run at a time together, of which this is rank 0 (:mod:`fa.train.ddp`).
 
     Raises:
-        UserError: from the first run that has one, e.g. a data set that is not there.
+        UserError: from the first run that has one, e.g. a data set that is not there; or a rank is gone.
     """
     begin = time.time()
     device, todo = pick_device(device, needed=executor is None), missing(configs)
+    ranks.check(todo)
     if needed := missing(list({c.run: c for config in todo for c in getattr(config, "needs", ())}.values())):
-        first = run(needed, budget, workers, device, progress, together, compiled, executor)
+        first = run(needed, budget, workers, device, progress, together, compiled, executor, ranks)
         if first.left:
             return Summary(len(configs) - len(todo), 0, len(todo), first.failed, first.seconds)
         budget = budget and max(budget - first.seconds, 1.0)
     if compiled is None:
         compiled = device != "cpu" and can_compile(device)
-    jobs = stack.groups(todo, 1 if device == "cpu" else together or STACK)
+    jobs = stack.groups(todo, 1 if device == "cpu" or ranks.size > 1 else together or STACK)
+    workers = 1 if ranks.size > 1 else workers
     n = min(pick_workers(workers, device), len(jobs)) if executor is None else len(jobs)
     until = begin + budget if budget else math.inf
-    work = partial(run_one, device=device, until=until, compiled=compiled)
+    work = partial(run_one, device=device, until=until, compiled=compiled, ranks=ranks)
     done, busy, failed, attempts = 0, 0, [], executor.attempts if executor else ATTEMPTS
     with ExitStack() as open_:
         if progress and todo:

@@ -166,6 +166,14 @@ class RunFolder:
                 elif name in CHECKPOINTS:
                     (self.path / name).unlink(missing_ok=True)
 
+    def check(self) -> None:
+        """Raise UserError if the run is not its recipe's: its batch norm saw the images of one rank (fa.train.ddp)."""
+        if self.status.get("batch_norm") == "of a rank":
+            raise UserError(
+                f"run {self.config.run} was trained by {self.status['ranks']} ranks, whose batch norm saw part of the "
+                f"batch each, which its recipe does not say; delete {self.path} and train it with --sync-batch-norm"
+            )
+
     def lock(self, wait: bool = False) -> AbstractContextManager[bool]:
         """Hold the run against other processes; yields False where another one holds it, unless we ``wait`` for that
         one. See :func:`locked`."""

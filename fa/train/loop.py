@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fa.paths import write_bytes
 from fa.provenance import environment
 from fa.train import data, stack
 from fa.train.config import Config, integers
+from fa.train.ddp import ONE_PROCESS, Ranks
 from fa.train.measure import ALONE, MEASURES, accuracies, chosen_rows, layer_epochs, layer_rows, splits_to_measure
 from fa.train.network import build_network
 from fa.train.step import Stepper, make_optimizer, numerics
@@ -34,6 +36,9 @@ PROGRESS = ("epoch", "seconds", "train_loss", "train_accuracy", "val_accuracy", 
 are those between W and its feedback, in degrees, layer by layer from the input, with a space between two."""
 
 CHECKPOINT_EVERY = 30.0  # seconds
+
+KEPT = ("epoch", "rows", "seconds", "environments", "ranks", "local_norm")
+"""What a checkpoint holds of a :class:`Run`, besides its network and optimizer."""
 
 
 def progress_lines(folder: Path) -> list[dict[str, Any]]:
@@ -70,6 +75,9 @@ class Run:
         rows: what was measured: [epoch, layer, depth, metric, value].
         seconds: wall time of its training; of a stack its part, as the runs share the time evenly.
         environments: software and machines that trained it, the first one first.
+        ranks: the largest number of ranks that trained it together (:mod:`fa.train.ddp`).
+        local_norm: whether batch norm took the statistics of a rank's images alone.
+        checkpoint: to go on from (default: the folder's, if there is one).
     """
 
     config: Config
@@ -78,6 +86,9 @@ class Run:
     rows: list[list[Any]] = field(default_factory=list)
     seconds: float = 0.0
     environments: list[dict[str, str]] = field(default_factory=list)
+    ranks: int = 1
+    local_norm: bool = False
+    checkpoint: dict[str, Any] | None = field(default=None, repr=False)
     lines: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)  # of progress.csv
     net: nn.Module = field(init=False, repr=False)
     opt: torch.optim.Optimizer = field(init=False, repr=False)
@@ -87,9 +98,10 @@ class Run:
         layout = torch.channels_last if torch.device(device).type == "cuda" else torch.preserve_format
         self.net = build_network(self.config, sets.shape, sets.classes).to(device).to(memory_format=layout)
         self.opt = make_optimizer(self.net, self.config)
-        if checkpoint := self.folder and self.folder.checkpoint():
+        self.checkpoint = self.folder.checkpoint() if self.folder else self.checkpoint
+        if self.checkpoint:
             try:
-                self.load(checkpoint)
+                self.load(self.checkpoint)
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise UserError(
                     f"the checkpoint in {self.folder.path} is of another run than its config.json "
@@ -102,7 +114,7 @@ class Run:
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        for name in ("epoch", "rows", "seconds", "environments"):
+        for name in KEPT:
             setattr(self, name, checkpoint.get(name, getattr(self, name)))
         self.net.load_state_dict(checkpoint["net"])
         self.opt.load_state_dict(checkpoint["optimizer"])
@@ -137,7 +149,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint; of a stack the run's own slices, not the whole."""
         if self.folder:
-            state = {name: getattr(self, name) for name in ("epoch", "rows", "seconds", "environments")}
+            state = {name: getattr(self, name) for name in KEPT}
             parts = {"net": self.net.state_dict(), "optimizer": self.opt.state_dict()}
             self.folder.save({**state, **tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, parts)})
 
@@ -146,6 +158,8 @@ class Run:
         table = pd.DataFrame(self.rows, columns=["epoch", "layer", "depth", "metric", "value"])
         table["depth"] = table["depth"].astype("Int64")
         status["seconds"] = round(self.seconds, 1)
+        if self.ranks > 1:
+            status |= {"ranks": self.ranks, "batch_norm": "of a rank" if self.local_norm else "of the batch"}
         # the folder itself notes the machine that finishes a run
         if earlier := [e for e in self.environments if e != environment()]:
             status["earlier"] = earlier
@@ -181,6 +195,7 @@ def train_runs(
     until: float = math.inf,
     compiled: bool = False,
     sets: data.Data | None = None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> list[pd.DataFrame | None]:
     """Train one run, or several that share a recipe as one stacked network (:mod:`fa.train.stack`).
 
@@ -188,6 +203,8 @@ def train_runs(
         runs: one run, or several with one :func:`fa.train.stack.key` and as many epochs behind them.
         device, until, compiled: as in :func:`train`.
         sets: the data, on the device (default: those of the recipe are loaded).
+        ranks: the processes that train the run together; on every other one than rank 0 :func:`follow` makes this
+            call, which writes and measures nothing there.
 
     Returns:
         What :func:`train` returns, for each run.
@@ -201,24 +218,30 @@ def train_runs(
         sets = sets or data.load(config.dataset, device)
         for run in runs:
             run.start(sets, device)
+        ranks.lead((config, runs[0].checkpoint, compiled))
         net, opt = stack.join(runs, sets.shape, sets.classes) if stacked else (runs[0].net, runs[0].opt)
-        step = Stepper(net, opt, config, sets.train, compiled, seeds=[run.config.seed for run in runs])
+        step = Stepper(net, opt, config, sets.train, compiled, None, [run.config.seed for run in runs], ranks)
+        for run in runs:
+            run.ranks, run.local_norm = max(run.ranks, ranks.size), run.local_norm or ranks.local_norm(net)
+            run.checkpoint, run.rows = None, run.rows if run.epoch else []
         if runs[0].epoch == 0:
-            for run in runs:
-                run.rows = []
-            measure(runs, net, sets, 0, [{} for _ in runs])
+            ranks.first(net, partial(measure, runs, net, sets, 0, [{} for _ in runs]))
         last = 0.0  # seconds of the latest epoch
         for epoch in range(runs[0].epoch, config.epochs):
             begin = time.monotonic()
-            if begin + 1.1 * last > until:
+            if ranks.share(begin + 1.1 * last > until):
                 for run in runs:
                     run.save()
                 return [None] * len(runs)
             early = integers(config.first_steps) if epoch == 0 else []
 
-            def seen(number: int) -> None:
-                for run in runs if number in early else ():
+            def look(number: int) -> None:
+                for run in runs:
                     run.rows += layer_rows(run.net, sets, number / step.per_epoch)
+
+            def seen(number: int) -> None:
+                if number in early:
+                    ranks.first(net, partial(look, number))
 
             by_step = step.epoch(epoch, seen=seen)  # (steps, runs)
             losses = by_step.mean(0).tolist()  # (runs,)
@@ -230,7 +253,7 @@ def train_runs(
                 runs[0].seconds += time.monotonic() - since
                 at = (~torch.isfinite(by_step)).any(1).nonzero().flatten().tolist() or [len(by_step) - 1]
                 return [runs[0].table(state="diverged", epoch=epoch + 1, step=at[0] + 1)]
-            measure(runs, net, sets, epoch + 1, [{"train_loss": loss} for loss in losses])
+            ranks.first(net, partial(measure, runs, net, sets, epoch + 1, [{"train_loss": loss} for loss in losses]))
             now = time.monotonic()
             for run in runs:
                 run.seconds += (now - since) / len(runs)
@@ -245,6 +268,13 @@ def train_runs(
             if config.keep and run.folder:
                 run.folder.keep({k: v for k, v in run.net.state_dict().items() if ".feedback." not in k})
         return [run.table(state="finished") for run in runs]
+
+
+def follow(ranks: Ranks) -> None:
+    """Train this rank's part of every run that rank 0 takes up, until it has no more."""
+    while job := ranks.share():
+        config, checkpoint, compiled = job
+        train_runs([Run(config, checkpoint=checkpoint)], ranks.device, compiled=compiled, ranks=ranks)
 
 
 def measure(

@@ -107,8 +107,8 @@ class DiskSplit:
         part: "train" or "val".
         device: where batches shall be.
         dtype: floating type of the images.
-        workers: processes that decode (default None: on CUDA one for each core, on the CPU none, which leaves the run
-            one process).
+        workers: processes that decode (default None: on CUDA one for each core, shared by torchrun's ranks on this
+            machine; on the CPU none, which leaves the run one process).
     """
 
     def __init__(
@@ -129,8 +129,8 @@ class DiskSplit:
         wide = torch.promote_types(dtype, torch.float32)
         mean_sd = (torch.tensor(v, dtype=wide, device=device).view(-1, 1, 1) for v in (source.mean, source.sd))
         self.mean, self.sd = mean_sd  # (3, 1, 1) each
-        cores = len(os.sched_getaffinity(0)) if self.device.type == "cuda" else 0
-        self.workers = cores if workers is None else workers
+        cores = max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+        self.workers = (cores if self.device.type == "cuda" else 0) if workers is None else workers
 
     def __len__(self) -> int:
         return len(self.labels)

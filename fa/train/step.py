@@ -24,6 +24,7 @@ from fa.layers.feedback import generator
 from fa.layers.hooks import acts_between_steps, converted
 from fa.train import data
 from fa.train.config import Config
+from fa.train.ddp import ONE_PROCESS, Ranks
 
 WARM = 3  # eager steps before a capture: they choose convolution algorithms, make the momenta, and compile
 
@@ -36,11 +37,12 @@ class Stepper:
         opt: the optimizer of its parameters, in groups made by ``fa.param_groups``.
         config: the run; of a stack any of its runs, for they share all that is read here.
         train: the training split, on the same device, or one that feeds batches from disk.
-        compiled: forward and backward through ``torch.compile`` (default False).
+        compiled: forward and backward through ``torch.compile`` (default False; never where ranks share batch norm).
         capture: replay steps as a CUDA graph (default: on CUDA, unless a rule acts between steps, the data come from
-            disk, or ``$FA_CAPTURE`` is 0).
+            disk, there are several ranks, or ``$FA_CAPTURE`` is 0).
         seeds: one seed for each run of a stack; each run has its own order of batches and its own loss (default:
             ``config.seed``).
+        ranks: the processes that share the run; each has its part of every batch (default: this process alone).
     """
 
     def __init__(
@@ -52,19 +54,21 @@ class Stepper:
         compiled: bool = False,
         capture: bool | None = None,
         seeds: Sequence[int] = (),
+        ranks: Ranks = ONE_PROCESS,
     ) -> None:
         self.net, self.opt, self.config, self.train = net, opt, config, train
-        self.seeds = tuple(seeds) or (config.seed,)
+        self.seeds, self.ranks = tuple(seeds) or (config.seed,), ranks
         self.device = next(net.parameters()).device
-        self.forward = compile_(net, self.device) if compiled else net
+        self.forward = ranks.wrap(net, compile_(net, self.device) if compiled and not ranks.sync else net)
         resident = isinstance(train, data.Split)  # photographs come from disk, and are cropped there
         if capture is None:
             wanted = os.environ.get("FA_CAPTURE", "1") != "0"
-            capture = self.device.type == "cuda" and wanted and resident and not acts_between_steps(net)
+            wanted = wanted and resident and ranks.size == 1
+            capture = self.device.type == "cuda" and wanted and not acts_between_steps(net)
         self.captures = capture
         self.per_epoch = len(train) // config.batch
         self.at = torch.zeros(1, dtype=torch.int64, device=self.device)  # (1,): number of the step within the epoch
-        rows = len(self.seeds) * config.batch
+        rows = len(self.seeds) * config.batch // ranks.size
         self.index = torch.zeros(self.per_epoch, rows, dtype=torch.int64, device=self.device)  # (steps, runs * batch)
         self.draws = self.border = None
         if config.augment and resident:
@@ -98,13 +102,15 @@ class Stepper:
         n = self.per_epoch * config.batch
         orders = [torch.randperm(len(self.train), generator=generator(seed, "order", epoch))[:n] for seed in self.seeds]
         index = torch.cat([order.view(-1, config.batch) for order in orders], 1)  # runs x (n,) -> (steps, runs * batch)
+        index = self.ranks.part(index)
         if isinstance(self.train, data.Split):
             self.index.copy_(index)
         else:
             self.feed = self.train.feed(index, config.seed, epoch, config.augment)
         if self.draws is not None:
             drawn = [data.draw_crops(n, generator(seed, "augment", epoch), self.pad) for seed in self.seeds]  # (3, n)
-            self.draws.copy_(torch.cat([d.view(3, -1, config.batch) for d in drawn], 2).transpose(0, 1))
+            draws = torch.cat([d.view(3, -1, config.batch) for d in drawn], 2)  # (3, steps, runs * batch)
+            self.draws.copy_(self.ranks.part(draws).transpose(0, 1))
         self.at.zero_()
 
     def epoch(self, epoch: int, limit: int | None = None, seen: Callable[[int], None] = lambda step: None) -> Tensor:
@@ -118,7 +124,8 @@ class Stepper:
             seen: called after every step with the number of steps taken (default: nothing is called).
 
         Returns:
-            The losses, float64, on the device: (steps, runs). The next epoch overwrites them.
+            The losses, float64, on the device: (steps, runs), means over the whole batch. The next epoch overwrites
+            them.
         """
         self.begin(epoch)
         steps = self.per_epoch if limit is None else min(limit, self.per_epoch)
@@ -126,8 +133,10 @@ class Stepper:
         for number in range(1, steps + 1):
             self.step()
             seen(number)
-            if number % asked == 0 and not torch.isfinite(self.losses[number - asked : number]).all():
-                return self.losses[:number]
+            if number % asked == 0 or number == steps:
+                fresh = self.ranks.mean(self.losses[(number - 1) // asked * asked : number])  # all ranks decide alike
+                if not torch.isfinite(fresh).all():
+                    return self.losses[:number]
         return self.losses[:steps]
 
     def step(self) -> None:
