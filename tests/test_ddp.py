@@ -87,6 +87,7 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, 
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
+@pytest.mark.slow  # it starts processes
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_have_the_gradients_of_one_process_with_the_whole_batch(name: str, gradients: list) -> None:
     """To 1e-12 in float64, over three steps, feedback that is redrawn, refreshed or learned from noise included; to

@@ -199,7 +199,11 @@ def joined(device: str, sync: bool, **options: Any) -> Iterator[Ranks]:
     if device == "cuda":
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=WAIT)
+    # torchrun keeps its store when it starts the ranks again, and with it the addresses of ranks that are gone
+    store, *_ = next(dist.rendezvous("env://", timeout=WAIT))
+    store = dist.PrefixStore(f"attempt {told.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=WAIT, store=store, rank=rank, world_size=size)
     ranks = Ranks(rank, size, device, sync)
     try:
         yield ranks
