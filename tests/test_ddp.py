@@ -117,11 +117,10 @@ RUNS = {
     "resnet, local": (RESNET, False),
     "photographs": (RESNET.vary(dataset="tiny-imagenet-20", batch=50), True),
 }
-WITHIN = {  # largest difference to the run of one process; the photographs' whole run has 40 steps of 50 images
+WITHIN = {  # largest difference to the run of one process
     "lenet": 1e-4,
     "noise": 0.05,
     "resnet": 1e-3,
-    "photographs": 0.5,
 }
 
 
@@ -164,15 +163,15 @@ def test_a_run_of_two_ranks_has_the_table_of_one_process(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_run_on_photographs_has_the_table_of_one_process(tmp_path: Path) -> None:
-    """ResNet-8, one epoch: loss within 1e-4, accuracies within 1 of 500 images, angles of W within 0.1 degrees, all
-    else within half a unit."""
+    """ResNet-8, one epoch: loss within 1e-4, accuracies within 1 of 500 images, gradient angles, which turn on single
+    units, within 2 degrees, all else within 0.05 of its unit."""
     pytest.importorskip("torchvision")
     if data.SETS["tiny-imagenet-20"].state(data.root()) != "yes":
         pytest.skip("the photographs of tiny-imagenet-20 are not in the data folder")
     torch.multiprocessing.spawn(whole_runs, (str(tmp_path), ["photographs"]), nprocs=2)
     apart = differences(pd.read_pickle(tmp_path / "photographs.pkl"), loop.train(RUNS["photographs"][0]))
-    assert apart.train_loss <= 1e-4 and apart.val_accuracy <= 0.2001 and apart.angle_deg <= 0.1
-    assert apart.max() <= WITHIN["photographs"], apart
+    assert apart.train_loss <= 1e-4 and apart.val_accuracy <= 0.2001 and apart.grad_angle_global_deg <= 2, apart
+    assert apart.drop(["val_accuracy", "grad_angle_global_deg"]).max() <= 0.05, apart
 
 
 def test_a_run_whose_batch_norm_saw_a_part_of_the_batch_is_no_record(tmp_path: Path, monkeypatch) -> None:

@@ -67,7 +67,9 @@ def test_a_page_ends_with_one_line_of_what_it_shows(monkeypatch, verdict, words)
     cfg = pages.Page("p3_fig2")
     rows = cfg.table()
     bp = rows[(rows.rule == "bp") & (rows.metric == "test_accuracy") & (rows.epoch == 40)].value.mean()
-    assert cfg.conclusion().startswith(f"{words}Test accuracy (%), last epoch, ours (published): BP {bp:.2f} (98.38); FA ")
+    assert cfg.conclusion().startswith(
+        f"{words}Test accuracy (%), last epoch, ours (published): BP {bp:.2f} (98.38); FA "
+    )
     assert re.search(r"\. n = 5; its runs took \d+h\d\dm in sum on AMD EPYC\.$", cfg.conclusion())
     assert cfg.provenance().endswith(cfg.conclusion()) and pages.Page("p3_fig1").conclusion() == ""
 
