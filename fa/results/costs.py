@@ -88,7 +88,7 @@ class Recorded:
                 status = about["status"][run]
                 if fits and len(machines) > 1:
                     self.unclear[kind(recipe)].add(record)
-                elif fits and status["state"] == "finished":
+                elif fits and status["state"] == "finished" and "ranks" not in status:
                     self.runs[kind(recipe)].append((run_seconds(status), recipe.get("epochs", 0), record))
         if not found and not self.unclear:
             told = ", ".join(sorted(others - {""}))
