@@ -92,23 +92,18 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
     Quick: both on digits.
     """
     n = seeds or SEEDS[mode]
-    known, others = [[r for r in rules if (r in OTHERS) is new] for new in (False, True)]
-    wide = p3_fig2.grid(
-        "quick" if mode == "quick" else "paper", tuple(known), n, epochs or 8 * (mode == "quick"), dataset
-    )
-    deep = p3_fig4.grid(mode, tuple(known), n, epochs or 2 * (mode == "quick"), dataset)
-    runs = [run for part in (wide, deep) for run in [*part, *added(part, others, n)]]
+    quick, known = mode == "quick", tuple(dict.fromkeys(["bp", *(r for r in rules if r not in OTHERS)]))
+    wide = p3_fig2.grid("quick" if quick else "paper", known, n, epochs or 8 * quick, dataset)
+    deep = p3_fig4.grid(mode, known, n, epochs or 2 * quick, dataset)
+    others = [r for r in rules if r in OTHERS]
+    runs = [c for part in (wide, deep) for c in [*part, *added(part[0], others, n)] if c.rule in rules]
     runs.sort(key=lambda c: c.seed)  # whole seeds first
     return [*runs, *(cost(c) for c in runs if c.rule != "bp")]
 
 
-def added(part: list[Config], rules: list[str], seeds: int) -> list[Config]:
-    """The runs of other rules with a network's recipe."""
-    plain = next((c for c in part if c.rule == "bp"), part[0] if part else None)
-    if plain is None:
-        return []
-    bare = plain.vary(rule="bp", seed=0, first_weight_decay=0.0, **dict.fromkeys(plain.rule_options))
-    return of_rules(bare, rules, seeds, OTHERS)
+def added(plain: Config, rules: list[str], seeds: int) -> list[Config]:
+    """The runs of other rules with the recipe of a network's run under BP."""
+    return of_rules(plain, rules, seeds, OTHERS)
 
 
 def cost(config: Config) -> StepCost:

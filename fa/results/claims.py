@@ -164,7 +164,11 @@ def _target(claim: Claim, scope: Scope) -> str:
     with _naming(claim.id, "target"):
         tree, scope = claim.names["target"], replace(scope, names={})
         try:
-            points = [{}] if isinstance(tree, ast.Constant) else scope.points(each_of(claim.test))
+            each, calls = each_of(claim.test), [n for n in ast.walk(tree) if isinstance(n, ast.Call) and n.keywords]
+            if each and calls:  # an axis that the target sets itself, wherever it asks, has one value here
+                own = set.intersection(*({k.arg for k in call.keywords} for call in calls))
+                each = ast.Call(each.func, each.args, [k for k in each.keywords if k.arg not in own])
+            points = [{}] if isinstance(tree, ast.Constant) else scope.points(each)
             found = [scope.within({a: [v] for a, v in point.items()}).number(tree) for point in points]
         except Untested:
             return "unknown"

@@ -114,7 +114,7 @@ class Stepper:
         self.at.zero_()
 
     def epoch(self, epoch: int, limit: int | None = None, seen: Callable[[int], None] = lambda step: None) -> Tensor:
-        """Train one epoch, or its first ``limit`` batches; it ends early after a loss that is not finite.
+        """Train one epoch, or its first ``limit`` batches; it ends early when no run has a finite loss.
 
         On a CPU it ends at that step. A GPU is asked every hundredth step, for it answers when it has done all before.
 
@@ -135,7 +135,7 @@ class Stepper:
             seen(number)
             if number % asked == 0 or number == steps:
                 fresh = self.ranks.mean(self.losses[(number - 1) // asked * asked : number])  # all ranks decide alike
-                if not torch.isfinite(fresh).all():
+                if not torch.isfinite(fresh).all(0).any():
                     return self.losses[:number]
         return self.losses[:steps]
 
