@@ -236,6 +236,7 @@ def test_similarity_trains_what_it_needs_and_compares_those_networks():
     summary = campaign.run(runs, workers=1, device="cpu", progress=False)
     assert (summary.done, summary.left, summary.failed) == (2, 0, [])
     assert all(RunFolder(c).finished for s in runs for c in s.needs)
+    assert [c.rule for c in runs[1].needs] == ["fa", "bp", "bp"]  # CKA itself is symmetric
     own, fixed = (RunFolder(s).table() for s in runs)
     assert set(own[own.epoch == 1].metric) == {"cka_another"}, "a network is not compared with itself"
     sets = data.load("digits")
