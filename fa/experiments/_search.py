@@ -4,6 +4,7 @@ kill."""
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +48,15 @@ def space(rule: str) -> dict[str, Any]:
     return {name: one[name] for name in SEARCHED[rule]}
 
 
-def study_of(trial: Trial) -> Any:
+def study_of(trial: Trial, attempts: int = 5) -> Any:
     """The study of a trial's search, made where it is not there yet.
 
     It lies in ``$FA_STORAGE``, any URL that Optuna knows, or else in a journal in the run store. Several processes
     share it: a process that is killed leaves what it was told and asked.
+
+    Args:
+        trial: of the search.
+        attempts: how often to try where another process makes the tables of an empty database at the same moment.
 
     Raises:
         UserError: the storage cannot be reached.
@@ -65,6 +70,9 @@ def study_of(trial: Trial) -> Any:
             storage = o.storages.JournalStorage(journal)
         return o.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
     except Exception as error:  # of a driver that is missing, an address that nobody answers, a disk
+        if type(error).__name__ in ("IntegrityError", "ProgrammingError") and attempts > 1:
+            time.sleep(0.5)  # another process is making the tables of an empty database; they are there in a moment
+            return study_of(trial, attempts - 1)
         raise UserError(
             f"the storage of the search cannot be used ({type(error).__name__}); set FA_STORAGE to a URL that Optuna "
             "knows, e.g. sqlite:///search.db or, with the extra cluster and a database in UTF8, "
