@@ -597,4 +597,5 @@ def test_a_reason_gives_the_interval(criterion: str, why: str) -> None:
 
 
 def test_criteria_are_short() -> None:
-    assert max(len(c.criterion) for c in claims.load()) <= 280
+    long = {c.id for c in claims.load() if len(c.criterion) > 250}
+    assert long == {"p1_normalization_angle", "p1_concordance_most"}, "fixed before their runs, not to be shortened now"
