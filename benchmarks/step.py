@@ -51,7 +51,7 @@ def network(name: str, size: int = 0) -> tuple[nn.Module, tuple[int, ...]]:
     """A network, and the shape of one image; ``size`` is the side of resnet18's (default 224)."""
     torch.manual_seed(0)
     if name == "mlp":
-        return models.mlp(784), (1, 28, 28)
+        return models.MLP(784), (1, 28, 28)
     if name == "lenet":
         return nn.Sequential(
             nn.Conv2d(3, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(),
@@ -62,7 +62,7 @@ def network(name: str, size: int = 0) -> tuple[nn.Module, tuple[int, ...]]:
         from torchvision.models import resnet18
 
         return resnet18(num_classes=1000), (3, size or 224, size or 224)
-    return models.resnet(int(name.removeprefix("resnet"))), (3, 32, 32)
+    return models.ResNet(int(name.removeprefix("resnet"))), (3, 32, 32)
 
 
 def biotorch(name: str, mode: str) -> nn.Module:

@@ -132,7 +132,8 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
         ``delta_angle_local_deg`` (the error at the layer's input through B_eff against the error through W, from one
         error at the layer's output; nan under dfa), ``delta_angle_global_deg`` (the error at the layer's output under
         the rule against exact backprop through the whole network), both means over samples, and
-        ``grad_angle_global_deg`` (the batch's dW under the rule against exact backprop; nan for a frozen weight).
+        ``grad_angle_global_deg`` (the batch's dW under the rule against exact backprop; nan for a frozen weight); and
+        ``delta_norm_ratio``, the norm of the batch's errors at the layer's output over its norm under exact backprop.
     """
     layers = converted(net)
     buffers = {k: v.clone() for k, v in net.named_buffers()}
@@ -188,8 +189,10 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
             "delta_angle_local_deg": local,
             "delta_angle_global_deg": _sample_angle(delta[name], delta_bp[name]),
             "grad_angle_global_deg": _angle(dW[name], dW_bp[name]) if name in dW else float("nan"),
+            "delta_norm_ratio": torch.linalg.vector_norm(float64(delta[name])) / float64(delta_bp[name]).norm(),
         })  # fmt: skip
-    return _table(rows, ["layer", "depth", "delta_angle_local_deg", "delta_angle_global_deg", "grad_angle_global_deg"])
+    angles = ["delta_angle_local_deg", "delta_angle_global_deg", "grad_angle_global_deg"]
+    return _table(rows, ["layer", "depth", *angles, "delta_norm_ratio"])
 
 
 def gram(x: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """The papers' networks, as plain PyTorch: no rule is mentioned here, ``fa.convert`` puts one on.
 
-Parameter counts, asserted by the tests: ``mlp(784)`` 669,706 (p3's MNIST network, authors' ``ffn2``);
-``resnet(20)`` 269,722, ``resnet(32)`` 464,154, ``resnet(56)`` 853,018, ``resnet(110)`` 1,727,962 for ten classes (He et
+Parameter counts, asserted by the tests: ``MLP(784)`` 669,706 (p3's MNIST network, authors' ``ffn2``);
+``ResNet(20)`` 269,722, ``ResNet(32)`` 464,154, ``ResNet(56)`` 853,018, ``ResNet(110)`` 1,727,962 for ten classes (He et
 al. 2016, section 4.2); ``Arch1()`` 404,746 (p1's Architecture 1); ``LeNet()`` 61,706; ``build("resnet18", ...)``,
 torchvision's, 11,689,512 for a thousand.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -15,15 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fa.errors import UserError
-from fa.rules import fans, uniform
 
 
 class MLP(nn.Module):
     """Fully connected ReLU network with biases; layers ``fc1``, ``fc2``, ..., and ``fc`` at the output, as p3 names
-    them.
+    them; p3's MNIST network for ``inputs = 784`` (default widths: the paper's).
     """
 
-    def __init__(self, inputs: int, hidden: Sequence[int], classes: int) -> None:
+    def __init__(self, inputs: int, hidden: Sequence[int] = (512, 512), classes: int = 10) -> None:
         super().__init__()
         widths = (inputs, *hidden)
         self.hidden = [f"fc{i}" for i in range(1, len(widths))]
@@ -37,11 +37,6 @@ class MLP(nn.Module):
         for name in self.hidden:
             x = torch.relu(getattr(self, name)(x))
         return self.fc(x)
-
-
-def mlp(inputs: int, hidden: Sequence[int] = (512, 512), classes: int = 10) -> MLP:
-    """p3's MNIST network for ``inputs = 784`` (default widths: the paper's)."""
-    return MLP(inputs, hidden, classes)
 
 
 class Shortcut(nn.Module):
@@ -75,12 +70,12 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The CIFAR ResNet of 6 n + 2 layers with option-A shortcuts; p3's network for CIFAR-10 is ``resnet(20)``.
+    """The CIFAR ResNet of 6 n + 2 layers with option-A shortcuts; p3's network for CIFAR-10 is ``ResNet(20)``.
 
     Source: He et al. 2016, section 4.2; p3 (authors' code).
     """
 
-    def __init__(self, depth: int, classes: int, inputs: int = 3) -> None:
+    def __init__(self, depth: int = 20, classes: int = 10, inputs: int = 3) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise UserError(f"resnet{depth}: a CIFAR ResNet has 6 n + 2 layers: 20, 32, 44, 56, 110, ...")
@@ -97,11 +92,6 @@ class ResNet(nn.Module):
         """Shapes: x (n, inputs, h, w) -> logits (n, classes)."""
         x = torch.relu(self.bn1(self.conv1(x)))
         return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
-
-
-def resnet(depth: int = 20, classes: int = 10, inputs: int = 3) -> ResNet:
-    """The CIFAR ResNet of that depth: 20, 32, 44, 56, 110."""
-    return ResNet(depth, classes, inputs)
 
 
 class Arch1(nn.Module):
@@ -159,72 +149,73 @@ class LeNet(nn.Module):
         return self.fc(torch.relu(self.fc1(torch.relu(self.conv3(x)).flatten(1))))
 
 
+class Plain(nn.Module):
+    """A plain stack: 3x3 convolutions of 16 channels with ReLU, the first of stride 2; average-pooling by 2; a layer
+    of ``classes`` units.
+
+    Args:
+        convolutions: how many, ``conv1``, ``conv2``, ...
+        shape: channels, height, width of an image.
+        classes: number of classes.
+        kind: "bn": batch normalisation before every ReLU. "local": every place of a map has a kernel of its own. The
+            patch around it is then a group of a 1x1 convolution, an ordinary layer to a rule. "": neither.
+    """
+
+    def __init__(self, convolutions: int, shape: Sequence[int], classes: int = 10, kind: str = "") -> None:
+        super().__init__()
+        self.names, self.local = [f"conv{i}" for i in range(1, convolutions + 1)], kind == "local"
+        inputs, (height, width) = shape[0], ((side + 1) // 2 for side in shape[1:])
+        for name in self.names:
+            places, shared = height * width, nn.Conv2d(inputs, 16, 3, 2 if name == "conv1" else 1, padding=1)
+            own = nn.Conv2d(places * 9 * inputs, places * 16, 1, groups=places)
+            self.add_module(name, own if self.local else shared)
+            self.add_module(f"norm_{name}", nn.BatchNorm2d(16) if kind == "bn" else nn.Identity())
+            inputs = 16
+        self.fc = nn.Linear(16 * (height // 2) * (width // 2), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (n, channels, height, width) -> logits (n, classes)."""
+        for name in self.names:
+            conv, stride = getattr(self, name), 2 if name == "conv1" else 1
+            if self.local:
+                size = [(side + stride - 1) // stride for side in x.shape[2:]]
+                patches = F.unfold(x, 3, padding=1, stride=stride).mT.flatten(1)  # -> (n, places * 9 inputs)
+                x = conv(patches[..., None, None]).unflatten(1, (-1, 16)).squeeze((3, 4))  # -> (n, places, 16)
+                x = x.mT.unflatten(2, size)  # -> (n, 16, h, w)
+            else:
+                x = conv(x)  # (n, inputs, h, w) -> (n, 16, h', w')
+            x = torch.relu(getattr(self, f"norm_{name}")(x))
+        return self.fc(F.avg_pool2d(x, 2).flatten(1))
+
+
 def is_cifar_resnet(name: str) -> bool:
     """Whether :func:`build` makes a CIFAR ResNet of that name."""
     return name.startswith("resnet") and name[6:].isdigit() and name != "resnet18"
-
-
-def resnet18(classes: int = 1000) -> nn.Module:
-    """torchvision's ResNet-18, p3's network for ImageNet: 7x7 convolution of stride 2, 8 blocks, 1x1 convolutions
-    where a shortcut widens.
-
-    Raises:
-        UserError: torchvision is not installed.
-    """
-    try:
-        from torchvision.models import resnet18 as theirs
-    except ImportError as error:
-        raise UserError("resnet18 is torchvision's, which is not installed: pip install torchvision") from error
-    return theirs(num_classes=classes)
 
 
 def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] = (512, 512)) -> nn.Module:
     """The network of that name for images of ``shape`` (channels, height, width).
 
     Raises:
-        UserError: unknown name, or resnet18 for images that are not RGB.
+        UserError: unknown name; resnet18, which is torchvision's, for images that are not RGB or without torchvision.
     """
     if name == "resnet18":
         if shape[0] != 3:
             raise UserError(f"resnet18 takes RGB images, not images of {shape[0]} channels; resnet20 takes any")
-        return resnet18(classes)
+        try:
+            from torchvision.models import resnet18
+        except ImportError as error:
+            raise UserError("resnet18 is torchvision's, which is not installed: pip install torchvision") from error
+        return resnet18(num_classes=classes)  # 7x7 convolution of stride 2, 8 blocks, 1x1 where a shortcut widens
     if name == "mlp":
-        return mlp(torch.Size(shape).numel(), hidden, classes)
+        return MLP(torch.Size(shape).numel(), hidden, classes)
     if name in ("arch1", "arch1-same"):
         return Arch1(shape, classes, "same" if name == "arch1-same" else "valid")
     if name == "lenet":
         return LeNet(shape, classes)
     if is_cifar_resnet(name):
-        return resnet(int(name[6:]), classes, shape[0])
-    known = "mlp, lenet, arch1, arch1-same, resnet20, resnet32, resnet56, resnet110, resnet18"
+        return ResNet(int(name[6:]), classes, shape[0])
+    if plain := re.fullmatch(r"plain([1-9]\d?)(?:-(bn|local))?", name, re.ASCII):
+        return Plain(int(plain[1]), shape, classes, plain[2] or "")
+    known = "mlp, lenet, arch1, arch1-same, resnet20, resnet32, resnet56, resnet110, resnet18, plain4, plain4-bn, ..."
     raise UserError(f"unknown model {name!r}; known models: {known}")
-
-
-@torch.no_grad()
-def xavier_(net: nn.Module, gen: torch.Generator) -> nn.Module:
-    """Xavier-uniform weights and zero biases for every linear and convolutional layer, in place, drawn from ``gen``.
-
-    Source: p3 (authors' option ``init: xavier``, used for every rule). Entries are drawn in float64, so that
-    networks of any dtype start alike.
-    """
-    for m in net.modules():
-        if isinstance(m, (nn.Linear, nn.Conv2d)):
-            m.weight.copy_(uniform(tuple(m.weight.shape), (2 / sum(fans(m.weight))) ** 0.5, m.weight, gen))
-            if m.bias is not None:
-                m.bias.zero_()
-    return net
-
-
-@torch.no_grad()
-def default_(net: nn.Module, gen: torch.Generator) -> nn.Module:
-    """PyTorch's own initial weights and biases, U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), in place, drawn from ``gen``.
-
-    Source: ``torch.nn.Linear`` and ``torch.nn.Conv2d``; Lance & Kieu 2026 (authors' code). Entries are drawn in
-    float64, as in :func:`xavier_`.
-    """
-    for m in net.modules():
-        if isinstance(m, (nn.Linear, nn.Conv2d)):
-            std = (1 / (3 * fans(m.weight)[0])) ** 0.5
-            for p in m.parameters(recurse=False):  # weight, bias
-                p.copy_(uniform(tuple(p.shape), std, p, gen))
-    return net

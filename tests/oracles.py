@@ -83,7 +83,7 @@ def kernel(layer, W0):
         case _:
             K = fb.B * mask
     K = K.detach()
-    return K * (W.square().sum() / K.square().sum()).sqrt() if fb.rule.norm == "track" else K
+    return fb.rule.gain * (K * (W.square().sum() / K.square().sum()).sqrt() if fb.rule.norm == "track" else K)
 
 
 def gradients(layer, x, dy, K):
@@ -164,7 +164,7 @@ def check(layer, x, rule, options, seed=1):
     if name in ("pfa", "pfa_o"):
         below, want["R"] = drawn_path(layer, x, dy)
         if layer.feedback.rule.norm == "fixed":
-            want["x"] = below
+            want["x"] = layer.feedback.rule.gain * below
     elif name == "kp":
         want["B"] = want["W"]
     elif layer.feedback.rule.learned:

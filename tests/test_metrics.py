@@ -164,6 +164,7 @@ def test_angles_by_hand(rule):
             assert row.grad_angle_global_deg == pytest.approx(
                 degrees(under[i].T @ below[i], exact[i].T @ below[i]), abs=1e-5
             )
+            assert row.delta_norm_ratio == pytest.approx((under[i].norm() / exact[i].norm()).item(), rel=1e-9)
 
 
 def test_local_angle_of_a_convolution_by_hand():

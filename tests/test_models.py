@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fa import UserError, models
+from fa.train.network import initial_
 from oracles import randn, rng
 
 
@@ -30,8 +31,8 @@ def test_parameter_counts_are_those_of_the_docstring(name, argument, count):
 
 
 def test_the_docstring_counts_all_networks():
-    assert {(name, n) for name, n, _ in counts_in_the_docstring()} == {("mlp", 784)} | {
-        ("resnet", n) for n in (20, 32, 56, 110)
+    assert {(name, n) for name, n, _ in counts_in_the_docstring()} == {("MLP", 784)} | {
+        ("ResNet", n) for n in (20, 32, 56, 110)
     }
 
 
@@ -42,8 +43,8 @@ def test_parameter_count_from_the_layer_table(depth):
     n = (depth - 2) // 6
     channels = [3, 16] + [w for w in (16, 32, 64) for _ in range(2 * n)]
     convs = sum(9 * a * b + 2 * b for a, b in zip(channels, channels[1:]))  # a kernel, and batch norm's two
-    assert size(models.resnet(depth)) == convs + 64 * 10 + 10
-    assert sum(isinstance(m, nn.Conv2d) for m in models.resnet(depth).modules()) == depth - 1
+    assert size(models.ResNet(depth)) == convs + 64 * 10 + 10
+    assert sum(isinstance(m, nn.Conv2d) for m in models.ResNet(depth).modules()) == depth - 1
 
 
 def shortcut(x, stride, outputs):
@@ -75,7 +76,7 @@ def test_shortcut_of_a_block(inputs, outputs, stride, height, width):
 
 
 def test_layer_names_and_shapes():
-    net = models.resnet(20)
+    net = models.ResNet(20)
     layers = [n for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert layers == ["conv1"] + [f"layer{s}.{b}.conv{c}" for s in (1, 2, 3) for b in (0, 1, 2) for c in (1, 2)] + [
         "fc"
@@ -92,12 +93,12 @@ def test_layer_names_and_shapes():
         )
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert seen == {1: (16, 32, 32), 2: (32, 16, 16), 3: (64, 8, 8)}
-    assert models.resnet(8, classes=7, inputs=1)(torch.zeros(3, 1, 8, 8)).shape == (3, 7)
+    assert models.ResNet(8, classes=7, inputs=1)(torch.zeros(3, 1, 8, 8)).shape == (3, 7)
 
 
 @pytest.mark.parametrize("hidden", [(), (7,), (7, 6, 5)])
 def test_mlp_by_hand(hidden):
-    net = models.mlp(12, hidden, 4).double()
+    net = models.MLP(12, hidden, 4).double()
     names = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
     assert names == [f"fc{i + 1}" for i in range(len(hidden))] + ["fc"]
     x = randn(5, 3, 2, 2, seed=1)
@@ -110,7 +111,7 @@ def test_mlp_by_hand(hidden):
 
 
 def test_build():
-    assert size(models.build("mlp", (1, 28, 28), 10)) == size(models.mlp(784))
+    assert size(models.build("mlp", (1, 28, 28), 10)) == size(models.MLP(784))
     assert models.build("mlp", (1, 8, 8), 5, hidden=(3,))(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
     assert models.build("resnet20", (1, 8, 8), 5)(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
 
@@ -140,13 +141,56 @@ def test_architecture_1_by_hand(padding, side):
 
 def test_pytorchs_initial_weights_are_those_of_its_layers():
     net, own = models.Arch1(), models.Arch1()
-    models.default_(net, torch.Generator().manual_seed(0))
+    initial_(net, "torch", torch.Generator().manual_seed(0))
     for (name, p), q in zip(net.named_parameters(), own.parameters()):
         bound = q.abs().max().item()
         assert p.abs().max().item() == pytest.approx(bound, rel=0.06 if p.numel() > 100 else 0.6), name
         assert abs(p.mean().item()) < 4 * bound / (3 * p.numel()) ** 0.5, name
-    again = models.default_(models.Arch1(), torch.Generator().manual_seed(0))
+    again = initial_(models.Arch1(), "torch", torch.Generator().manual_seed(0))
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 8, 8), (2, 7, 6)], ids=str)
+def test_a_stack_without_weight_sharing_is_the_stack_where_all_places_have_one_kernel(shape):
+    shared, local = (models.build(f"plain3{kind}", shape, 7).double() for kind in ("", "-local"))
+    with torch.no_grad():
+        for name in shared.names:
+            conv, own = shared.get_submodule(name), local.get_submodule(name)
+            own.weight.copy_(conv.weight.flatten(1).repeat(own.groups, 1)[..., None, None])
+            own.bias.copy_(conv.bias.repeat(own.groups))
+    local.fc.load_state_dict(shared.fc.state_dict())
+    x = randn(5, *shape, seed=2)
+    assert (local(x) - shared(x)).abs().max() < 1e-14
+    for net in (shared, local):
+        F.cross_entropy(net(x), torch.arange(5)).backward()
+    own, conv = local.conv2.weight.grad, shared.conv2.weight.grad  # (places * 16, 9 * 16, 1, 1), (16, 16, 3, 3)
+    assert (own.view(-1, *conv.flatten(1).shape).sum(0) - conv.flatten(1)).abs().max() < 1e-15
+    assert own.view(-1, 16, 144).std(0).median() > 0  # every place has a gradient of its own
+
+
+def test_plain_stacks():
+    net = models.build("plain10-bn", (3, 16, 16), 10)
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convs) == 10 and sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) == 10
+    assert size(models.build("plain2", (3, 16, 16), 10)) == 28 * 16 + 145 * 16 + 257 * 10
+    x = randn(2, 3, 16, 16, dtype=torch.float32)
+    y = F.relu(F.conv2d(x, net.conv1.weight, net.conv1.bias, stride=2, padding=1))
+    assert y.shape == (2, 16, 8, 8) and net(x).shape == (2, 10)
+    for name in ("plain", "plain0", "plain-bn", "plain100", "plain4-BN", "plain4-local-bn"):
+        with pytest.raises(UserError, match="unknown model"):
+            models.build(name, (3, 16, 16), 10)
+
+
+def test_he_start_keeps_the_size_of_activity():
+    net = models.build("plain10", (3, 32, 32), 10)
+    initial_(net, "he", rng(1))
+    assert net.conv5.weight.std().item() == pytest.approx((2 / 144) ** 0.5, rel=0.05) and not net.conv5.bias.any()
+    x, sizes = randn(64, 3, 32, 32, dtype=torch.float32), []
+    for name in net.names:
+        x = net.get_submodule(name)(x)
+        sizes.append(x.std().item())
+        x = x.relu()
+    assert 0.4 < sizes[-1] / sizes[1] < 2.5
 
 
 def test_resnet18_is_torchvision_s() -> None:
@@ -170,7 +214,7 @@ def test_resnet18_needs_torchvision(monkeypatch) -> None:
 @pytest.mark.parametrize("depth", [2, 18, 21, 0, -4])
 def test_a_depth_that_no_cifar_resnet_has_is_refused(depth):
     with pytest.raises(UserError, match=f"resnet{depth}.*6 n"):
-        models.resnet(depth)
+        models.ResNet(depth)
 
 
 @pytest.mark.parametrize("name", ["lenet5x", "resnet", "resnet-20", "MLP", ""])
@@ -183,18 +227,18 @@ def test_xavier_start():
     net = nn.Sequential(
         nn.Conv2d(30, 50, 3), nn.Conv2d(40, 60, 3, groups=2), nn.Linear(300, 200, bias=False), nn.BatchNorm2d(4)
     )
-    models.xavier_(net, rng(1))
+    initial_(net, "xavier", rng(1))
     for layer, (fan_in, fan_out) in zip(net, ((270, 450), (180, 540), (300, 200))):
         std = (2 / (fan_in + fan_out)) ** 0.5
         assert layer.weight.std().item() == pytest.approx(std, rel=0.02)
         assert layer.weight.abs().max().item() == pytest.approx(std * 3**0.5, rel=1e-2)  # uniform
         assert layer.bias is None or not layer.bias.any()
-    again = models.xavier_(nn.Sequential(nn.Conv2d(30, 50, 3).double()), rng(1))
+    again = initial_(nn.Sequential(nn.Conv2d(30, 50, 3).double()), "xavier", rng(1))
     assert torch.equal(again[0].weight.float(), net[0].weight)  # of any dtype
-    assert not torch.equal(models.xavier_(nn.Conv2d(30, 50, 3), rng(2)).weight, net[0].weight)
+    assert not torch.equal(initial_(nn.Conv2d(30, 50, 3), "xavier", rng(2)).weight, net[0].weight)
 
 
 def test_images_of_another_number_of_channels_are_refused():
     for channels in (1, 2, 4, 16):
         with pytest.raises(RuntimeError, match="channels"):
-            models.resnet(8)(torch.randn(2, channels, 16, 16))
+            models.ResNet(8)(torch.randn(2, channels, 16, 16))

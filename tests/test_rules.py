@@ -14,8 +14,8 @@ from torch import nn
 
 import fa
 import oracles
-from fa import models
 from fa.layers.hooks import converted
+from fa.train.network import initial_
 from oracles import apart, cosine, grads, randn
 
 RULES = {
@@ -30,6 +30,8 @@ RULES = {
     "usf some": ("usf", {"concordance": 0.7}),
     "usf track some": ("usf", {"scale": "track", "concordance": 0.4, "density": 0.5}),
     "usf norm": ("usf", {"scale": 3.0, "norm": "track"}),
+    "fa gain": ("fa", {"gain": 3.0}),
+    "usf norm gain": ("usf", {"norm": "track", "gain": 0.3}),
     "frsf": ("frsf", {}),
     "frsf sparse": ("frsf", {"density": 0.5}),
     "brsf": ("brsf", {"init": "xavier"}),
@@ -41,6 +43,7 @@ RULES = {
     "pfa": ("pfa", {"expansion": 3}),
     "pfa xavier": ("pfa", {"expansion": 2.5, "init": "xavier"}),
     "pfa sparse": ("pfa", {"expansion": 3, "density": 0.6}),
+    "pfa gain": ("pfa", {"expansion": 3, "gain": 0.4}),
     "pfa track": ("pfa", {"expansion": 3, "norm": "track"}),
     "pfa_o": ("pfa_o", {}),
     "pfa_o sparse": ("pfa_o", {"density": 0.7}),
@@ -103,6 +106,36 @@ def assert_exact(errors):
 
 
 # ------------------------------------------------------------------------------------------ against autograd
+
+
+@rules
+def test_a_gain_multiplies_the_kernel(rule):
+    name, options = RULES[rule]
+    gain = options.get("gain", 1.0)
+    one, more = (fa.convert(linear(6, 9, True), name, **options | {"gain": g}) for g in (gain, 2 * gain))
+    assert apart(fa.feedback_weight(more), 2 * fa.feedback_weight(one)) <= oracles.RTOL
+    if options.get("norm") == "track" or options.get("scale") == "track":
+        assert fa.alignment(one).norm_ratio.item() == pytest.approx(gain * options.get("density", 1) ** 0.5, rel=0.2)
+
+
+@pytest.mark.parametrize("rule, options", [("fa", {"form": "dense"}), ("fa", {"form": "dense", "init": 0.2})] + [
+    ("dfa", {"form": form, "init": init}) for form in ("kernel", "dense", "shared") for init in ("match", "xavier")
+])  # fmt: skip
+def test_a_gain_multiplies_feedback_that_is_no_kernel(rule, options):
+    x, found = randn(3, 2, 6, 6, seed=1), []
+    for gain in (1.0, 3.0):
+        net = nn.Sequential(conv(in_channels=2, out_channels=3, kernel_size=3), conv(in_channels=3, out_channels=4, kernel_size=3),
+                            nn.Flatten(), linear(16, 5, True))  # fmt: skip
+        fa.convert(net, rule, sample=x, gain=gain, **options)
+        net(x).square().sum().backward()
+        found.append(net[0].weight.grad)
+    assert apart(found[1], found[0] * (9 if rule == "fa" else 3)) <= oracles.RTOL  # fa: two matrices lie above
+
+
+def test_a_gain_that_is_no_positive_number_is_refused():
+    for gain in (0, -1.0, math.inf, math.nan):
+        with pytest.raises(fa.UserError, match=f"fa: gain={gain!r} must be a positive number"):
+            fa.convert(nn.Linear(3, 2), "fa", gain=gain)
 
 
 @rules
@@ -607,7 +640,7 @@ def test_wrong_signs_stay_where_they_were_drawn(scale):
 @pytest.mark.parametrize("inputs, out", [(784, 512), (512, 512), (512, 10)])
 def test_path_norm_ratio_at_the_start_is_the_papers(inputs, out):
     """p3's initial scales: sqrt((fan_in + fan_out) / (fan_in + 10 fan_out)); 0.469, 0.427 and 0.927 in its figure."""
-    net = models.xavier_(nn.Linear(inputs, out), oracles.rng(3))
+    net = initial_(nn.Linear(inputs, out), "xavier", oracles.rng(3))
     ratio = fa.alignment(fa.convert(net, "pfa", init="xavier", expansion=10)).norm_ratio.item()
     assert ratio == pytest.approx(math.sqrt((inputs + out) / (inputs + 10 * out)), rel=0.03)
 

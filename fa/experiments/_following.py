@@ -18,6 +18,7 @@ from fa.layers.hooks import converted
 from fa.metrics import angle, feedback_weight
 from fa.rules import rule as make_rule
 from fa.train import data
+from fa.train.network import initial_
 
 if TYPE_CHECKING:
     from fa.experiments.p2_estimation import Following
@@ -157,7 +158,7 @@ def real_run(config: Following, gen: torch.Generator, horizon: int = 30) -> dict
     momentum.
     """
     sets = images(config.dataset)
-    net = models.xavier_(models.build(config.model, sets.shape, sets.classes, (64, 64)), gen)
+    net = initial_(models.build(config.model, sets.shape, sets.classes, (64, 64)), "xavier", gen)
     convert(net, make_rule(config.rule, **run_options(config.rule)), seed=int(torch.randint(2**31, (), generator=gen)))
     decay = KP_DECAY["run"] if config.rule == "kp" else 0.0
     opt = torch.optim.SGD(param_groups(net, lr=config.lr, weight_decay=decay), momentum=MOMENTUM)

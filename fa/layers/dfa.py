@@ -113,7 +113,8 @@ class DFA(Rule):
             kernel = (classes, W.shape[1] * getattr(layer, "groups", 1), *W.shape[2:])
             shapes[name] = kernel if self.form == "kernel" or W.dim() == 2 else (classes, *sizes[name][0])
             own = torch.empty(shapes[name], device="meta")  # of B's own shape
-            stds[name] = self.nonzero(rms(W), "init", name) if self.init == "match" else self.std(own)
+            std = self.nonzero(rms(W), "init", name) if self.init == "match" else self.std(own)
+            stds[name] = self.gain * std
         if self.form == "shared":
             columns = max(math.prod(shape[1:]) for shape in shapes.values())
             shared = draw((classes, columns), 1.0, torch.empty(0, dtype=torch.float64), "dfa", "shared")

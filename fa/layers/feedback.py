@@ -141,12 +141,12 @@ class Feedback(nn.Module):
         return terms_of(self.rule.kernel(**{n: known[n] for n in self.kernel_args}), known.get("mask"))
 
     def product(self, terms: Terms, W: Tensor) -> Tensor:
-        """The effective feedback weight from its terms; under ``norm="track"`` of W's norm."""
+        """The effective feedback weight from its terms; under ``norm="track"`` of W's norm; times the rule's gain."""
         K = multiply(terms)  # (out, in)
         if self.rule.norm == "track":  # a kernel of zeros stays one
             size = torch.linalg.vector_norm(K)
             K = K * (torch.linalg.vector_norm(W) / size.clamp_min(torch.finfo(size.dtype).tiny))
-        return K
+        return K if self.rule.gain == 1 else K * self.rule.gain
 
     def few(self, dy: Tensor, W: Tensor) -> bool:
         """Whether a product of weights costs more than the error through its factors: samples times positions <
@@ -161,7 +161,7 @@ class Feedback(nn.Module):
             if dx is not None:
                 return dx, W
         terms = self.terms(known)
-        if terms[0][0] is None or self.rule.norm != "fixed" or not self.few(dy, W):
+        if terms[0][0] is None or (self.rule.norm, self.rule.gain) != ("fixed", 1) or not self.few(dy, W):
             return None, self.product(terms, W)
         dx = None
         for A, M, *c in terms:

@@ -160,6 +160,7 @@ class Rule:
             sqrt(1 / (3 fan_in)), torch's default for layers; or a positive number, the standard deviation.
         density: fraction in (0, 1] of feedback entries that exist (default 1). Masks are drawn once, entry by entry,
             and the remaining entries are not rescaled (p3's sparse baselines).
+        gain: factor on the kernel at every use, after ``norm`` (default 1); of DFA's B_l when it is drawn.
         norm: ``"fixed"`` (default) leaves the kernel's size alone, ``"track"`` rescales the kernel to the norm of ``W``
             at every use (one reading of p1's strict normalisation).
         clamp_forward: hold ``W`` itself at the norm it had at conversion, after every optimizer step (the other reading
@@ -179,6 +180,7 @@ class Rule:
 
     init: str | float = "match"
     density: float = 1.0
+    gain: float = 1.0
     norm: str = "fixed"
     clamp_forward: bool = False
 
@@ -187,6 +189,8 @@ class Rule:
             raise UserError(f"{self.name}: init={self.init!r} is not one of {', '.join(INITS)} or a positive number")
         if not 0 < self.density <= 1:
             raise UserError(f"{self.name}: density={self.density!r} must lie in (0, 1]")
+        if not 0 < self.gain < math.inf:
+            raise UserError(f"{self.name}: gain={self.gain!r} must be a positive number")
         if self.norm not in ("fixed", "track"):
             raise UserError(f"{self.name}: norm={self.norm!r} is not one of fixed, track")
 

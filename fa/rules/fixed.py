@@ -57,6 +57,7 @@ class FA(Rule):
     def init_state(self, op, W, gen):
         shape, std = tuple(W.shape), self.std(W)
         if self.form == "dense" and W.dim() > 2:
+            std *= self.gain  # such a B is no kernel
             if op.sizes is None:
                 raise UserError("fa: form='dense' needs the sizes of the maps; pass inputs, convert(..., sample=x)")
             shape = tuple(math.prod(size) for size in reversed(op.sizes))

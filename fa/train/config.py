@@ -30,7 +30,7 @@ def canonical(config: Any) -> str:
 CHOICES = {
     "precision": ("float32", "bfloat16"),
     "optimizer": ("sgd", "adam"),
-    "weights": ("xavier", "torch"),
+    "weights": ("xavier", "torch", "he"),
 }
 """Field -> the words that it takes."""
 
@@ -66,7 +66,7 @@ class Config:
         augment: random crops (of the data set's ``pad`` pixels) and mirrored images.
         precision: "float32" (on CUDA convolutions are then made in TF32, PyTorch's default), or "bfloat16": forward and
             backward under autocast, weights and optimizer in float32.
-        weights: initial weights, "xavier" (uniform, biases 0) or "torch" (PyTorch's default for layers, biases too).
+        weights: initial weights, a ``kind`` of :func:`fa.train.network.initial_`.
         measure: a further measurement, by its name in ``fa.train.measure.MEASURES`` ("": none).
         first_steps: steps of the first epoch after which layers are measured as well, comma separated; their rows stand
             at epoch step / steps of an epoch.

@@ -81,7 +81,8 @@ def layer_rows(net: nn.Module, sets: Data, epoch: float) -> list[list[Any]]:
     tables = [pd.DataFrame({"layer": list(layers), "depth": range(1, len(norms) + 1), "weight_norm": norms})]
     if converted(net):
         tables.append(alignment(net).drop(columns="weight_norm"))
-        tables.append(gradient_angles(net, *sets.train.first(512), F.cross_entropy))
+        angles = gradient_angles(net, *sets.train.first(512), F.cross_entropy)
+        tables.append(angles.drop(columns="delta_norm_ratio"))
     long = pd.concat([table.melt(["layer", "depth"], var_name="metric").dropna() for table in tables])
     return [[epoch, r.layer, r.depth, r.metric, float(r.value)] for r in long.itertuples()]
 
@@ -132,6 +133,14 @@ def explicit(config: Config, net: nn.Module) -> nn.Module:
     return twin
 
 
+def norms(config: Config, net: nn.Module, epoch: int, sets: Data) -> Rows:
+    """Rows of ``delta_norm_ratio`` (see :func:`fa.gradient_angles`) before and after training, where a rule is on."""
+    if epoch not in (0, config.epochs) or not converted(net):
+        return []
+    found = gradient_angles(net, *sets.train.first(512), F.cross_entropy)
+    return [[epoch, r.layer, r.depth, "delta_norm_ratio", r.delta_norm_ratio] for r in found.itertuples()]
+
+
 def interventions(config: Config, net: nn.Module, epoch: int, sets: Data) -> Rows:
     """Rows of :func:`fa.probes.probed` after the last epoch, at the first 64 training images."""
     if epoch != config.epochs:
@@ -143,6 +152,7 @@ MEASURES: dict[str, Callable[[Config, nn.Module, int, Data], Rows]] = {
     "mismatch": mismatch,
     "symmetry": symmetries,
     "interventions": interventions,
+    "norms": norms,
 }
 """Name -> (run, network, epoch, data) -> rows; called whenever the network is measured, at epoch 0 and after every
 epoch.

@@ -43,7 +43,8 @@ def key(config: Any) -> Config | None:
     if not isinstance(config, Config) or not models.is_cifar_resnet(config.model):
         return None
     options, rule = config.rule_options, make_rule(config.rule, **config.rule_options)
-    by_layer = rule.norm != "fixed" or rule.clamp_forward or options.get("scale", "init") not in ("init", "xavier")
+    sized = rule.norm != "fixed" or rule.gain != 1 or rule.clamp_forward
+    by_layer = sized or options.get("scale", "init") not in ("init", "xavier")
     implicit = options.get("implicit")
     between = options.get("form") == "dense" or implicit == "first" or (implicit and rule.density < 1)
     on_disk = isinstance(data.SETS.get(config.dataset), data.ImageFolderSource)
