@@ -462,10 +462,9 @@ def test_fingerprint_is_stable_and_knows_every_field_of_the_recipe():
     adam = dict(optimizer="adam")
     told = {tuple(train.fingerprint(replace(MIRROR, **f))) for f in ({}, adam, *({n: v} for n, v in PHASES.items()))}
     assert len(told) == 4
-    models = [
-        train.fingerprint(replace(MIRROR, rule="fa", model=m, hidden=""), 2) for m in ("arch1", "resnet20", "lenet")
-    ]
-    assert len(set(map(tuple, models))) == 3 and models[0] == train.fingerprint(
+    names = ("arch1", "resnet20", "lenet", "plain2", "plain4", "plain4-bn", "plain4-local")
+    models = [train.fingerprint(replace(MIRROR, rule="fa", model=m, hidden=""), 2) for m in names]
+    assert len(set(map(tuple, models))) == len(names) and models[0] == train.fingerprint(
         replace(MIRROR, rule="fa", model="arch1-same", hidden=""), 2
     )
 

@@ -296,13 +296,14 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def fingerprint(config: Config, batches: int = 20) -> list[str]:
     """The first losses of the same recipe, narrowed: digits, float64, one CPU thread; 10 digits each.
 
-    An mlp has 32 units a layer, Architecture 1 pads its convolutions, LeNet is itself, every other network is the
-    ResNet of 8 layers. A record whose fingerprint moved was made by a recipe that is no longer this one. The first half
+    An mlp has 32 units a layer, Architecture 1 pads its convolutions, LeNet and plain stacks are themselves, every
+    other network is the ResNet of 8 layers. A record whose fingerprint moved was made by a recipe that is no longer this one. The first half
     of the batches are trained with the first epoch's schedule, the second half with the last epoch's.
     """
     hidden = ",".join("32" for _ in integers(config.hidden))
     itself = {name: name for name in ("mlp", "lenet", "arch1-same")}
-    model = (itself | {"arch1": "arch1-same"}).get(config.model, "resnet8")
+    plain = config.model.startswith("plain")
+    model = config.model if plain else (itself | {"arch1": "arch1-same"}).get(config.model, "resnet8")
     small = replace(config, dataset="digits", hidden=hidden, model=model, precision="float32")
     with numerics("cpu"):
         sets = data.load("digits", dtype=torch.float64)
