@@ -297,8 +297,9 @@ def fingerprint(config: Config, batches: int = 20) -> list[str]:
     """The first losses of the same recipe, narrowed: digits, float64, one CPU thread; 10 digits each.
 
     An mlp has 32 units a layer, Architecture 1 pads its convolutions, LeNet and plain stacks are themselves, every
-    other network is the ResNet of 8 layers. A record whose fingerprint moved was made by a recipe that is no longer this one. The first half
-    of the batches are trained with the first epoch's schedule, the second half with the last epoch's.
+    other network is the ResNet of 8 layers. A record whose fingerprint moved was made by a recipe that is no longer
+    this one. The first half of the batches are trained with the first epoch's schedule, the second half with the last
+    epoch's.
     """
     hidden = ",".join("32" for _ in integers(config.hidden))
     itself = {name: name for name in ("mlp", "lenet", "arch1-same")}
