@@ -221,8 +221,8 @@ def test_the_schedule_begins_after_the_delay():
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"alternate": -1}, "alternate=-1 is negative"),
-        ({"delay_epochs": -2}, "delay_epochs=-2 is negative"),
+        ({"alternate": -1}, "alternate=-1 is out of range"),
+        ({"delay_epochs": -2}, "delay_epochs=-2 is out of range"),
         ({"delay_epochs": 3, "epochs": 3}, "leaves none of 3 epochs to the task"),
         *(
             ({"rule": rule, "options": "", "alternate": 1}, f"teach {rule} nothing")

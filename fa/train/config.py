@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ CHOICES = {
     "precision": ("float32", "bfloat16"),
     "optimizer": ("sgd", "adam"),
     "weights": ("xavier", "torch", "he"),
+    "noisy": ("weights", "feedback"),
 }
 """Field -> the words that it takes."""
 
@@ -63,6 +65,10 @@ class Config:
         alternate: k > 0: a mirror-only step, then k task-only ones, and so on (0: both at every step). See below.
         delay_epochs: so many epochs come first, all steps mirror-only; the schedule of both parts begins after them, as
             p2's drops do.
+        update_noise: v > 0: after every step each entry of the ``noisy`` parameters moves by the learning rate of that
+            step times a normal number of variance v (p2's noisy updates, ``noisy_global_opt_variance``; default 0).
+        noisy: "weights": all but the feedback; "feedback": learned feedback, or frozen's copy of W, which with
+            ``every=1`` is backprop that reads W through noise.
         augment: random crops (of the data set's ``pad`` pixels) and mirrored images.
         precision: "float32" (on CUDA convolutions are then made in TF32, PyTorch's default), or "bfloat16": forward and
             backward under autocast, weights and optimizer in float32.
@@ -102,6 +108,8 @@ class Config:
     feedback_lr: float = 0.0
     alternate: int = 0
     delay_epochs: int = 0
+    update_noise: float = 0.0
+    noisy: str = "weights"
     augment: bool = False
     precision: str = "float32"
     weights: str = "xavier"
@@ -122,9 +130,13 @@ class Config:
             raise UserError(
                 f"implicit feedback of {self.rule} is exact only under SGD, not {self.optimizer}; leave implicit out"
             )
-        for name in ("alternate", "delay_epochs"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} is negative; it must be 0 (none) or a positive number")
+        for name in ("alternate", "delay_epochs", "update_noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)} is out of range; it is 0 (none) or a positive number")
+        if self.update_noise and self.noisy == "feedback":
+            r = make_rule(self.rule, **self.rule_options)
+            if not (r.learned or r.name == "frozen"):
+                raise UserError(f"no feedback of {self.rule} moves, and so none is noisy; set noisy='weights'")
         if self.delay_epochs and self.delay_epochs >= self.epochs:
             raise UserError(
                 f"delay_epochs={self.delay_epochs} leaves none of {self.epochs} epochs to the task; make epochs larger"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fa.layers.hooks import converted
-from fa.metrics import alignment, gradient_angles, linear_layers
+from fa.metrics import alignment, feedback_weight, gradient_angles, linear_layers
 from fa.probes import probed
 from fa.symmetry import symmetry
 from fa.train import data
@@ -141,6 +141,13 @@ def norms(config: Config, net: nn.Module, epoch: int, sets: Data) -> Rows:
     return [[epoch, r.layer, r.depth, "delta_norm_ratio", r.delta_norm_ratio] for r in found.itertuples()]
 
 
+def estimates(config: Config, net: nn.Module, epoch: int, sets: Data) -> Rows:
+    """Rows of ``estimate_rms``: the root mean square of the entries of B_eff - W, by layer."""
+    layers = enumerate(converted(net).items(), 1)
+    errors = [(n, d, feedback_weight(m).double() - m.weight.detach().double()) for d, (n, m) in layers]
+    return [[epoch, name, depth, "estimate_rms", e.square().mean().sqrt().item()] for name, depth, e in errors]
+
+
 def interventions(config: Config, net: nn.Module, epoch: int, sets: Data) -> Rows:
     """Rows of :func:`fa.probes.probed` after the last epoch, at the first 64 training images."""
     if epoch != config.epochs:
@@ -153,6 +160,7 @@ MEASURES: dict[str, Callable[[Config, nn.Module, int, Data], Rows]] = {
     "symmetry": symmetries,
     "interventions": interventions,
     "norms": norms,
+    "estimates": estimates,
 }
 """Name -> (run, network, epoch, data) -> rows; called whenever the network is measured, at epoch 0 and after every
 epoch.

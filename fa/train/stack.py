@@ -47,6 +47,7 @@ def key(config: Any) -> Config | None:
     by_layer = sized or options.get("scale", "init") not in ("init", "xavier")
     implicit = options.get("implicit")
     between = options.get("form") == "dense" or implicit == "first" or (implicit and rule.density < 1)
+    by_layer = by_layer or config.update_noise > 0
     on_disk = isinstance(data.SETS.get(config.dataset), data.ImageFolderSource)
     if on_disk or type(rule) not in RULES or by_layer or between or config.optimizer != "sgd":
         return None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import count
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class Stepper:
         train: the training split, on the same device, or one that feeds batches from disk.
         compiled: forward and backward through ``torch.compile`` (default False; never where ranks share batch norm).
         capture: replay steps as a CUDA graph (default: on CUDA, unless a rule acts between steps, the data come from
-            disk, there are several ranks, or ``$FA_CAPTURE`` is 0).
+            disk, updates are noisy, there are several ranks, or ``$FA_CAPTURE`` is 0).
         seeds: one seed for each run of a stack; each run has its own order of batches and its own loss (default:
             ``config.seed``).
         ranks: the processes that share the run; each has its part of every batch (default: this process alone).
@@ -64,7 +65,7 @@ class Stepper:
         if capture is None:
             wanted = os.environ.get("FA_CAPTURE", "1") != "0"
             wanted = wanted and resident and ranks.size == 1
-            capture = self.device.type == "cuda" and wanted and not acts_between_steps(net)
+            capture = self.device.type == "cuda" and wanted and not (acts_between_steps(net) or config.update_noise)
         self.captures = capture
         self.per_epoch = len(train) // config.batch
         self.at = torch.zeros(1, dtype=torch.int64, device=self.device)  # (1,): number of the step within the epoch
@@ -82,6 +83,7 @@ class Stepper:
         self.replays: dict[str, Callable[[], None]] = {}  # phase -> its captured step
         self.taken: Counter[str] = Counter()  # steps by phase: each must be warm before it is captured
         self.now: dict[str, float] = {}
+        self.noisy = noisy_tensors(net, opt, config) if config.update_noise else []
 
     def begin(self, epoch: int) -> None:
         """Set the schedule, the order of the batches and the augmentation of an epoch (from 0).
@@ -111,6 +113,7 @@ class Stepper:
             drawn = [data.draw_crops(n, generator(seed, "augment", epoch), self.pad) for seed in self.seeds]  # (3, n)
             draws = torch.cat([d.view(3, -1, config.batch) for d in drawn], 2)  # (3, steps, runs * batch)
             self.draws.copy_(self.ranks.part(draws).transpose(0, 1))
+        self.noise = generator(config.seed, "update noise", epoch)
         self.at.zero_()
 
     def epoch(self, epoch: int, limit: int | None = None, seen: Callable[[int], None] = lambda step: None) -> Tensor:
@@ -177,12 +180,18 @@ class Stepper:
                 loss = F.cross_entropy(out, y, reduction="none").view(runs, -1).mean(1)  # (runs,)
                 total = loss.sum()
         total.backward()
+        resting = {"joint": None, "task": True, "mirror": False}[self.phase]
         for group in self.opt.param_groups:
-            if self.phase == ("task" if group["own_decay"] else "mirror"):
+            if group["own_decay"] is resting:
                 for p in group["params"]:  # without a gradient the optimizer leaves p, its momentum and its decay alone
                     p.grad = None
         self.opt.step()
         self.opt.zero_grad()
+        with torch.no_grad():
+            for tensor, group in self.noisy:
+                if group["own_decay"] is not resting:
+                    xi = torch.randn(tensor.shape, generator=self.noise, device="cpu")
+                    tensor.add_(xi.to(tensor), alpha=group["lr"] * self.config.update_noise**0.5)
         self.losses.index_copy_(0, self.at, loss.detach().double().view(1, runs))
         self.at += 1
 
@@ -229,6 +238,17 @@ def make_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, momentum=config.momentum, fused=True)
     on_cuda = next(net.parameters()).is_cuda  # where a step may be captured
     return torch.optim.Adam(groups, betas=(config.momentum, 0.999), fused=True, capturable=on_cuda)
+
+
+def noisy_tensors(net: nn.Module, opt: torch.optim.Optimizer, config: Config) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What ``config.noisy`` names, each tensor with the parameter group whose learning rate scales its noise."""
+    groups = opt.param_groups
+    layers = converted(net).values()
+    if config.rule == "frozen" and config.noisy == "feedback":
+        return [(layer.feedback.B, groups[0]) for layer in layers]
+    feedback = {id(p) for layer in layers for p in layer.feedback.parameters()}
+    wanted = config.noisy == "feedback"
+    return [(p, group) for group in groups for p in group["params"] if (id(p) in feedback) == wanted]
 
 
 def compile_(net: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
