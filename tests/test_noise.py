@@ -65,6 +65,17 @@ def test_noise_rests_with_the_part_that_rests():
         assert s.phase == phase and {".feedback." in n for n in moved} == {phase == "mirror"}
 
 
+def test_noise_is_new_in_every_epoch():
+    net, s = stepper(replace(TINY, options="decay=0 self_=0"))
+    layer, moved = next(iter(converted(net).values())), []
+    for epoch in (0, 1, 1):
+        held = layer.feedback.B.detach().clone()
+        s.begin(epoch)
+        s.step()
+        moved.append(layer.feedback.B.detach() - held)
+    assert torch.allclose(moved[1], moved[2]) and not torch.allclose(moved[0], moved[1])
+
+
 def test_the_variance_of_an_estimate_is_the_formulas():
     """Without a task: W rests, so that nothing but the noise keeps B from it."""
     config = replace(TINY, options="decay=0.5 self_=1", lr=0.05)
@@ -84,7 +95,8 @@ def test_the_variance_of_an_estimate_is_the_formulas():
     assert np.mean(seen[20:]) == pytest.approx(0.05**2 * 0.01 / (1 - r**2), rel=0.02)
 
 
-def test_a_noisy_run_that_is_stopped_and_resumed_is_the_run(monkeypatch):
+def test_a_noisy_run_that_is_stopped_and_resumed_is_the_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("FA_RUNS", str(tmp_path))
     whole = train.train(TINY)
     assert whole.equals(train.train(TINY)) and not whole.equals(train.train(replace(TINY, update_noise=0.0)))
     folder = RunFolder(TINY)
