@@ -57,7 +57,7 @@ BASES = {
     "quick": [MLP.vary(dataset="digits", hidden="64,64", epochs=5, batch=32)],
 }
 SEEDS = {"paper": 3, "small": 3, "quick": 1}
-NETWORKS = {"mlp": "MLP, MNIST", "plain4": "four convolutions, CIFAR-10", "resnet8": "ResNet-8, CIFAR-10"}
+NETWORKS = {"mlp": "MLP", "plain4": "four convolutions", "resnet8": "ResNet-8"}
 """The column ``network`` -> label."""
 
 
@@ -131,7 +131,7 @@ def draw(page: Page) -> Figure:
         ax[row[1]].set(ylabel="Weight angle, mean (°)", ylim=(0, 100), yticks=(0, 30, 60, 90))
         estimate(ax[row[2]], rows)
     labels = {VARIANTS[r].label if r in VARIANTS else r: plot.look(r).color for r in plot.in_order(table.rule)}
-    ax["b"].legend(handles=plot.key(labels), loc="upper left", fontsize="x-small")
+    ax["a"].legend(handles=plot.key(labels), loc="lower left", fontsize="x-small")
     plot.letters([ax[p] for row in panels for p in row])
     return fig
 
