@@ -59,11 +59,7 @@ def feedback_weight(layer: nn.Module) -> Tensor:
     """
     feedback = getattr(layer, "feedback", None)
     if not isinstance(feedback, Feedback):
-        why = (
-            "is under dfa, which has no kernel of its weight's shape"
-            if feedback
-            else "has no feedback; convert it first"
-        )
+        why = "is under dfa, which has no kernel of W's shape" if feedback else "has no feedback; convert it first"
         raise UserError(f"{type(layer).__name__} {why}")
     with torch.no_grad():
         return feedback.kernel(layer.weight).detach()
@@ -150,7 +146,8 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
             handles.append(layer.register_forward_hook(keep, with_kwargs=True))
         try:
             # the generator is put back, so that both passes draw the same dropout
-            with torch.enable_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+            rng = torch.random.fork_rng([x.device] if x.is_cuda else [])
+            with torch.enable_grad(), rng, nn.utils.parametrize.cached():  # a weight is computed once
                 value = loss(net(x), y)
                 names = list(edges)
                 moving = [n for n in names if layers[n].held.requires_grad]

@@ -127,8 +127,9 @@ def taught(
     true = layer.weight.detach()
 
     def lesson(W: Tensor, op: Any) -> dict[str, Tensor]:
-        with same_noise(layer):
-            return fb.feedback_gradient(x, dy, W, op)
+        with same_noise(layer), torch.no_grad():
+            y = op.forward(x, W) if fb.keeps_y else None
+            return fb.gradient_from(fb.tensors(W) | dict(op=op, x=x, y=y, dy=dy, dW=op.grad_weight(x, dy, W)))
 
     if W is None or activity:
         return lesson(true if W is None else W, fb.op)

@@ -826,3 +826,14 @@ def test_feedback_frozen_on_purpose_needs_no_optimizer():
     for _ in range(3):
         net(torch.randn(2, 4)).sum().backward()
         opt.step()
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "brsf", "dfa"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_network_converted_without_gradients_trains(rule, mode):
+    net, x, y = oracles.mlp(6, 8, 3)
+    want = grads(fa.convert(copy.deepcopy(net), rule), x, y)
+    with mode():
+        fa.convert(net, rule)
+    got = grads(net, x, y)
+    assert all(torch.equal(got[n], want[n]) for n in want)

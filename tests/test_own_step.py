@@ -1,6 +1,7 @@
 """What a layer knows of its own step, and of who reads its weight: with every optimizer, wrapper and parametrization."""
 
 import copy
+import inspect
 import threading
 import warnings
 
@@ -69,6 +70,26 @@ def test_A01_feedback_moves_alike_with_and_without_a_loss_scale(rule, how):
     assert wanted > 0 and moved == pytest.approx(wanted, rel=1e-3)
 
 
+@pytest.mark.parametrize("rule", ["wm", "sa", "aa"])
+@pytest.mark.parametrize("clip", [nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_])
+@pytest.mark.parametrize("explicit", [False, True], ids=["fused", "plain"])
+def test_A01_gradients_are_clipped_alike_with_and_without_a_loss_scale(rule, clip, explicit):
+    """A clip comes between ``unscale_`` and the step, and counts the feedback's gradient among the others."""
+    ends = []
+    for scaled in (False, True):
+        net = fa.convert(mlp(), rule, decay=0.5)  # feedback's gradients as large as the weights'
+        opt = torch.optim.SGD(fa.param_groups(net, lr=0.1), fused=not explicit)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        for _ in range(3):
+            opt.zero_grad()
+            scaler.scale(F.cross_entropy(net(X), Y)).backward()
+            scaler.unscale_(opt)
+            clip(net.parameters(), 0.01)
+            scaler.step(opt), scaler.update()
+        ends.append({n: p.detach().clone() for n, p in net.named_parameters()})
+    assert all(apart(ends[1][n], p) < 1e-6 for n, p in ends[0].items())
+
+
 def test_A01_feedback_with_an_optimizer_of_its_own_outside_the_scaler_is_left_alone():
     nets = []
     for scaled in (False, True):
@@ -125,6 +146,24 @@ def test_A02_an_idle_head_gets_its_penalty(rule, penalty, alone):
         assert apart(idle.grad, want) < 1e-6
 
 
+CONSTANTS = {
+    "projected": lambda W: (randn(3, 3, seed=2) @ W @ randn(8, 8, seed=3)).square().sum(),
+    "quadratic": lambda W: ((randn(3, 3, seed=2) @ W @ randn(8, 8, seed=3)) * W).sum(),  # Kronecker-factored EWC
+}
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "dfa"])
+@pytest.mark.parametrize("penalty", CONSTANTS)
+def test_A02_a_penalty_may_hold_matrices_of_constants(rule, penalty):
+    net = fa.convert(Heads().double(), rule)
+    heads = net.h[1:] if rule == "dfa" else net.h  # the idle one
+    for _ in range(2):
+        net.zero_grad()
+        (F.cross_entropy(net(X, 0), Y) + sum(CONSTANTS[penalty](h.weight) for h in heads)).backward()
+        want = torch.autograd.grad(CONSTANTS[penalty](net.h[1].weight), net.h[1].weight)[0]
+        assert apart(net.h[1].weight.grad, want) < 1e-12
+
+
 class Tied(nn.Module):
     """The decoder is the encoder's transpose, read in a way of one's choice."""
 
@@ -154,6 +193,29 @@ def test_A03_a_weight_read_beside_its_layer_is_refused(rule, read):
         (net(X) - X).square().mean().backward()
     fa.convert(net, "fa", skip=["enc"])
     (net(X) - X).square().mean().backward()
+
+
+class Before(nn.Module):
+    """Reads a layer's weight first, and uses the layer then: the layer's own gradient comes first in the backward pass,
+    and the other one is added to it in place."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.first, self.enc, self.read = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), read
+
+    def forward(self, x):
+        return self.enc(torch.tanh(self.read(torch.tanh(self.first(x)), self.enc.weight)))
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "pfa", "dfa"])
+@pytest.mark.parametrize("read", ["linear", "matmul", "elementwise", "scaled"])
+@pytest.mark.parametrize("attack", [False, True])
+def test_A03_a_weight_read_before_its_layer_runs_is_refused(rule, read, attack):
+    net, x = fa.convert(Before(READS[read]).double(), rule), X.clone().requires_grad_()
+    if attack:  # the input's gradient first, for which the layer makes its own as well
+        torch.autograd.grad(net(x).square().sum(), x)
+    with pytest.raises(RuntimeError, match="'enc'.*another module reads it.*skip"):
+        net(x).square().sum().backward()
 
 
 def test_A03_in_any_place_and_after_weight_norm():
@@ -211,7 +273,15 @@ def replaced(net):
     net.a.weight = nn.Parameter(torch.randn(6, 6))
 
 
-@pytest.mark.parametrize("change", [lambda net: None, assigned, thawed, replaced, nn.Module.double])
+def swapped(net):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        net.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("change", [lambda net: None, assigned, thawed, replaced, nn.Module.double, swapped])
 @pytest.mark.parametrize("copied", [False, True])
 def test_A20_the_watch_survives_what_becomes_of_the_weight(change, copied):
     net = fa.convert(Around(), "fa")
@@ -227,6 +297,24 @@ def test_A20_the_watch_survives_pruning():
     prune.l1_unstructured(net.a, "weight", 0.3)
     with pytest.raises(RuntimeError, match="'a'"):
         net(X.float()).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda a: None, nn.Module.double, swapped, P.weight_norm, prune.random_unstructured]
+)
+def test_A20_the_watch_survives_what_becomes_of_the_weight_of_an_attention(change):
+    net = fa.convert(nn.Sequential(nn.MultiheadAttention(6, 2), nn.Linear(6, 3)), "fa")
+    attention, options = net[0], {"amount": 0.3} if change is prune.random_unstructured else {}
+    if change in (P.weight_norm, prune.random_unstructured):
+        change(attention, "in_proj_weight", **options)
+    else:
+        attention.in_proj_weight = nn.Parameter(torch.randn(18, 6))
+        change(net)
+    for _ in range(2):
+        x = X.to(net[1].weight)
+        attention(x, x, x)  # a computed weight is watched from its first use on
+        with pytest.raises(RuntimeError, match=r"'0\.[qkv]'.*another module reads it"):
+            net[1](F.linear(x, attention.in_proj_weight[:6])).sum().backward()
 
 
 def test_A20_the_watch_does_not_touch_frozen_weights_or_gradients():
@@ -304,6 +392,76 @@ def test_A04_clamp_forward_holds_the_norm_or_says_that_it_cannot(how):
         step(net, opt)
         net(X)
         assert net[2].weight.norm().item() == pytest.approx(wanted, rel=1e-12)
+
+
+class Attention(nn.Module):
+    """Self-attention and a read-out."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.out = nn.MultiheadAttention(6, 2), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(self.a(x, x, x, need_weights=False)[0])
+
+
+IN_PROJECTION = {
+    "weight_norm": lambda a: P.weight_norm(a, "in_proj_weight"),
+    "old weight_norm": lambda a: nn.utils.weight_norm(a, "in_proj_weight"),
+    "prune": lambda a: prune.l1_unstructured(a, "in_proj_weight", 0.3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("how", IN_PROJECTION)
+def test_A04_an_attention_whose_weight_is_computed_keeps_what_happens_once_a_step(how):
+    net = fa.convert(Attention().double(), "brsf", clamp_forward=True)
+    wanted, M = net.a.k.weight.norm().item(), net.a.k.feedback.M.clone()
+    IN_PROJECTION[how](net.a)
+    opt = sgd(net, lr=1.0)
+    for n in range(1, 4):
+        step(net, opt)
+        assert [int(m.feedback.step) for m in converted(net).values()] == [n] * 5
+        net(X)
+        assert net.a.k.weight.norm().item() == pytest.approx(wanted, rel=1e-9)
+    assert not torch.equal(net.a.k.feedback.M, M)
+    net = fa.convert(Attention().double(), "kp")
+    IN_PROJECTION[how](net.a)
+    opt = torch.optim.SGD([p for n, p in net.named_parameters() if "feedback" not in n], lr=0.1)
+    step(net, opt)
+    with pytest.raises(RuntimeError, match="feedback of 5 layers"):
+        step(net, opt)
+    fa.add_feedback(opt, net)
+    step(net, opt)
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "prune"])
+def test_A04_the_gradient_of_a_computed_weight_is_measured(how):
+    net, plain = fa.convert(mlp(), "fa"), fa.convert(mlp(), "fa")
+    PARAMETRIZED[how](net[2])
+    net(X)
+    with torch.no_grad():
+        plain[2].weight.copy_(net[2].weight)
+    got, want = (fa.gradient_angles(n, X, Y, F.cross_entropy).grad_angle_global_deg for n in (net, plain))
+    assert list(got) == pytest.approx(list(want), abs=1e-6) and want[1] > 1
+
+
+@pytest.mark.parametrize("rule", ["kp", "wm"])
+def test_A08_an_optimizer_of_the_feedback_may_step_more_rarely(rule):
+    net = fa.convert(mlp(), rule)
+    weights, own = (
+        sgd(nn.ParameterList(ps)) for ps in (oracles.forward_parameters(net).values(), fa.feedback_parameters(net))
+    )
+    for i in range(1, 7):
+        F.cross_entropy(net(X), Y).backward()
+        for opt in [weights, own] if i % 3 == 0 else [weights]:
+            opt.step(), opt.zero_grad()
+    del own
+    net = fa.convert(mlp(), rule)
+    weights = sgd(nn.ParameterList(oracles.forward_parameters(net).values()))
+    step(net, weights)
+    with pytest.raises(RuntimeError, match="no optimizer holds the feedback of 3 layers"):
+        step(net, weights)
 
 
 @pytest.mark.parametrize("how", ["weight_norm", "prune"])
@@ -551,6 +709,9 @@ CHANGES = {
     "weight norm": lambda net: P.weight_norm(net[2]),
     "clipped": lambda net: net[2].weight.detach().clamp_(-0.1, 0.1),
     "clipped data": lambda net: net[2].weight.data.clamp_(-0.1, 0.1),
+    "one entry": lambda net: net[2].weight.detach()[0, 3].zero_(),
+    "one entry of data": lambda net: net[2].weight.data[4, 1].mul_(2),
+    "other data": lambda net: setattr(net[2].weight, "data", net[2].weight.data.flip(0)),
     "other weights": lambda net: net.load_state_dict({"2.weight": torch.randn(5, 8)}, strict=False),
 }
 
@@ -565,6 +726,14 @@ def test_A21_a_weight_changed_by_anything_but_its_optimizer_ends_implicit_feedba
     CHANGES[change](net)
     with pytest.raises(RuntimeError, match="implicit feedback of layer '2'.*implicit=False"):
         step(net, opt)
+
+
+def test_A21_a_run_that_diverges_is_not_taken_for_a_change():
+    net = fa.convert(mlp(), "pfa", expansion=2, implicit=True)
+    opt = sgd(net, lr=float("inf"))
+    for _ in range(3):
+        step(net, opt)
+    assert net[2].weight.isnan().any()
 
 
 def test_A21_a_change_of_optimizer_is_told_at_any_time():
@@ -613,3 +782,22 @@ def test_A30_memory_is_known_here():
     from fa.rules import base
 
     assert 1e8 < base.memory() < 1e15
+
+
+def test_A14_a_compiled_loop_does_not_trace_the_watch():
+    """A traced hook would be guarded by what other networks have, and fail when they are gone."""
+    torch.compiler.reset()
+    net, traced = fa.convert(mlp(), "fa"), torch._dynamo.eval_frame._debug_get_cache_entry_list
+
+    def control(grad):
+        return 2 * grad
+
+    net[2].weight.register_hook(control)
+
+    def loop():
+        F.cross_entropy(net(X), Y).backward()
+
+    compiled = torch.compile(loop, backend="aot_eager")
+    compiled(), compiled()
+    watch, _ = net[2].weight._backward_hooks.values()
+    assert traced(control.__code__) and not traced(inspect.unwrap(watch).__code__)

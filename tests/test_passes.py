@@ -101,6 +101,64 @@ def test_A07_a_fixed_matrix_needs_no_feedback():
     assert list(converted(fa.convert(net, "fa"))) == ["1"]
 
 
+class Words(nn.Module):
+    """Reads its table of words again at the output, by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.fc = nn.Embedding(3, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.tanh(self.fc(self.words(x))) @ self.words.weight.t()
+
+
+class Mixed(nn.Module):
+    """A matrix between two layers, under a name of one's choice."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.first, self.last, self.name = nn.Linear(6, 8), nn.Linear(8, 3), name
+        self.register_parameter(name, nn.Parameter(torch.randn(8, 8)))
+
+    def forward(self, x):
+        return self.last(torch.tanh(torch.tanh(self.first(x)) @ getattr(self, self.name)))
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "dfa"])
+@pytest.mark.parametrize("case", ["words.weight", "pos_mix", "thawed"])
+def test_A07_a_matrix_that_could_not_be_told_is_refused_where_activity_meets_it(rule, case):
+    net, x, y = (Words(), torch.tensor([0, 2, 1]), 3) if "words" in case else (Mixed(case), torch.randn(3, 6), 3)
+    options = {"classes": y} if rule == "dfa" else {}
+    fixed = nn.ParameterList(p for n, p in net.named_parameters() if n == "thawed").requires_grad_(False)
+    fa.convert(net, rule, **options)
+    fixed.requires_grad_(True)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"activity is multiplied by '{case}'.*skip=\['{case}'\]"):
+            net(x).square().sum().backward()
+    fa.convert(net, rule, skip=[case], **options)
+    net(x).square().sum().backward()
+    assert not net.get_parameter(case)._backward_hooks
+
+
+def test_A07_what_is_looked_up_or_added_and_then_multiplied_is_no_matrix():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.pos_embedding = nn.Embedding(5, 8), nn.Parameter(torch.randn(4, 8))
+            self.query_token = nn.Parameter(torch.randn(1, 2, 8))
+            self.q, self.k, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.words(x) + self.pos_embedding
+            x = x @ x.mT @ x + self.words.weight[:4]
+            return self.out(torch.softmax(self.q(self.query_token) @ self.k(x).mT, -1) @ x).sum(1)
+
+    for rule in ("fa", "kp"):
+        net = fa.convert(Positions(), rule)
+        for _ in range(2):
+            (net(torch.arange(8).view(2, 4) % 5).square().sum() + net.words.weight.square().sum()).backward()
+
+
 def test_A07_the_name_of_a_weight_leaves_its_layer_to_backprop():
     net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3), nn.MultiheadAttention(4, 2))
     fa.convert(net, "fa", skip=["0.weight", "2.in_proj_weight"])
@@ -353,6 +411,16 @@ def test_A23_a_jit_trace_that_would_lose_the_rule_is_refused(rule):
         assert torch.equal(torch.jit.trace(net, x)(x), net(x))
 
 
+@pytest.mark.parametrize("rule", ["fa", "kp", "dfa"])
+def test_A23_an_export_that_would_lose_the_rule_is_refused(rule):
+    net, x, _ = oracles.mlp(6, 8, 3)
+    fa.convert(net, rule)
+    with pytest.raises(RuntimeError, match="torch.export keeps no learning rule.*no_grad"):
+        torch.export.export(net, (x,))
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(net, (x,)).module()(x), net(x))
+
+
 @every_rule
 def test_A29_torch_func_is_refused_in_a_sentence(rule):
     net, x, y = oracles.mlp(6, 9, 3)
@@ -418,6 +486,17 @@ def test_A33_a_converted_network_runs_on_the_meta_device():
         assert out.shape == (4, 3) and out.is_meta
         out.sum().backward()
         assert net[0].weight.grad.is_meta
+
+
+@pytest.mark.parametrize("rule, options", [("usf", {}), ("brsf", {}), ("pfa_o", {}), ("wm", {}), ("dfa", {}),
+                                           ("dfa", {"form": "shared", "sample": randn(2, 6)})])  # fmt: skip
+def test_A33_feedback_is_where_the_weights_are_whatever_the_default_device(rule, options):
+    nets = [oracles.mlp(6, 8, 3)[0] for _ in range(2)]
+    with torch.device("meta"):
+        fa.convert(nets[0], rule, **options)
+    fa.convert(nets[1], rule, **options)
+    for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_A33_weights_on_the_meta_device_are_to_be_loaded_first():

@@ -14,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fa.layers.hooks import Converted, watch
+from fa.layers.hooks import Converted, Watched, rewatch, watch
 
 
 class RowsLinear(Converted, nn.Module):
     """A linear layer on some rows of a parameter that another module owns; made by ``convert``, never constructed."""
-
-    computed = False
 
     def __init__(self, owner: nn.MultiheadAttention, key: str, parameter: str, rows: slice, bias_rows: slice) -> None:
         super().__init__()
@@ -46,14 +44,9 @@ class RowsLinear(Converted, nn.Module):
         delattr(self.owner[0], self.key)
 
     @property
-    def held(self) -> nn.Parameter:
-        """The parameter that an optimizer holds."""
-        return getattr(self.owner[0], self.parameter)
-
-    @property
-    def sources(self) -> list[nn.Parameter]:
+    def place(self) -> tuple[nn.Module, str]:
         """See :class:`fa.layers.hooks.Converted`."""
-        return [self.held]
+        return self.owner[0], self.parameter
 
     @property
     def weight(self) -> Tensor:
@@ -70,6 +63,8 @@ class RowsLinear(Converted, nn.Module):
         """Shapes: x (..., in) -> (..., embed)."""
         if self.feedback.bypassed():
             return F.linear(x, self.weight, self.bias)
+        if self.computed and not torch.compiler.is_compiling():
+            self.rewatch()
         return self.feedback.forward(x, self.weight, self.bias)
 
 
@@ -98,8 +93,13 @@ def refusal(attention: nn.Module) -> str:
     return ""
 
 
-class FeedbackAttention(nn.MultiheadAttention):
+class FeedbackAttention(Watched, nn.MultiheadAttention):
     """``nn.MultiheadAttention`` of four linear layers, ``q, k, v, out_proj``; made by ``convert`` alone."""
+
+    def rewatch(self) -> None:
+        """Watch the projections, whose weights are here."""
+        for projection in (self.q, self.k, self.v):
+            rewatch(projection)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fa import rules
 from fa.errors import UserError
 from fa.layers.feedback import Feedback, NoisyFeedback
-from fa.layers.hooks import Converted, converted, rewatch, unwatch, watch
+from fa.layers.hooks import Converted, converted, rewatch, unwatch, watch, watch_other
 from fa.layers.maps import ConvMap, LinearMap
 from fa.layers.targets import targets
 from fa.rules import Rule
@@ -58,8 +58,7 @@ class FeedbackConv2d(Converted, nn.Conv2d):
 
 
 def _explicit_padding(layer: nn.Conv2d) -> list[int]:
-    """Padding before the convolution, (left, right, top, bottom): of a padding mode other than zeros, or of "same" with
-    unequal sides; else []."""
+    """Padding before the convolution, (left, right, top, bottom): of another mode than zeros, or uneven; else []."""
     sides = layer._reversed_padding_repeated_twice
     uneven = isinstance(layer.padding, str) and sides[0::2] != sides[1::2]
     return sides if layer.padding_mode != "zeros" or uneven else []
@@ -68,14 +67,10 @@ def _explicit_padding(layer: nn.Conv2d) -> list[int]:
 def _linear_map(layer: nn.Module, sizes: Sizes | None = None) -> LinearMap | ConvMap:
     if not isinstance(layer, nn.Conv2d):
         return LinearMap(sizes=sizes)
-    if _explicit_padding(layer):
-        padding = (0, 0)
-    elif isinstance(layer.padding, str):  # even sides; the list runs from the last axis
-        padding = (layer._reversed_padding_repeated_twice[2], layer._reversed_padding_repeated_twice[0])
-    else:
-        padding = layer.padding
+    # even sides; the list runs from the last axis
+    padding = (layer._reversed_padding_repeated_twice[2], layer._reversed_padding_repeated_twice[0])
     pad = tuple(_explicit_padding(layer))
-    return ConvMap(layer.stride, padding, layer.dilation, layer.groups, sizes=sizes, pad=pad)
+    return ConvMap(layer.stride, (0, 0) if pad else padding, layer.dilation, layer.groups, sizes=sizes, pad=pad)
 
 
 _CONVERTED: dict[type, type] = {
@@ -84,6 +79,7 @@ _CONVERTED: dict[type, type] = {
 }
 
 
+@torch.inference_mode(False)  # whose tensors cannot be trained with
 def convert(
     net: nn.Module,
     rule: str | Rule,
@@ -117,8 +113,9 @@ def convert(
         UserError: ``net`` is no module; unknown rule or option; a layer that cannot be converted, by name (tied or
             computed weights, subclasses, transposed, recurrent, complex and lazy layers); any other trained tensor of
             two or more axes, by name, unless kind, name or shape say that it is an embedding, a norm, a token, a scale
-            or a bias; weights on the meta device; learned feedback within ``DistributedDataParallel``; a
-            parametrization (``torch.nn.utils.parametrize``) that came after an earlier rule. Nothing is changed then.
+            or a bias (which raises in the backward pass where activity is multiplied by it as by a matrix); weights on
+            the meta device; learned feedback within ``DistributedDataParallel``; a parametrization
+            (``torch.nn.utils.parametrize``) that came after an earlier rule. Nothing is changed then.
 
     Example:
         >>> net = fa.convert(torch.nn.Linear(4, 2), "fa", seed=1)
@@ -136,7 +133,7 @@ def convert(
         raise UserError(
             "DistributedDataParallel averages the parameters it was given: convert the network first, then wrap it"
         )
-    layers = targets(net, skip, treat_as_base)
+    layers, others = targets(net, skip, treat_as_base)
     sizes = {} if sample is None else _sizes(net, sample)
     # all feedback is drawn before anything is changed
     own = hasattr(r, "draw_feedback")
@@ -144,6 +141,8 @@ def convert(
     revert(net)
     for name, layer in layers.items():
         put_on(layer, feedback[name])
+    for other in others:
+        watch_other(*other)
     for tape in _tapes(feedback.values()):
         tape.put_on()
     if "torch._dynamo" in sys.modules:  # a graph compiled before does not notice the rule
@@ -213,8 +212,9 @@ def revert(net: nn.Module) -> nn.Module:
             f"(torch.nn.utils.parametrize.remove_parametrizations)"
         )
     tapes = _tapes([layer.feedback for layer in layers])
+    for module in net.modules():
+        unwatch(module)
     for layer in layers:
-        unwatch(layer)
         if hasattr(layer, "remove"):
             layer.remove()
         layer.__class__ = layer.feedback.original

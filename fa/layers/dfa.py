@@ -20,7 +20,7 @@ from fa.errors import UserError
 from fa.layers.feedback import generator
 from fa.layers.hooks import Converted
 from fa.layers.maps import flat, nested
-from fa.layers.passes import saved_elsewhere, traced_effect
+from fa.layers.passes import note_trace, saved_elsewhere, traced_effect
 from fa.layers.tape import Spread, Tape, patterns
 from fa.rules import RULES, Rule, random_mask, rms, uniform
 
@@ -79,13 +79,9 @@ class DFA(Rule):
     def draw_feedback(
         self, net: nn.Module, layers: dict[str, nn.Module], sizes: dict[str, Any], seed: int
     ) -> dict[str, DirectFeedback]:
-        """Qualified name -> the feedback of each layer; the network is not changed.
+        """Qualified name -> the feedback of each of the ``layers``, in order from the input; nothing is changed.
 
-        Args:
-            net: the network, whose output error is sent.
-            layers: qualified name -> layer, in order from the input.
-            sizes: qualified name -> sizes of one sample's input and output; may be empty for ``form="kernel"``.
-            seed: of the draws.
+        ``sizes``, of one sample's input and output by name, may be empty for ``form="kernel"``.
 
         Raises:
             UserError: sizes are needed and not known; no block to cut; a weight of zeros whose size B_l should have.
@@ -117,7 +113,7 @@ class DFA(Rule):
             stds[name] = self.gain * std
         if self.form == "shared":
             columns = max(math.prod(shape[1:]) for shape in shapes.values())
-            shared = draw((classes, columns), 1.0, torch.empty(0, dtype=torch.float64), "dfa", "shared")
+            shared = draw((classes, columns), 1.0, torch.empty(0, dtype=torch.float64, device="cpu"), "dfa", "shared")
         tape, feedback = Tape(net, blocks), {}
         for name, layer in layers.items():
             W, shape, std = layer.weight.detach(), shapes[name], stds[name]
@@ -132,11 +128,7 @@ class DFA(Rule):
 class DirectFeedback(nn.Module):
     """What a layer under DFA keeps: ``layer.feedback``.
 
-    Args:
-        rule: the rule.
-        name: qualified name of the layer.
-        B: fixed random matrix (classes, in), kernel (classes, in, kh, kw), or column a unit (classes, in, h, w).
-        tape: the network's.
+    B is a fixed random matrix (classes, in), kernel (classes, in, kh, kw), or column a unit (classes, in, h, w).
     """
 
     def __init__(self, rule: DFA, name: str, B: Tensor, tape: Tape) -> None:
@@ -160,7 +152,7 @@ class DirectFeedback(nn.Module):
         """
         # The layer's own forward ran, so that its weight's hook (hooks.watch) has nothing to find.
         if torch.compiler.is_compiling():
-            traced_effect(setattr, self, "traced", True)
+            note_trace(self)
             return traced_effect(self._tap, x, layer)
         if not self.traced:
             self.traced = True

@@ -12,27 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fa.errors import UserError
+from fa.layers import passes
 from fa.layers.maps import ConvMap, LinearMap, flat, nested
-from fa.layers.passes import (
-    NO_FUNCTORCH,
-    ExactBackward,
-    LocalBackward,
-    autocast_dtype,
-    lowered,
-    saved_elsewhere,
-    traced_effect,
-    unless_functorch,
-)  # fmt: skip
 from fa.rules.base import Rule, Terms, gradient_of, multiply, terms_of
 
 
 @cache
 def _arguments(method: Any, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``names`` that a rule's method has as parameters, with ``**`` all. A parameter that nothing can fill
-    raises.
+    """Those of ``names`` that a rule's method has as parameters, with ``**`` all; one that nothing can fill raises.
 
-    A rule's methods are called by name, so that ``kernel(self, W, B)`` reads like its equation and lists what it
-    depends on.
+    A rule's methods are called by name, so that ``kernel(self, W, B)`` reads like its equation.
     """
     wanted = inspect.signature(method).parameters
     if any(p.kind is p.VAR_KEYWORD for p in wanted.values()):
@@ -86,12 +75,12 @@ class Feedback(nn.Module):
         if after:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=W.device))
         self.steps: tuple[int, Tensor | None, int] = (0, None, 0)  # the buffer's value, the buffer, and its version
-        self.seen: tuple[int, int, Tensor] | None = None  # the weight as the last step left it (steps.note_weight)
+        self.seen: tuple[int, Tensor] | None = None  # the weight as the last step left it (steps.note_weight)
         self.use_backprop = False  # True: plain backprop for the moment (fa.exact_backprop)
         self.exact_without_graph = False  # the layer ran without a graph under exact backprop
         # A gradient without the error in it does not scale with the loss.
         self.follows_error = not rule.own_decay and not {"dy", "dW"}.isdisjoint(self.grad_args)
-        self.gradients = self.checked = 0  # of the weight: made by the layer's own backward, and seen by the hook
+        self.made = -1, 0  # the last backward pass, by autograd's number, and gradients that the layer made in it
         self.exact_ran = self.traced = False  # a stock pass under exact backprop, and a compiled one
         self.steps_alone = 0  # optimizer steps of the weight without its learned feedback
         self.once_a_step = rule.clamp_forward or bool(after)
@@ -106,26 +95,26 @@ class Feedback(nn.Module):
         if x.is_nested and isinstance(self.op, LinearMap):
             return nested(self.forward(flat(x), W, b), x)
         if compiling := torch.compiler.is_compiling():
-            traced_effect(setattr, self, "traced", True)
-            # Dynamo makes an input of the graph of every float that differs between two rules. It can do so in the
-            # forward pass only, so each number is used here once; a number first met in the backward pass fails to
-            # compile.
+            passes.note_trace(self)
+            # Dynamo makes inputs of floats that differ between two rules in the forward pass alone: use each once.
             for option in self.numbers:
                 getattr(self.rule, option) * 1.0
         elif self.once_a_step and W._version != self.version:
             self.note_move(W._version)
-        if dtype := autocast_dtype(x.device):
-            x, b = lowered(x, dtype), b if b is None else lowered(b, dtype)
-        function = ExactBackward if self.use_backprop else LocalBackward
+        if dtype := passes.autocast_dtype(x.device):
+            x, b = passes.lowered(x, dtype), b if b is None else passes.lowered(b, dtype)
+        function = passes.ExactBackward if self.use_backprop else passes.LocalBackward
         state = [getattr(self, n) for n in self.names]
         if compiling:
             if torch._C._are_functorch_transforms_active():
-                raise RuntimeError(NO_FUNCTORCH)  # the compiler would give upper layers and feedback gradients of zero
+                raise RuntimeError(
+                    passes.NO_FUNCTORCH
+                )  # the compiler would give upper layers and feedback gradients of zero
             return function.apply(x, W, b, self, *state)
         try:
             return function.apply(x, W, b, self, *state)
         except RuntimeError as error:
-            raise unless_functorch(error) from None
+            raise passes.unless_functorch(error) from None
 
     def tensors(self, W: Tensor) -> dict[str, Any]:
         """The rule's tensors and the weight, by the names that the rule's methods know."""
@@ -149,8 +138,7 @@ class Feedback(nn.Module):
         return K if self.rule.gain == 1 else K * self.rule.gain
 
     def few(self, dy: Tensor, W: Tensor) -> bool:
-        """Whether a product of weights costs more than the error through its factors: samples times positions <
-        outputs."""
+        """Whether a product of weights costs more than the error through its factors: samples, positions < outputs."""
         return self.op.groups == 1 and dy.numel() // W.shape[0] < W.shape[0]
 
     def send(self, known: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
@@ -187,16 +175,6 @@ class Feedback(nn.Module):
             found[name] = op.grad_weight(known["x"], activity, known[name]).to(B.dtype)  # (mid, n) (n, in) -> (mid, in)
         return found
 
-    def feedback_gradient(self, x: Tensor, dy: Tensor, W: Tensor, op: Any = None) -> dict[str, Tensor]:
-        """The gradients that the rule gives its learned tensors for an input x, an error dy and a weight W; detached.
-
-        ``op`` is the linear map that the rule sees (default: the layer's own).
-        """
-        op = op or self.op
-        with torch.no_grad():
-            y = op.forward(x, W) if self.keeps_y else None
-            return self.gradient_from(self.tensors(W) | dict(op=op, x=x, y=y, dy=dy, dW=op.grad_weight(x, dy, W)))
-
     def after_step(self, W: Tensor) -> None:
         """What the rule does once per optimizer step."""
         # The number of steps is read from its device, which waits, only where something else has set the buffer.
@@ -229,27 +207,22 @@ class Feedback(nn.Module):
             return True
         if self.use_backprop:
             self.exact_ran = True  # the gradient to come is meant
-            return torch.compiler.is_compiling() or not saved_elsewhere()
-        if self.exact_without_graph and torch._C._current_graph_task_id() != -1 and not saved_elsewhere():
+            return torch.compiler.is_compiling() or not passes.saved_elsewhere()
+        if self.exact_without_graph and torch._C._current_graph_task_id() != -1 and not passes.saved_elsewhere():
             raise RuntimeError(
                 f"layer {self.layer_name!r} ran under fa.exact_backprop, and a reentrant gradient checkpoint runs it "
                 "again outside of that block: checkpoint with use_reentrant=False, or call backward() within the block"
             )
         return False
 
-    def mark_backward(self) -> None:
-        """Count a gradient of the weight that the layer's own backward made."""
-        if not torch.compiler.is_compiling():
-            vars(self)["gradients"] += 1  # a module's own setattr takes ten times as long
-
     def own_gradient(self, grad: Tensor) -> bool:
         """Whether the layer's own passes made the whole of the weight's gradient, as far as the gradient itself tells.
 
         Autograd adds further gradients to the first one in place, which raises its version, or makes a new tensor.
         """
-        mine = vars(self)
-        made, mine["checked"] = mine["gradients"] - mine["checked"], mine["gradients"]
-        if (version := getattr(grad, "own", None)) is not None and grad._version - version == made - 1:
+        task, made = self.made
+        version = getattr(grad, "own", None) if task == torch._C._current_graph_task_id() else None
+        if version is not None and grad._version - version == made - 1:
             return True
         exact, self.exact_ran = self.exact_ran or self.use_backprop, False
         return exact
@@ -284,8 +257,7 @@ class NoisyFeedback(Feedback):
         return self.op.gen.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """See :meth:`get_extra_state`. The state of another kind of device says nothing here: the noise then starts
-        anew."""
+        """See :meth:`get_extra_state`. With the state of another kind of device the noise starts anew."""
         device = next(self.parameters()).device
         if self.op.gen.device.type != device.type:
             self.op.gen = torch.Generator(device).manual_seed(self.op.gen.initial_seed())

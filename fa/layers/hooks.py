@@ -15,31 +15,57 @@ from torch import Tensor, nn
 from torch.utils.hooks import unserializable_hook
 
 from fa.layers.feedback import Feedback
+from fa.layers.passes import NO_TRACE
 from fa.layers.reads import evidence
 from fa.layers.steps import act, acts, join, leave
 
-Handles = list[tuple[nn.Parameter, Any]]
-_watches: weakref.WeakKeyDictionary[nn.Module, Handles] = weakref.WeakKeyDictionary()  # layer -> hooks on its weight
+_watches = weakref.WeakKeyDictionary[nn.Module, list[tuple[Tensor, Any]]]()  # module -> hooks on its weights
 
 
-class Converted:
-    """What the converted classes share: a hook on the weight, whatever becomes of it, and the rule in
-    ``print(net)``."""
+class Watched:
+    """A module that holds the weights of converted layers: hooks stay on them, whatever becomes of a weight."""
+
+    def rewatch(self) -> None:
+        """See :func:`rewatch`."""
+        rewatch(self)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module``'s; a new weight is watched as the old one was."""
+        super().register_parameter(name, param)
+        self.rewatch()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        super()._apply(*args, **kwargs)
+        self.rewatch()  # some devices have new parameters
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.rewatch()  # assign=True has new parameters
+
+
+class Converted(Watched):
+    """What the converted classes share: a hook on the weight, and the rule in ``print(net)``."""
 
     feedback: Feedback
 
-    rows = slice(None)
-    """The rows of ``held`` that are the layer's weight."""
+    rows: Any = ...  # of ``held``: the layer's weight
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """The module that holds the weight, and its name there."""
+        return self, "weight"
 
     @property
     def held(self) -> nn.Parameter:
         """The parameter that an optimizer holds."""
-        return self.weight
+        return getattr(*self.place)
 
     @property
     def computed(self) -> bool:
         """Whether the weight is computed from other parameters, since the layer was converted."""
-        return "weight" not in self._parameters
+        module, name = self.place
+        return name not in module._parameters
 
     @property
     def sources(self) -> list[nn.Parameter]:
@@ -47,43 +73,23 @@ class Converted:
 
         The first one sets the weight's size in weight norm, and is the weight before its mask in pruning.
         """
-        W = self._parameters.get("weight")
+        module, name = self.place
+        W = module._parameters.get(name)
         if W is not None:
             return [W]
-        if nn.utils.parametrize.is_parametrized(self, "weight"):
-            return list(self.parametrizations.weight.parameters())
-        return [p for name, p in self._parameters.items() if name.startswith("weight")]
+        if nn.utils.parametrize.is_parametrized(module, name):
+            return list(module.parametrizations[name].parameters())
+        return [p for key, p in module._parameters.items() if key.startswith(name)]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         watch(self)
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What torch.jit.trace calls in place of ``forward``.
-
-        Raises:
-            RuntimeError: gradients are on; a trace keeps no rule, so that its network would train by backprop.
-        """
+        """What torch.jit.trace calls in place of ``forward``."""
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"torch.jit.trace keeps no learning rule, and layer {self.feedback.layer_name!r} has one: trace under "
-                "torch.no_grad() to look at the network or to export it, and train the network itself"
-            )
+            raise RuntimeError(NO_TRACE.format("torch.jit.trace", self.feedback.layer_name))
         return super()._slow_forward(*args, **kwargs)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As ``nn.Module``'s; a new weight is watched as the old one was."""
-        super().register_parameter(name, param)
-        rewatch(self)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        super()._apply(*args, **kwargs)
-        rewatch(self)  # some devices have new parameters
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        rewatch(self)  # assign=True has new parameters
 
     def extra_repr(self) -> str:
         """The stock layer's line, then the rule with the options that are not at their defaults."""
@@ -100,13 +106,8 @@ def converted(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def watch(layer: nn.Module) -> None:
-    """Make the layer raise when another module, such as its parent, reads its weight (see :mod:`fa.layers.reads`).
-
-    The layer also joins the checks and calls at optimizer steps that its rule needs.
-
-    Raises:
-        RuntimeError: in the backward pass, as said.
-    """
+    """Make the layer raise, in the backward pass, when another module reads its weight (:mod:`fa.layers.reads`), and
+    join the checks and calls at optimizer steps that its rule needs."""
     join(layer)
     rewatch(layer)
 
@@ -115,21 +116,29 @@ def rewatch(layer: nn.Module) -> None:
     """Put the hook on the parameters that the layer's weight is made of now."""
     kept, sources = _watches.get(layer, []), layer.sources
     if [id(p) for p, _ in kept] == [id(p) for p in sources]:
+        for p in sources:
+            p._backward_hooks = p._backward_hooks  # torch.utils.swap_tensors leaves them behind
         return
     for _, handle in kept:
         handle.remove()
     _watches[layer] = [(p, _hook(p, layer)) for p in sources]
 
 
-def _hook(parameter: nn.Parameter, layer: nn.Module) -> Any:
+def watch_other(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make a tensor that is no layer's weight, such as an embedding, raise when activity is multiplied by it."""
+    _watches.setdefault(module, []).append((tensor, _hook(tensor, module, name)))
+
+
+def _hook(parameter: Tensor, layer: nn.Module, name: str = "") -> Any:
     ref, unmarked = weakref.ref(layer), 0
 
     @unserializable_hook
+    @torch._disable_dynamo  # a compiled loop would trace this, and guard on what other networks have
     def check(grad: Tensor | None) -> None:
         nonlocal unmarked
         layer = ref()
         fb = getattr(layer, "feedback", None)
-        if fb is None or grad is None or fb.own_gradient(grad):
+        if layer is None or grad is None or (fb and fb.own_gradient(grad)):
             return
         unmarked += 1
         if unmarked & (unmarked - 1) and unmarked % 64:  # a look takes time: often at first, then less
@@ -142,8 +151,13 @@ def _hook(parameter: nn.Parameter, layer: nn.Module) -> Any:
                 "is not: compile after fa.convert (torch.compiler.reset() forgets older graphs); if another module "
                 f"reads the weight in that graph, leave the layer out with convert(..., skip=[{fb.layer_name!r}])"
             )
+        unmarked *= not why  # the next one is looked at again
+        if why and fb is None:
+            raise RuntimeError(
+                f"activity is multiplied by {name!r}, a matrix of no nn.Linear or nn.Conv2d, so that errors would pass "
+                f"it by backprop: make it such a layer, or leave it out with convert(..., skip=[{name!r}])"
+            )
         if why:
-            unmarked = 0
             raise RuntimeError(
                 f"the weight of layer {fb.layer_name!r} got a gradient that the layer's own backward did not make: "
                 f"{why}, so that it would train by backprop; leave it out with convert(..., skip=[{fb.layer_name!r}])"

@@ -24,8 +24,7 @@ class _Map:
     gen: torch.Generator | None = field(default=None, kw_only=True)
 
     def noise(self, like: Tensor, kind: str, std: float = 1.0) -> Tensor:
-        """Noise, "normal" or "uniform", of mean 0 and standard deviation ``std``, of a tensor's shape, dtype and
-        place."""
+        """Noise, "normal" or "uniform", of mean 0 and standard deviation ``std``, shaped as ``like``."""
         if self.gen is None or self.gen.device != like.device:
             self.gen = torch.Generator(like.device).manual_seed(0 if self.gen is None else self.gen.initial_seed())
         # half precision is rounded to: torch's own normal numbers in bfloat16 lack their tails

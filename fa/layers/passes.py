@@ -56,6 +56,18 @@ NO_FUNCTORCH = (
     "or differentiate plain backprop, fa.convert(net, 'bp')"
 )
 
+NO_TRACE = (
+    "{} keeps no learning rule, and layer {!r} has one: trace under torch.no_grad() to look at the network or to "
+    "export it, and train the network itself"
+)
+
+
+def note_trace(feedback: Any) -> None:
+    """Note that a traced pass of a layer ran; a ``torch.export`` with gradients (Dynamo claims to be one) raises."""
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
+        raise RuntimeError(NO_TRACE.format("torch.export", feedback.layer_name))
+    traced_effect(setattr, feedback, "traced", True)
+
 
 def unless_functorch(error: RuntimeError) -> RuntimeError:
     """The error, or a sentence that says what to do where a transformation of ``torch.func`` raised it."""
@@ -64,8 +76,9 @@ def unless_functorch(error: RuntimeError) -> RuntimeError:
 
 def marked(feedback: Feedback, dW: Tensor) -> Tensor:
     """A gradient of the weight, with a mark that :meth:`fa.layers.feedback.Feedback.own_gradient` reads."""
-    feedback.mark_backward()
     if not torch.compiler.is_compiling():
+        (last, made), task = feedback.made, torch._C._current_graph_task_id()
+        vars(feedback)["made"] = task, made * (task == last) + 1  # a module's own setattr takes ten times as long
         dW.own = dW._version
     return dW
 

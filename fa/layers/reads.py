@@ -2,7 +2,7 @@
 
 An error that passes an operation on the weight outside of its layer passes W itself, and no rule. A penalty on the
 weight sends no error, so that a gradient alone is no evidence. Evidence is an operation that joins the weight with
-activity, or the weight as the input of another converted layer.
+activity, or the weight as the input of another converted layer; for an embedding or a position, a matrix product.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ class Graph:
     Attributes:
         parents: node -> (node that uses its result, at which of its inputs).
         leaves: the nodes of leaf tensors.
-        active: nodes whose result depends on data, and not on parameters and constants alone.
+        products: products with a constant, which is data or part of a penalty.
+        sure, active: nodes whose result depends on data and not on parameters alone, without and with products.
     """
 
     def __init__(self) -> None:
         self.parents: dict[Any, list[tuple[Any, int]]] = {}
-        self.leaves, todo = [], roots()
+        self.leaves, self.products, todo = [], [], roots()
         seen, sources = set(todo), []
         while todo:
             node = todo.pop()
@@ -74,50 +75,55 @@ class Graph:
             elif node.name().startswith((*_PASSES, "TapBackward", "CompiledFunction")):
                 sources.append(node)
             elif with_constant(node) and not vector_like(node):  # penalties have constant vectors (power iteration)
-                sources.append(node)
+                self.products.append(node)
             for slot, (child, _) in enumerate(below):
                 if child is not None:
                     self.parents.setdefault(child, []).append((node, slot))
                     if child not in seen:
                         seen.add(child)
                         todo.append(child)
-        self.active = set(sources)
-        while sources:
-            for node, _ in self.parents.get(sources.pop(), ()):
-                if node not in self.active:
-                    self.active.add(node)
-                    sources.append(node)
+        self.sure, self.active = self.above(sources), self.above([*sources, *self.products])
 
-    def evidence(self, leaf: Any, layer: nn.Module) -> str:
-        """How something other than the layer read a parameter of its weight; "" if nothing did.
+    def above(self, nodes: list[Any]) -> set[Any]:
+        """These nodes, and all whose result depends on theirs."""
+        found, todo = set(nodes), list(nodes)
+        while todo:
+            new = {node for node, _ in self.parents.get(todo.pop(), ())} - found
+            found |= new
+            todo += new
+        return found
 
-        Args:
-            leaf: the parameter's node.
-            layer: the converted layer.
-        """
-        fb, plain = layer.feedback, leaf.variable is layer._parameters.get("weight")
-        direct = hasattr(fb, "tape")  # a layer under dfa is a stock layer whose input is cut, and so is a constant
-        ran = fb.traced or getattr(fb, "gradients", 0)
+    def evidence(self, leaf: Any, module: nn.Module) -> str:
+        """How something other than its layer read a parameter of a converted layer's weight, or any activity is
+        multiplied by a matrix of another module; "" if not. ``leaf`` is the parameter's node."""
+        fb = getattr(module, "feedback", None)
+        # a layer under dfa is a stock layer whose input is cut, and so is a constant
+        direct = hasattr(fb, "tape") and fb.traced
+
+        def joins(child: Any) -> bool:  # W A W of constants and this weight alone is a penalty
+            if child in self.sure or child not in self.active or direct:
+                return child in self.active
+            mine = self.above([leaf])
+            return child in self.above([node for node in self.products if node not in mine])
+
         todo, seen = [leaf], {leaf}
         while todo:
             for node, slot in self.parents.get(todo.pop(), ()):
                 name = node.name()
-                if name.startswith(_PASSES):
-                    if slot == 0:
+                if name.startswith((*_PASSES, "TapBackward")):
+                    if slot == 0 and fb:
                         return "another module reads it directly"
                     continue  # a layer's own pass has the weight at slot 1
                 if name.startswith("CompiledFunction"):
-                    if not fb.traced:
+                    if fb and not fb.traced:
                         return "compiled"
                     continue
                 beside = [child for i, (child, _) in enumerate(node.next_functions) if i != slot]
-                if not is_kind(node, _SUMS) and any(child in self.active for child in beside):
+                joining = not is_kind(node, _SUMS) if fb else is_kind(node, _PRODUCTS)
+                if joining and any(map(joins, beside)):
                     return "another module reads it directly"
-                if with_constant(node):
-                    if not ran and (plain or direct) and not vector_like(node):
-                        return "another module reads it directly"
-                    if direct:
-                        continue
+                if with_constant(node) if direct else not fb and node in self.active:
+                    continue
                 small = math.prod(node._input_metadata[0].shape) == 1 and leaf.variable.numel() > 1
                 if node not in seen and not small:  # a single number made of the weight is a penalty
                     seen.add(node)
@@ -125,19 +131,15 @@ class Graph:
         return ""
 
 
-def evidence(parameter: Tensor, layer_of: Callable[[Tensor], nn.Module | None]) -> str:
-    """How something other than its layer read a parameter in the backward pass under way; "" if nothing did.
+def evidence(parameter: Tensor, module_of: Callable[[Tensor], nn.Module | None]) -> str:
+    """:meth:`Graph.evidence` in the backward pass under way for one parameter of the module that ``module_of`` tells.
 
-    The graph is walked once for all layers, and no part of it is kept.
-
-    Args:
-        parameter: one that a layer's weight is or is made of.
-        layer_of: parameter -> the converted layer whose weight it is part of.
+    The graph is walked once for all parameters, and no part of it is kept.
     """
     global _last
     task = torch._C._current_graph_task_id()
     if _last[0] != task or id(parameter) not in _last[1]:
         graph = Graph()
-        pairs = [(leaf, layer_of(leaf.variable)) for leaf in graph.leaves]
-        _last = task, {id(leaf.variable): graph.evidence(leaf, layer) for leaf, layer in pairs if layer is not None}
+        pairs = [(leaf, module_of(leaf.variable)) for leaf in graph.leaves]
+        _last = task, {id(leaf.variable): graph.evidence(leaf, m) for leaf, m in pairs if m is not None}
     return _last[1].get(id(parameter), "")

@@ -7,9 +7,12 @@ local rules apart from the loss scale. It holds for optimizers within optimizers
 
 from __future__ import annotations
 
+import gc
+import inspect
 import sys
 import weakref
 from collections.abc import Iterable
+from functools import wraps
 from types import FrameType
 from typing import Any
 
@@ -24,6 +27,7 @@ _local: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose feedback'
 _implicit: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose feedback holds while SGD alone moves W
 _stepping: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose rule acts after every step
 _hooks: list[Any] = []
+_own_unscale_grads = inspect.unwrap(torch.amp.GradScaler._unscale_grads_)  # also where this module is loaded again
 
 
 def join(layer: nn.Module) -> None:
@@ -40,6 +44,7 @@ def join(layer: nn.Module) -> None:
             if not _hooks:  # once, for the first layer that needs them; never at import
                 _hooks.append(register_optimizer_step_pre_hook(_before_step))
                 _hooks.append(register_optimizer_step_post_hook(_after_step))
+                torch.amp.GradScaler._unscale_grads_ = _unscale_grads
     if rule.needs_sgd and fb.seen is None:
         note_weight(layer)
 
@@ -55,27 +60,23 @@ def acts(layer: nn.Module) -> bool:
     return layer in _stepping
 
 
-def _enclosing(frame: FrameType) -> tuple[list[torch.optim.Optimizer], torch.amp.GradScaler | None]:
-    """The optimizers and the gradient scaler from whose ``step`` an optimizer's own step is called.
+def _enclosing(frame: FrameType) -> list[torch.optim.Optimizer]:
+    """The optimizers from whose ``step`` an optimizer's own step is called.
 
     Wrappers (SAM, ZeroRedundancyOptimizer) are optimizers whose step calls an inner optimizer's, and a subclass's step
     calls its base class's. PyTorch runs the global hooks at each of them; a stack of calls survives an exception.
-
-    Args:
-        frame: PyTorch's frame that called the hook.
+    ``frame`` is PyTorch's, which called the hook.
     """
-    step, optimizers, scaler = frame.f_code, [], None
+    step, optimizers = frame.f_code, []
     while (frame := frame.f_back) is not None:
         if frame.f_code is step:
             optimizers.append(frame.f_locals["args"][0])
-        elif frame.f_code is torch.amp.GradScaler.step.__code__ and frame.f_locals["self"].is_enabled():
-            scaler = frame.f_locals["self"]
-    return optimizers, scaler
+    return optimizers
 
 
 def groups_of(optimizer: torch.optim.Optimizer, around: Iterable[torch.optim.Optimizer] = ()) -> dict[int, int]:
     """Id of a parameter -> number of its group; without what the optimizers ``around`` step anyway."""
-    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    group_of = {id(p): i for i, group in enumerate(getattr(optimizer, "param_groups", ())) for p in group["params"]}
     for outer in around:
         for p in groups_of(outer):
             group_of.pop(p, None)
@@ -95,42 +96,50 @@ def learned(layer: nn.Module) -> list[nn.Parameter]:
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Raise if no optimizer holds learned feedback, or if implicit feedback does not fit; see to the loss scale."""
-    if not (_unheld or _local or _implicit):
+    if (scale := getattr(optimizer, "grad_scale", None)) is not None:  # a fused optimizer divides by it
+        _rescale(optimizer, scale)
+    if not (_unheld or _implicit):
         return
-    around, scaler = _enclosing(sys._getframe(1))
-    if not (_unheld or _implicit or scaler):
-        return
-    group_of = groups_of(optimizer, around)
+    group_of = groups_of(optimizer, _enclosing(sys._getframe(1)))
     for layer in list(_implicit):
         if any(id(p) in group_of for p in (leader(layer), *learned(layer))):
             _check_implicit(layer, optimizer, group_of)
-    if scaler:
-        for layer in list(_local):
-            for p in learned(layer):
-                if p.grad is not None and id(p) in group_of:
-                    # The scaler divides by the scale of the loss, which this gradient was never multiplied by.
-                    p.grad.mul_(scaler._get_scale_async().to(p.grad.device))
-    without = 0  # layers whose weight steps for the second time without its feedback
+    without = []  # layers whose weight steps for the second time without its feedback
     for layer in list(_unheld):
         feedback = learned(layer)
         if feedback and all(id(p) in group_of for p in feedback):
             _unheld.discard(layer)
         elif feedback and id(leader(layer)) in group_of:
-            without += layer.feedback.steps_alone > 0
+            without += [layer] * (layer.feedback.steps_alone > 0)
             layer.feedback.steps_alone += 1
+    if without:  # an optimizer of the feedback alone may step more rarely
+        held = {i for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer) for i in groups_of(o)}
+        _unheld.difference_update([layer for layer in without if held.issuperset(map(id, learned(layer)))])
+        without = [layer for layer in without if layer in _unheld]
     if without:
         raise RuntimeError(
-            f"no optimizer holds the feedback of {without} layers, so that it would not learn: "
+            f"no optimizer holds the feedback of {len(without)} layers, so that it would not learn: "
             "call fa.add_feedback(optimizer, net), or make the optimizer after fa.convert"
         )
 
 
-def _check_implicit(layer: nn.Module, optimizer: torch.optim.Optimizer, group_of: dict[int, int]) -> None:
-    """Raise unless SGD alone moves the weight, together with its feedback.
+def _rescale(optimizer: torch.optim.Optimizer, scale: Tensor) -> None:
+    """Multiply by the scale of the loss the gradients that will be divided by it and never were multiplied."""
+    group_of = groups_of(optimizer)
+    for p in [p for layer in _local for p in learned(layer)]:
+        if p.grad is not None and id(p) in group_of:
+            p.grad.mul_(scale.to(p.grad.device))
 
-    Raises:
-        RuntimeError: another optimizer, another group, a computed weight, or a weight that was changed between steps.
-    """
+
+@wraps(_own_unscale_grads)
+def _unscale_grads(scaler: Any, optimizer: torch.optim.Optimizer, inv_scale: Tensor, *args: Any) -> Any:
+    """``GradScaler``'s own, which ``unscale_`` and ``step`` call, and no hook precedes."""
+    _rescale(optimizer, 1 / inv_scale)
+    return _own_unscale_grads(scaler, optimizer, inv_scale, *args)
+
+
+def _check_implicit(layer: nn.Module, optimizer: torch.optim.Optimizer, group_of: dict[int, int]) -> None:
+    """Raise unless SGD alone moves the weight, together with its feedback, and no parametrization computes it."""
     fb, feedback = layer.feedback, learned(layer)
     name, remedy = f"implicit feedback of layer {fb.layer_name!r}", "convert with implicit=False"
     if layer.computed:
@@ -149,9 +158,9 @@ def _check_implicit(layer: nn.Module, optimizer: torch.optim.Optimizer, group_of
 
 
 def note_weight(layer: nn.Module) -> None:
-    """Remember the weight as it is now, for ``_changed``: version, place, and the entries on its diagonal."""
+    """Remember the weight as it is now, for ``_changed``."""
     W = layer.weight.detach()
-    layer.feedback.seen = W._version, W.data_ptr(), W.diagonal().clone()
+    layer.feedback.seen = W._version, W.clone()
 
 
 def _changed(layer: nn.Module) -> bool:
@@ -160,11 +169,9 @@ def _changed(layer: nn.Module) -> bool:
 
     In-place operations raise the version, but not those on ``weight.data``, and not fused optimizers.
     """
-    version, place, kept = layer.feedback.seen
+    version, kept = layer.feedback.seen
     W = layer.weight.detach()
-    if W._version == version and (W.is_cuda or W.data_ptr() != place):
-        return False
-    return not torch.equal(W.diagonal(), kept.to(W))
+    return not ((W.is_cuda and W._version == version) or torch.allclose(W, kept.to(W), 0, 0, equal_nan=True))
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -173,7 +180,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer under a gradient scaler skips by itself
     if skipped is not None and skipped.item():
         return
-    group_of = groups_of(optimizer, _enclosing(sys._getframe(1))[0])
+    group_of = groups_of(optimizer, _enclosing(sys._getframe(1)))
     for layer in list(_stepping):
         if id(leader(layer)) in group_of:
             act(layer)
@@ -189,7 +196,7 @@ def act(layer: nn.Module) -> None:
     if fb.rule.clamp_forward:
         size = torch.linalg.vector_norm(W)
         factor = torch.where(size > 0, fb.forward_norm / size, 1.0)  # a weight that a mask has emptied stays empty
-        (layer.sources[0] if layer.computed else W).mul_(factor)
+        (layer.sources[0][layer.rows] if layer.computed else W).mul_(factor)
         if layer.computed:
             W = weight_now(layer)
             if size > 0 and not torch.isclose(torch.linalg.vector_norm(W), fb.forward_norm, rtol=1e-3):
@@ -206,17 +213,18 @@ def weight_now(layer: nn.Module) -> Tensor:
     """The weight as the next forward pass will have it; a computed weight is computed, and nothing else changes."""
     if not layer.computed:
         return layer.weight
-    parts = [layer, *(layer.parametrizations.modules() if hasattr(layer, "parametrizations") else ())]
+    module, name = layer.place
+    parts = [module, *(module.parametrizations.modules() if hasattr(module, "parametrizations") else ())]
     modes = [m.training for m in parts]
     for m in parts:
         m.training = False  # spectral norm takes a step of its own whenever it is asked in training
-    kept = vars(layer).get("weight")
-    for hook in layer._forward_pre_hooks.values():  # the older functions of torch.nn.utils compute in such hooks
+    kept = vars(module).get(name)
+    for hook in module._forward_pre_hooks.values():  # the older functions of torch.nn.utils compute in such hooks
         if type(hook).__module__.startswith("torch.nn.utils."):
-            hook(layer, ())
+            hook(module, ())
     W = layer.weight
     if kept is not None:
-        layer.weight = kept
+        setattr(module, name, kept)
     for m, training in zip(parts, modes):
         m.training = training
     return W

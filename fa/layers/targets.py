@@ -24,6 +24,7 @@ _REFUSED_NAMES = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2", "DeformC
 # Names of tensors that are added to activity; and, if their shape repeats them over samples, of tokens and of scales.
 _ADDED = re.compile(r"(^|_)(pos(_|$|emb|ition)|bias)")
 _TOKEN, _SCALE = re.compile("token|emb"), re.compile("norm|scale|gamma|alpha|beta|temperature")
+Found = tuple[dict[str, nn.Module], list[tuple[nn.Module, str, Tensor]]]  # list: (module, qualified name, matrix)
 
 
 def _own(m: nn.Module) -> dict[str, Tensor]:
@@ -46,8 +47,8 @@ def _may_multiply(m: nn.Module, key: str, p: Tensor) -> bool:
     return not (token or scale)
 
 
-def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[type]) -> dict[str, nn.Module]:
-    """Qualified name -> layer to convert, in order from the input.
+def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[type]) -> Found:
+    """Qualified name -> layer to convert, in order from the input; and the matrices that nothing should multiply by.
 
     Raises:
         UserError: names every layer that cannot be converted, and every trained matrix that no layer here holds.
@@ -70,10 +71,14 @@ def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[
     def matrices(name: str, m: nn.Module, but: str = "") -> None:
         for key, t in own[name].items():
             local = key.rpartition(".")[2]
-            if local != but and not skipped(key) and _may_multiply(m, local, t):
+            if local == but or skipped(key):
+                continue
+            if _may_multiply(m, local, t):
                 loose.setdefault(type(m).__name__, []).append(key)
+            elif t.is_leaf and (t.requires_grad or isinstance(t, nn.Parameter)) and sum(n > 1 for n in t.shape) > 1:
+                others.append((m, key, t))
 
-    found, problems = {}, []
+    found, problems, others = {}, [], []
     loose: dict[str, list[str]] = {}  # class of a module -> names of its matrices that no layer here holds
     feedback = {m.feedback for m in net.modules() if isinstance(m, Converted)}
     for name, m in net.named_modules():
@@ -126,4 +131,4 @@ def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[
         raise UserError(f"cannot convert {'; '.join(problems)}; leave them to backprop with skip=[...]")
     if not found:
         raise UserError("nothing to convert: the network has no nn.Linear and no nn.Conv2d")
-    return found
+    return found, others

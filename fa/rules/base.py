@@ -145,8 +145,7 @@ def multiply(terms: Terms) -> Tensor:
 
 
 def gradient_of(grad: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """A gradient as ``feedback_grad`` gave it: a tensor, or a pair (B, dW) that stands for B^T dW,
-    ``(mid, in, *kernel)``."""
+    """A gradient as ``feedback_grad`` gave it: a tensor, or a pair (B, dW) for B^T dW, ``(mid, in, *kernel)``."""
     return grad if isinstance(grad, Tensor) else channel_product(grad[0].mT, grad[1])  # -> (mid, in)
 
 
@@ -223,8 +222,7 @@ class Rule:
         return self
 
     def init_state(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
-        """Tensors to keep, by name. ``W`` ``(out, in / groups, *kernel)`` is the weight at conversion; it is
-        not changed."""
+        """Tensors to keep, by name. ``W`` ``(out, in / groups, *kernel)``, the weight at conversion, is not changed."""
         return {}
 
     def state(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:

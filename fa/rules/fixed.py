@@ -112,7 +112,7 @@ class USF(Rule):
     def init_state(self, op, W, gen):
         named = {"init": rms(W), "track": rms(W), "xavier": math.sqrt(2 / sum(fans(W)))}
         s = float(named.get(self.scale, self.scale))
-        s = torch.tensor(self.nonzero(s, "scale") if self.scale == "init" else s, dtype=torch.float64).to(W)  # -> ()
+        s = W.new_tensor(self.nonzero(s, "scale") if self.scale == "init" else s)  # -> ()
         if self.concordance < 1:
             s = s * (2 * random_mask(W.shape, self.concordance, W, gen) - 1)  # -> (out, in), of both signs
         return {"s": s}
@@ -159,7 +159,7 @@ class BRSF(FRSF):
     masked = ""  # not M, whose redrawn entries would all exist again
 
     def init_state(self, op, W, gen):
-        return super().init_state(op, W, gen) | {"std": torch.tensor(self.std(W), dtype=torch.float64).to(W)}
+        return super().init_state(op, W, gen) | {"std": W.new_tensor(self.std(W))}
 
     def after_step(self, gen, M, std):
         return {"M": M.clone().uniform_(0, math.sqrt(3.0), generator=gen()) * std}  # (out, in) () -> (out, in)
