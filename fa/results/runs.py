@@ -124,8 +124,8 @@ def _train(
     try:
         if isinstance(folders[0].config, Config):
             tables = train_runs([Run(f.config, f) for f in folders], device, until, compiled, None, ranks)
-        else:
-            tables = [drawn(f.config) for f in folders]
+        else:  # it has no checkpoints: it is begun in time, or not
+            tables = [drawn(f.config) if time.monotonic() < until else None for f in folders]
     except UserError:
         raise
     except Exception as error:
