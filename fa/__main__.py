@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on stderr)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminated) if main_thread else None
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)} if main_thread else {}
+    if main_thread:
+        signal.signal(signal.SIGTERM, _terminated)
     _open_streams()
     try:
         args = parser().parse_args(arguments)
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"fa: {e}\n")
         return 2
     except KeyboardInterrupt as e:
+        if main_thread:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends already
         again = f"{launched()[0]} {shlex.join(arguments)}"
         sys.stderr.write(f"fa: stopped; what is finished and checkpointed is kept, go on with: {again}\n")
         return 143 if e.args == ("terminated",) else 130
@@ -49,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"fa: {what}; make room or give access, and call again\n")
         return 2
     finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for number, answer in before.items():
+            signal.signal(number, answer)
 
 
 def _open_streams() -> None:
@@ -252,4 +256,6 @@ def _figure(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C has nothing left to stop
+    sys.exit(ended)
