@@ -54,7 +54,7 @@ def cite(name: str, format: str = "text") -> str:
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
     forms = {"text": _text, "markdown": _markdown, "latex": _latex, "bibtex": _bibtex}
-    return forms[format](read_json(path, name=str, caption=str))
+    return forms[format](read_json(path, name=str, caption=str, cite=str, paper=str))
 
 
 def draw(name: str, width: float = 0, formats: Sequence[str] = tuple(FILES), folder: Path | None = None) -> list[Path]:
