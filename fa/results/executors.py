@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,18 +81,16 @@ def processes() -> Iterator[Callable[[], Executor]]:
 
     The processes end when this one leaves the block or is killed, for then a pipe closes that each of them waits for.
     """
-    context, made, started = multiprocessing.get_context("spawn"), [], []
+    context, made = multiprocessing.get_context("spawn"), []
     theirs, ours = context.Pipe(duplex=False)
 
     def new() -> Executor:
         made.append(ProcessPoolExecutor(1, context, _prepare, (theirs, torch.are_deterministic_algorithms_enabled())))
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
-        others = multiprocessing.active_children()
         try:
             made[-1].submit(int)  # starts the process; it never hears Ctrl-C, to which this process answers
         finally:
-            started.extend(p for p in multiprocessing.active_children() if p not in others)
             if main:
                 signal.signal(signal.SIGINT, before)
         return made[-1]
@@ -101,9 +99,6 @@ def processes() -> Iterator[Callable[[], Executor]]:
         yield new
     except BaseException:
         ours.close()  # now, not when their runs are through
-        for process in started:
-            with suppress(ValueError):  # it is over, and closed
-                process.kill()  # nor when it has imported what it needs
         raise
     finally:
         for pool in made:
