@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fa.commands import PROG, RUN, parser
+from fa.commands import PROG, launched, parser
 from fa.errors import UserError
 from fa.paths import need_repository
 
@@ -24,7 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on stderr)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminated) if main_thread else None
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)} if main_thread else {}
+    if main_thread:
+        signal.signal(signal.SIGTERM, _terminated)
+    _open_streams()
     try:
         args = parser().parse_args(arguments)
         need_repository()
@@ -35,15 +38,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"fa: {e}\n")
         return 2
     except KeyboardInterrupt as e:
-        again = f"{RUN} {shlex.join(arguments)}"
+        if main_thread:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends already
+        again = f"{launched()[0]} {shlex.join(arguments)}"
         sys.stderr.write(f"fa: stopped; what is finished and checkpointed is kept, go on with: {again}\n")
         return 143 if e.args == ("terminated",) else 130
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as e:  # a disk that is full, a device that is gone
+        if not e.filename:  # the output itself, which would fail at the end again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        what = f"{e.filename or 'the output'} cannot be used ({e.strerror or e})"
+        sys.stderr.write(f"fa: {what}; make room or give access, and call again\n")
+        return 2
     finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for number, answer in before.items():
+            signal.signal(number, answer)
+
+
+def _open_streams() -> None:
+    """Let a letter that the terminal's encoding lacks be escaped; what goes to a stream that is closed is lost."""
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _terminated(*_: object) -> None:
@@ -91,9 +111,10 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fa.results import executors
+    from fa.results import cluster, executors
     from fa.train import ddp, loop
 
+    cluster.check(args.executor)
     device = executors.pick_device(args.device, args.executor == "local")  # a slip is found before all else
     executors.pick_workers(args.workers, device)
     if args.deterministic:
@@ -124,7 +145,7 @@ def _lead(args: argparse.Namespace, ranks: Ranks) -> int:
         left = runs.missing(configs)
         print(f"{len(configs)} runs planned, {len(configs) - len(left)} finished, {len(left)} to train")
         for c in left:
-            print(f"  {c.run}  {c.rule}" + (f"  seed {c.seed}  {c.epochs} epochs" if hasattr(c, "seed") else ""))
+            print(f"  {c.run}  {progress.in_words(c)}" + (f", {c.epochs} epochs" if hasattr(c, "epochs") else ""))
         print(progress.forecast(left, budget, args.workers, args.device))
         return 0
     datasets = sorted({c.dataset for c in runs.missing(configs) if hasattr(c, "dataset")})
@@ -146,7 +167,9 @@ def _lead(args: argparse.Namespace, ranks: Ranks) -> int:
     if summary.left:
         options = "budget workers device executor add together compile deterministic sync_batch_norm storage".split()
         own = _given(args, *options)
-        print(f"next: {RUN} run {names}{own}")
+        again, machines = launched()
+        where = f", on each of {machines} machines" if machines > 1 else ""
+        print(f"next{where}: {again} run {names}{own}")
     else:
         part = any(records.lacking(name, args.mode, whole) for name, whole in planned.items())
         print(f"next: {PROG} collect {names}{_given(args)}{' --partial' if part else ''}")
@@ -233,4 +256,6 @@ def _figure(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C has nothing left to stop
+    sys.exit(ended)

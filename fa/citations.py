@@ -5,15 +5,27 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from fa.errors import UserError
 from fa.paths import ROOT
 
 
 @cache
 def citation() -> dict[str, Any]:
-    """``CITATION.cff`` as a dictionary."""
+    """``CITATION.cff`` as a dictionary.
+
+    Raises:
+        UserError: it cannot be read, or lacks what a citation needs.
+    """
     import yaml
 
-    return yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    path, needed = ROOT / "CITATION.cff", {"title", "version", "date-released", "authors", "references"}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); restore it") from error
+    if not isinstance(found, dict) or (missing := needed - found.keys()):
+        raise UserError(f"{path} lacks {min(missing) if isinstance(found, dict) else 'every entry'}; restore it")
+    return found
 
 
 def papers() -> dict[str, str]:

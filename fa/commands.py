@@ -11,7 +11,18 @@ from fa import __version__
 from fa.errors import UserError
 
 PROG = "python -m fa"
-RUN = f"torchrun --nproc-per-node {n} -m fa" if (n := os.environ.get("LOCAL_WORLD_SIZE")) else PROG
+
+
+def launched() -> tuple[str, int]:
+    """The words before a command's own, to call this process again, and on how many machines they are to be called:
+    :data:`PROG`, or torchrun's with its numbers of machines and of ranks, which meet at the first machine's address."""
+    told = {n: os.environ.get(n, "") for n in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    local, size = (int(text) if text.isdecimal() else 0 for text in (told["LOCAL_WORLD_SIZE"], told["WORLD_SIZE"]))
+    if not (all(told.values()) and local and size):
+        return PROG, 1
+    nodes = max(size // local, 1)
+    place = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint {told['MASTER_ADDR']}:29400"
+    return f"torchrun {place if nodes > 1 else '--standalone'} --nproc-per-node {local} -m fa", nodes
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +65,10 @@ def parser() -> argparse.ArgumentParser:
     _executor(run)
     run.add_argument("--add", action="store_true", help="train only what neither the run store nor data/records holds")
     run.add_argument(
-        "--together", type=_count, default=0, help="runs that a process trains at once (default: 1 on the CPU, else 15)"
+        "--together",
+        type=_count,
+        default=0,
+        help="on CUDA: runs that a process trains at once (default: 15; on the CPU always 1)",
     )
     run.add_argument(
         "--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile (auto: on CUDA, if it can)"

@@ -35,6 +35,18 @@ def user_folder(variable: str, default: str) -> Path:
         raise UserError(f"{variable}={os.environ[variable]} names the home of a user who is not known here") from None
 
 
+def user_switch(variable: str) -> bool:
+    """Whether a user switched something on: ``$VARIABLE`` is 1, and not 0, empty or not set.
+
+    Raises:
+        UserError: it has any other value.
+    """
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise UserError(f"{variable}={value} is neither 1 (yes) nor 0 (no); set it to one of them, or unset it")
+    return value == "1"
+
+
 def need_repository() -> None:
     """Refuse to work where the package was installed away from its repository, and nobody said where that is.
 

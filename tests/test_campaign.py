@@ -247,6 +247,40 @@ if __name__ == "__main__":
     wait_for(lambda: not alive())
 
 
+def test_a_second_ctrl_c_is_heard_as_the_first(tmp_path):
+    """While workers start, and while the command ends."""
+    command_line = [
+        sys.executable,
+        "-m",
+        "fa",
+        "run",
+        "p3_fig2",
+        "--mode",
+        "quick",
+        "--workers",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    env = os.environ | {"PYTHONPATH": str(fa.ROOT), "FA_RUNS": str(tmp_path / "runs")}
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear)
+    done = subprocess.Popen(command_line, cwd=fa.ROOT, env=env, **pipes)
+    assert done.stderr.readline() == "18 of 18 runs to train, starting 2 processes ...\n"
+    while done.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(done.pid, signal.SIGINT)
+        time.sleep(0.2)
+    out, err = done.communicate()
+    assert (done.returncode, out) == (130, "") and "Traceback" not in err and err.count("fa: stopped") == 1
+
+
+def test_a_compiler_that_is_not_there_is_a_sentence(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with nothing_trains(), pytest.raises(fa.UserError, match="finds no compiler.*leave --compile out"):
+        run(plan("bp"), compiled=True)
+
+
 def wait_for(condition):
     end = time.monotonic() + 120
     while not condition():

@@ -69,7 +69,7 @@ def test_unknown_figures_and_formats_are_refused(capsys: pytest.CaptureFixture[s
     assert main(["figure", "p3_fig2", "--format", "gif"]) == 2
     assert "unknown format 'gif'; known: pdf, svg, png" in capsys.readouterr().err
     assert main(["figure", "p3_fig2", "--width", "-1"]) == 2
-    assert "must be a positive number of inches" in capsys.readouterr().err
+    assert "width=-1 must be 1 to 40 inches" in capsys.readouterr().err
 
 
 def test_a_figure_in_another_width_and_as_svg(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

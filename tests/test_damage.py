@@ -18,10 +18,10 @@ from test_train import TINY
 
 import fa
 from fa import __main__ as command
-from fa import experiments
+from fa import citations, experiments
 from fa.paths import read_csv, read_json
 from fa.results import claims, records
-from fa.results.store import CHECKPOINTS, RunFolder
+from fa.results.store import CHECKPOINTS, RunFolder, read_sidecar
 from fa.train import loop, photos
 
 
@@ -171,6 +171,31 @@ def test_a_damaged_sidecar_names_itself(finished: Path) -> None:
         path.write_text(content)
         with pytest.raises(fa.UserError, match="p3_fig2.json .*(restore it|remove it)"):
             records.read("p3_fig2", "quick")
+
+
+@pytest.mark.parametrize("change", [
+    lambda about, run: about["status"].pop(run), lambda about, run: about["status"].update({run: {}}),
+    lambda about, run: about["configs"].update({run: 5}), lambda about, run: about["environments"].append(None),
+    lambda about, run: about["status"][run].update(seconds="3"),
+])  # fmt: skip
+def test_a_sidecar_that_lacks_a_part_of_a_run_is_a_sentence(change, store: Path) -> None:
+    path, run = store / "p3_fig2.json", "0123456789ab"
+    status = {run: {"state": "finished", "seconds": 1.5}}
+    about = {"sha256": "", "configs": {run: {"rule": "bp"}}, "status": status, "environments": [{}]}
+    path.write_text(json.dumps(about))
+    assert read_sidecar(path) == about
+    change(about, run)
+    path.write_text(json.dumps(about))
+    with pytest.raises(fa.UserError, match="p3_fig2.json is damaged: it lacks the recipe, the status or the machine"):
+        read_sidecar(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]", b"a: [", b"title: x"])
+def test_a_damaged_citation_file_is_a_sentence(content: bytes, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "CITATION.cff").write_bytes(content)
+    monkeypatch.setattr(citations, "ROOT", tmp_path)
+    with pytest.raises(fa.UserError, match="CITATION.cff (cannot be read|lacks)"):
+        citations.citation.__wrapped__()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0", b"BM" + bytes(40)])

@@ -18,6 +18,7 @@ from torch import nn
 
 import fa
 import oracles
+from fa import commands
 from fa.results import records
 from fa.results.store import RunFolder
 from fa.train import data, ddp, loop
@@ -292,6 +293,30 @@ def test_what_does_not_go_with_ranks_is_one_sentence(options: list[str], said: s
     with pytest.raises(SystemExit) as ended:
         main(["run", "p3_fig2", "--mode", "quick", *options])
     assert ended.value.code == 2 and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("told, said", [
+    (dict(WORLD_SIZE="many"), "WORLD_SIZE='many' is no number, as torchrun would set it; call torchrun, or unset it"),
+    (dict(LOCAL_RANK="-1"), "LOCAL_RANK='-1' is no number, as torchrun would set it; call torchrun, or unset it"),
+    (dict(RANK="4"), "RANK=4 is not below WORLD_SIZE=4; call torchrun, which sets both, or unset them"),
+])  # fmt: skip
+def test_nonsense_in_the_variables_of_torchrun_is_a_sentence(told: dict[str, str], said: str, rank, capfd) -> None:
+    from fa.__main__ import main
+
+    for name, value in told.items():
+        rank.setenv(name, value)
+    assert main(["run", "p3_fig2", "--mode", "quick"]) == 2
+    assert capfd.readouterr() == ("", f"fa: {said}\n")
+
+
+def test_the_command_that_goes_on_has_the_machines_of_torchrun(rank) -> None:
+    assert commands.launched() == ("torchrun --standalone --nproc-per-node 4 -m fa", 1)
+    rank.setenv("WORLD_SIZE", "8")
+    rank.setenv("MASTER_ADDR", "first")
+    place = "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint first:29400"
+    assert commands.launched() == (f"torchrun {place} --nproc-per-node 4 -m fa", 2)
+    rank.delenv("MASTER_PORT")
+    assert commands.launched() == ("python -m fa", 1)
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch) -> None:

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 import fa
 from fa import __main__ as command
-from fa import experiments
+from fa import experiments, paths
 from fa.paths import user_folder
-from fa.results import batch, claims, parameters, records, store
+from fa.results import batch, claims, parameters, records, registered, store
 from fa.train import data
 
 ONE = "run p3_fig2 --mode quick --rules fa --seeds 1 --epochs 1 --workers 1 --device cpu".split()
@@ -73,6 +73,25 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], folder: Pa
         ("reproduce 32 -p device=cpu:foo", "'cpu:foo'"),
         ("reproduce 32 --mode record -p device=tpu", "'tpu'"),
         ("cite ../data/records/p3_fig2", "unknown figure"),
+        ("run p3_fig2 --rules ,", "rules=',' names no rule"),
+        ("run p3_fig2 --workers 1_0 --dry-run", "workers='1_0' is not a positive number"),
+        (
+            "run p3_fig2 --executor dusk://host:80 --dry-run",
+            "unknown executor 'dusk://host:80'; known executors: local",
+        ),
+        ("run p3_fig2 --executor slurm:=1 --dry-run", "unknown executor 'slurm:=1'"),
+        ("plan p3_fig2 --device=", "device is empty; give 'here'"),
+        ("figure p3_fig2 --width nan", "width=nan must be 1 to 40 inches"),
+        ("figure p3_fig2 --width 1e9", "width=1e+09 must be 1 to 40 inches"),
+        ("figure p3_fig2 --width 0.01", "width=0.01 must be 1 to 40 inches"),
+        ("reproduce 32 --mode small", "p3_fig2 has no mode 'small'"),
+        ("reproduce 33 -p epochs=3", "p3_fig3 draws random matrices"),
+        ("reproduce 33 --mode record -p rules=fa", "p3_fig3 is about pfa and pfa_o, not fa"),
+        ("reproduce 32 -p expansion=-5", "expansion=-5 must be a whole number from 0 to 10,000"),
+        ("reproduce 32 -p expansion=0", "expansion=0 must be positive"),
+        ("reproduce 33 -p n_out=0", "n_out=0 outputs has no weights"),
+        ("reproduce 35 -p precision=half", "unknown precision 'half'; known: float32, bfloat16"),
+        ("reproduce 23 -p trials=1000000000", "trials=1000000000 must be a whole number"),
     ],
 )
 def test_a_slip_on_the_command_line(arguments: str, word: str, capsys, folders: Path) -> None:
@@ -175,6 +194,43 @@ def test_a_quick_table_that_is_collected_again_is_unchanged(capsys, folders: Pat
     assert command.main(["collect", "p3_fig2", *grid]) == 0
     assert "nothing new" in capsys.readouterr().out and len(before) == 2
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folders.rglob("p3_fig2.*")} == before
+
+
+EVERY = [
+    (name, mode)
+    for name, about in experiments.EXPERIMENTS.items()
+    for mode in experiments.MODES
+    if about.grid and (mode != "small" or about.small)
+]
+
+
+@pytest.mark.parametrize("name, mode", EVERY)
+def test_every_experiment_is_planned_in_words(name: str, mode: str, capsys, folders: Path) -> None:
+    """A dry run and a plan of any figure in any mode, whatever makes its runs; and without a run nothing is collected."""
+    for options in ([], ["--add"]):
+        assert command.main(["run", name, "--mode", mode, "--dry-run", *options]) == 0
+        head, *lines, forecast = capsys.readouterr().out.splitlines()
+        todo = experiments.plan(name, mode)
+        if options:
+            todo = [c for c in todo if c.run not in records.holders()]
+        assert head == f"{len({c.run for c in todo})} runs planned, 0 finished, {len({c.run for c in todo})} to train"
+        told = {line.split()[0]: line for line in lines}
+        assert told.keys() == {c.run for c in todo} and forecast.startswith("nothing ")
+        for c in todo:
+            assert f"  {c.rule}" in told[c.run], told[c.run]
+            assert (f"{getattr(c, 'epochs', None)} epochs" in told[c.run]) == hasattr(c, "epochs")
+        assert command.main(["plan", name, "--mode", mode, "--device", "epyc", "--all", *options]) == 0
+        assert f"{name}, mode {mode}: " in capsys.readouterr().out
+    where, own = records.holders() if mode != "quick" else {}, experiments.plan(name, mode)
+    status = command.main(["collect", name, "--mode", mode])
+    out, err = capsys.readouterr()
+    if all(c.run in where for c in own):
+        assert status == 0 and out.startswith("nothing new: ") and not err
+    else:
+        assert (
+            status == 2 and not out and err.startswith("fa: ") and f"go on with: python -m fa run {name} --mode" in err
+        )
+    assert not any(p.is_file() for p in folders.rglob("*") if p.name != "lock")
 
 
 # -------------------------------------------------------------------------------------------- parameters and claims
@@ -334,3 +390,77 @@ def test_A35_no_filter_of_the_reader_strips_notebooks(tmp_path: Path) -> None:
     ask = ["git", "-C", fa.ROOT, "-c", f"core.attributesFile={wide}", "check-attr", "filter", "diff", "--"]
     told = subprocess.run([*ask, "notebooks/00_index.ipynb"], capture_output=True, text=True, check=True).stdout
     assert "filter: unset" in told and "diff: unspecified" in told
+
+
+# ------------------------------------------------------------------------------------------- streams and environment
+
+
+def shell(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A line of the shell, in which ``fa`` is the command."""
+    env = os.environ | {"PYTHONPATH": str(fa.ROOT)} | variables
+    line = line.replace("fa ", f"{shlex.quote(sys.executable)} -m fa ")
+    return subprocess.run(["bash", "-c", line], cwd=fa.ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_an_output_that_is_full_is_a_sentence() -> None:
+    done = shell("fa cite p3_fig2 > /dev/full")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "fa: the output cannot be used (No space left on device); make room or give access, and call again\n"
+    )
+
+
+def test_streams_that_are_closed_are_silence() -> None:
+    done = shell("fa cite p3_fig2 >&-; echo $?; fa cite nope 2>&-; echo $?")
+    assert done.stdout == "0\n2\n" and done.stderr == ""
+
+
+def test_an_encoding_that_lacks_a_letter_gets_an_escape(tmp_path: Path) -> None:
+    done = shell("fa data", PYTHONIOENCODING="ascii", FA_DATA=str(tmp_path / "Küche"))
+    assert not done.returncode and not done.stderr and "K\\xfcche" in done.stdout
+
+
+@pytest.mark.parametrize("variable, value, said", [
+    ("FA_WORKERS", "many", "FA_WORKERS='many' is not a positive number or 'auto'"),
+    ("FA_WORKERS", "-1", "FA_WORKERS='-1' is not a positive number or 'auto'"),
+    ("FA_RUNS", "~nobody-of-that-name/x", "FA_RUNS=~nobody-of-that-name/x names the home"),
+])  # fmt: skip
+def test_nonsense_in_the_environment_is_a_sentence(variable, value, said, monkeypatch, capsys, folders: Path) -> None:
+    monkeypatch.setenv(variable, value)
+    dry = "run p3_fig2 --mode quick --device cpu --dry-run".split()
+    assert said in refused(dry, capsys, folders)
+
+
+def test_a_switch_is_on_or_off(monkeypatch) -> None:
+    for value, on in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv("FA_ADD", value)
+        assert paths.user_switch("FA_ADD") is on
+    monkeypatch.delenv("FA_ADD")
+    assert paths.user_switch("FA_ADD") is False
+    monkeypatch.setenv("FA_ADD", "maybe")
+    with pytest.raises(fa.UserError, match="FA_ADD=maybe is neither 1 .yes. nor 0 .no."):
+        paths.user_switch("FA_ADD")
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace("n_min", "n_mim"), lambda text: text + "stray,line\n",
+                                    lambda text: text + '"' + 140_000 * "x"])  # fmt: skip
+def test_a_damaged_table_of_claims_stops_a_run_before_it_begins(change, tmp_path: Path, monkeypatch, capsys) -> None:
+    folder = tmp_path / "clone" / "data" / "claims"
+    folder.mkdir(parents=True)
+    content = (fa.ROOT / "data" / "claims" / "p3_fig2.csv").read_text(encoding="utf-8")
+    (folder / "p3_fig2.csv").write_text(change(content), encoding="utf-8")
+    monkeypatch.setattr(registered, "ROOT", tmp_path / "clone")
+    monkeypatch.setattr(data, "load", lambda name: None)
+    assert command.main(["run", "p3_fig2", "--mode", "paper", "--workers", "1", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("fa: ") and err.count("\n") == 1 and "p3_fig2.csv cannot be read" in err
+
+
+def test_a_budget_stops_runs_that_make_their_tables_themselves(capsys, folders: Path) -> None:
+    """Such a run has no checkpoints: it is begun in time, or not."""
+    grid = ["p1_signs", "--mode", "quick", "--seeds", "1"]
+    command.main(["run", *grid, "--budget", "0.000001s", "--workers", "1", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert out.startswith("0 of ") and "next: python -m fa run p1_signs --mode quick --seeds 1 --budget" in out
+    assert not list(folders.rglob("status.json"))

@@ -15,8 +15,9 @@ from typing import Any
 
 from fa.errors import UserError, did_you_mean
 from fa.rules import RULES
+from fa.rules import rule as make_rule
 from fa.train import data
-from fa.train.config import Config
+from fa.train.config import CHOICES, Config, parse_options
 
 MODES = ("quick", "small", "paper")
 """Modes in which runs are trained; notebooks have ``record`` besides, which trains nothing."""
@@ -81,7 +82,7 @@ def plan(
         own: the experiment's own parameters.
 
     Raises:
-        UserError: anything unknown; the sentence names the known ones.
+        UserError: anything unknown, and the sentence names the known ones; a number out of range.
     """
     e = find(experiment)
     if mode not in MODES:
@@ -92,15 +93,23 @@ def plan(
             f"{experiment} has no mode 'small', for its paper mode needs no accelerator; mode 'small' is for {known}"
         )
     check(rules, dataset, seeds, epochs)
-    names = tuple(dict.fromkeys(split(rules))) or e.rules
+    names = tuple(split(rules)) or e.rules
     if unknown := set(own) - set(e.own):
         raise UserError(f"unknown parameter {unknown.pop()!r} of {experiment}; known: {', '.join(e.own) or 'none'}")
-    return e.grid(mode, names, seeds, epochs, dataset, **own) if e.grid else []
+    for name, value in own.items():
+        if isinstance(value, int) and not 0 <= value <= MOST:
+            raise UserError(f"{name}={value} must be a whole number from 0 to {MOST:,}")
+        if value and value not in (known := CHOICES.get(name, (value,))):
+            raise UserError(f"unknown {name} {value!r}; known: {', '.join(known)}, or empty for the mode's own")
+    runs = e.grid(mode, names, seeds, epochs, dataset, **own) if e.grid else []
+    for rule, options in dict.fromkeys((c.rule, c.options) for c in runs if isinstance(c, Config)):
+        make_rule(rule, **parse_options(options))  # refuses options out of range
+    return runs
 
 
 def split(rules: str) -> list[str]:
-    """Rule names of a comma-separated list."""
-    return [r.strip() for r in rules.split(",") if r.strip()]
+    """Rule names of a comma-separated list, each once."""
+    return list(dict.fromkeys(r.strip() for r in rules.split(",") if r.strip()))
 
 
 def check(rules: str, dataset: str, seeds: int, epochs: int) -> None:
@@ -113,6 +122,8 @@ def check(rules: str, dataset: str, seeds: int, epochs: int) -> None:
         raise UserError(f"seeds={seeds} and epochs={epochs} must not be negative; 0 stands for the mode's own")
     if max(seeds, epochs) > MOST:
         raise UserError(f"seeds={seeds} and epochs={epochs} must be at most {MOST:,}; 0 stands for the mode's own")
+    if rules and not split(rules):
+        raise UserError(f"rules={rules!r} names no rule; leave rules empty for the figure's own")
     for name in split(rules):
         if name not in RULES:
             raise UserError(

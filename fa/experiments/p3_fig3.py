@@ -97,6 +97,8 @@ def grid(
 ) -> list[Expansion]:
     """The authors' script at density 1, and at the other densities of their sparse figure; quick: four draws in
     place of 100."""
+    if not (n_out and n_in):
+        raise UserError(f"a layer of n_in={n_in} inputs and n_out={n_out} outputs has no weights; give both 1 or more")
     if epochs or dataset:
         raise UserError("p3_fig3 draws random matrices and trains nothing; leave epochs and dataset out")
     if unknown := set(rules) - {"pfa", "pfa_o"}:

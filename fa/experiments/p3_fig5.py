@@ -40,7 +40,7 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
     """
     photographs = isinstance(SETS.get(dataset), ImageFolderSource)
     if mode == "quick" and not photographs:
-        return p3_fig4.grid(mode, rules, seeds, epochs, dataset)
+        return p3_fig4.grid(mode, rules, seeds, epochs, dataset, precision)
     base = PAPER if mode == "paper" else SMALL
     n = epochs or (2 if mode == "quick" else base.epochs)
     drops = ",".join(str(max(round(n * e / 75), 1)) for e in (20, 40, 60))

@@ -6,6 +6,7 @@ import ast
 import itertools
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from fa.paths import ROOT, read_csv, relative, writing
 from fa.results import compare
 from fa.results.contents import find
 from fa.results.executors import each, processes
-from fa.results.page import cut
+from fa.results.page import cut, page_of
 from fa.results.parameters import check
 from fa.results.records import build
 
@@ -32,6 +33,8 @@ FIGURES = {
     "small": "figures at the small scale",
     "paper": "figures at the paper's scale",
 }
+FIGURE = re.compile(r'fa\.notebook\(globals\(\), \\"(\w+)\\"')
+"""How a notebook's file names its figure."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,8 @@ def _typed(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
                 f"parameter {name!r} of {path.stem} must be of type {kind.__name__}, not {text!r}"
             ) from None
     check(default | values, {n: type(v) for n, v in default.items()})
+    for figure in dict.fromkeys(FIGURE.findall(path.read_text(encoding="utf-8"))):
+        _ = page_of(figure, default | values).runs  # a mode or a rule that the figure does not have
     return values
 
 

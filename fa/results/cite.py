@@ -6,18 +6,22 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from fa import citations, plot, provenance
 from fa.errors import UserError, did_you_mean
-from fa.paths import ROOT, read_json
+from fa.paths import ROOT, read_json, write_bytes
 from fa.results import records
 from fa.results.page import Page
 
 FORMATS = ("text", "markdown", "latex", "bibtex")
 FILES = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
 """Format of a picture -> the metadata that would depend on the clock or the version, left out."""
+
+WIDEST = 40
+"""Inches."""
 
 SYMBOLS = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -50,7 +54,7 @@ def cite(name: str, format: str = "text") -> str:
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
     forms = {"text": _text, "markdown": _markdown, "latex": _latex, "bibtex": _bibtex}
-    return forms[format](read_json(path, name=str, caption=str))
+    return forms[format](read_json(path, name=str, caption=str, cite=str, paper=str))
 
 
 def draw(name: str, width: float = 0, formats: Sequence[str] = tuple(FILES), folder: Path | None = None) -> list[Path]:
@@ -60,31 +64,32 @@ def draw(name: str, width: float = 0, formats: Sequence[str] = tuple(FILES), fol
         name: of a file in figures/, such as "p3_fig2".
         width: inches (default 0: the figure's own). The height changes with its square root, so that panels stay
             readable; fonts keep their size.
-        formats: of "pdf", "svg" and "png" (default: all). Text stays text in pdf and svg.
+        formats: of "pdf", "svg" and "png", each counted once (default: all). Text stays text in pdf and svg.
         folder: where to (default: build/figures; the files in figures/ stay as they are).
 
     Returns:
         paths of the files.
 
     Raises:
-        UserError: an unknown figure or format, or a negative width.
+        UserError: an unknown figure or format, a width that is not between 1 and :data:`WIDEST` inches, or the folder
+            cannot be written.
     """
     _sidecar(name)
     if unknown := [f for f in formats if f not in FILES]:
         raise UserError(f"unknown format {unknown[0]!r}; known: {', '.join(FILES)}")
-    if width < 0:
-        raise UserError(f"width={width} must be a positive number of inches")
+    if width and not 1 <= width <= WIDEST:
+        raise UserError(f"width={width:g} must be 1 to {WIDEST} inches; a column has about 3.5, a page about 7.2")
     experiment, mode = records.figure_of(name)
     fig = import_module(f"fa.experiments.{experiment}").draw(Page(experiment, scale=mode if mode == "small" else ""))
     if width:
         own, height = fig.get_size_inches()
         fig.set_size_inches(width, height * (width / own) ** 0.5)
     folder = folder or records.build("figures")
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{ending}" for ending in formats]
+    paths = []
     with plot.style():
-        for path in paths:
-            fig.savefig(path, dpi=300, metadata=FILES[path.suffix[1:]])
+        for ending in dict.fromkeys(formats):
+            fig.savefig(picture := BytesIO(), format=ending, dpi=300, metadata=FILES[ending])
+            paths.append(write_bytes(folder / f"{name}.{ending}", picture.getvalue()))
     return paths
 
 

@@ -186,6 +186,18 @@ def _ready(terms: Terms, datasets: Sequence[str]) -> tuple[str, bool, str]:
     return wrong, terms.shared, pick_device("auto")
 
 
+def check(executor: str) -> None:
+    """Refuse a name that is no executor's.
+
+    Raises:
+        UserError: it names the known ones.
+    """
+    kind, _, rest = executor.partition(":")
+    slurm = kind == "slurm" and all(re.match("[^=]+=.", item) for item in _items(rest))
+    if not (executor == "local" or slurm or re.fullmatch(r"dask://[^/\s]+:\d{1,5}", executor, re.ASCII)):
+        raise UserError(f"unknown executor {executor!r}; known executors: {KNOWN}")
+
+
 @contextmanager
 def opened(executor: str, folder: Path, datasets: Sequence[str] = ()) -> Iterator[Elsewhere | None]:
     """The executor of that name, until the block ends.
@@ -199,12 +211,11 @@ def opened(executor: str, folder: Path, datasets: Sequence[str] = ()) -> Iterato
     Raises:
         UserError: an unknown executor; its package is not installed; no answer; a worker that does not fit.
     """
+    check(executor)
     kind, _, rest = executor.partition(":")
     if executor == "local":
         yield None
         return
-    if not (re.fullmatch(r"dask://[^/]+:\d+", executor) or kind == "slurm" and all("=" in s for s in _items(rest))):
-        raise UserError(f"unknown executor {executor!r}; known executors: {KNOWN}")
     terms = Terms(folder.resolve())
     mark = write_bytes(folder / terms.mark, b"")
     try:

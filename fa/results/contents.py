@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fa.errors import UserError
 from fa.experiments import EXPERIMENTS
-from fa.paths import ROOT
+from fa.paths import ROOT, read_json
 from fa.plot import in_order
 from fa.results import claims
 from fa.results.page import Page
@@ -45,7 +44,7 @@ def index() -> str:
     """Markdown table of the notebooks: their figures in small, title, runs in the record, verdicts on the claims."""
     lines = ["| | notebook | shows | record | claims |", "|---|---|---|---|---|"]
     for path in find():
-        title = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()[0].lstrip("# ")
+        title = "".join(read_json(path, cells=list)["cells"][0]["source"]).splitlines()[0].lstrip("# ")
         held, verdicts, pictures = [], [], []
         for name, about in EXPERIMENTS.items():
             if about.notebook != path.stem:

@@ -35,18 +35,15 @@ def pick_device(device: str, needed: bool = True) -> str:
 
 def pick_workers(workers: str | int, device: str = "cpu") -> int:
     """ "auto" as ``$FA_WORKERS``, or else the number of processors that this process may use, and on CUDA one."""
+    name = "workers"
     if workers == "auto" and device != "cpu":
         workers = 1
     if workers == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = os.environ.get("FA_WORKERS") or cores or 1
-    try:
-        n = int(workers)
-    except ValueError:
-        n = 0
-    if n < 1:
-        raise UserError(f"workers={workers!r} is not a positive number or 'auto'")
-    return n
+        workers, name = os.environ.get("FA_WORKERS") or cores or 1, "FA_WORKERS"
+    if not re.fullmatch(r"0*[1-9]\d{0,8}", str(workers), re.ASCII):
+        raise UserError(f"{name}={workers!r} is not a positive number or 'auto'; leave it out for one process a core")
+    return int(workers)
 
 
 class Here(Executor):

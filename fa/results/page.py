@@ -14,9 +14,9 @@ paper   trains what is missing, at the paper's scale         data/records/     f
 
 Record mode shows the paper's scale where its record is complete, else the small scale where the figure has one;
 ``scale`` asks for one by name. Parameters other than the figure's own give table and figure a name of their own, such
-as p3_fig2__seeds=2, in build/MODE/. With $FA_ADD (``fa reproduce --add``) runs that data/records/ holds are not trained
-again in small and paper mode. Tables and texts are :class:`fa.tables.Shown`: print makes text of them, and at the end
-of a cell they are rendered.
+as p3_fig2__seeds=2, in build/MODE/. With FA_ADD=1 (``fa reproduce --add``) runs that data/records/ holds are not
+trained again in small and paper mode. Tables and texts are :class:`fa.tables.Shown`: print makes text of them, and at
+the end of a cell they are rendered.
 """
 
 from __future__ import annotations
@@ -66,8 +66,15 @@ def notebook(namespace: Mapping[str, Any], experiment: str = "") -> Page:
         types["scale"] = str
     values = given(namespace, list(types))
     check(values, types)
+    return page_of(experiment, values)
+
+
+def page_of(experiment: str, values: Mapping[str, Any]) -> Page:
+    """The page of a figure with parameters that are checked; those that its mode cannot have are found when its
+    ``runs`` are asked for."""
+    own = experiments.find(experiment).own if experiment else {}
     common = {n: values[n] for n in (*STANDARD, "scale") if n in values} | {"rules": experiments.split(values["rules"])}
-    return Page(experiment, **common, own={n: values[n] for n in (about.own if about else {})})
+    return Page(experiment, **common, own={n: values[n] for n in own})
 
 
 class Page(FigureTable):

@@ -15,7 +15,7 @@ from fa.results.costs import Recorded, kind, measure_all, steps
 from fa.results.executors import pick_device, pick_workers
 from fa.results.progress import clock
 from fa.train import stack
-from fa.train.config import Config
+from fa.train.config import Config, parse_options
 from fa.train.timing import Cost, Spread, plus, quartiles, times
 
 NAMING = ("dataset", "model", "hidden", "batch", "precision", "optimizer", "measure", "part")
@@ -66,9 +66,9 @@ class Forecast:
     @property
     def wall(self) -> Spread:
         """Seconds until the last device is through, each of which begins the next job when it is free."""
-        ends = []
-        for column in zip(*self.jobs):
-            free = [0.0] * self.devices
+        ends, jobs = [], self.jobs
+        for column in zip(*jobs):
+            free = [0.0] * min(self.devices, len(jobs))
             for job in column:
                 free[free.index(min(free))] += job
             ends.append(max(free))
@@ -100,6 +100,8 @@ def forecasts(
     """
     if devices < 1:
         raise UserError(f"devices={devices} is not a positive number")
+    if not device:
+        raise UserError("device is empty; give 'here', or a part of a name in the records, e.g. epyc")
     planned = {name: [*_needed(todo), *todo] for name, todo in planned.items()}
     alike: dict[Any, list[Any]] = defaultdict(list)
     for config in (c for todo in planned.values() for c in todo):
@@ -205,8 +207,9 @@ def _names(kinds: Sequence[Any]) -> Iterator[str]:
     for of in map(dict, kinds):
         words = [str(of["rule"])]
         for name, value in of.items():
-            if name == "options":
-                words += [f"{n}={str(v).lower()}" for n, v in value if v != "a number"]
+            if name == "options":  # of a run that makes its table itself, as its recipe writes them
+                told = value if isinstance(value, tuple) else parse_options(value).items()
+                words += [f"{n}={str(v).lower()}" for n, v in told if v != "a number"]
             elif name in NAMING and len(seen[name]) > 1 and value not in ("", None, False):
                 words.append(f"{name}={value}" if isinstance(value, (bool, int)) else str(value))
         yield " ".join(words)

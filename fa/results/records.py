@@ -22,9 +22,9 @@ import pandas as pd
 
 from fa import experiments
 from fa.errors import UserError
-from fa.paths import ROOT, read_csv, read_json, relative, user_folder, write_bytes, writing
+from fa.paths import ROOT, read_csv, relative, user_folder, write_bytes, writing
 from fa.results import registered
-from fa.results.store import RunFolder, locked, run_seconds
+from fa.results.store import RunFolder, locked, read_sidecar, run_seconds
 from fa.train.config import Config
 from fa.train.loop import fingerprint
 
@@ -102,7 +102,7 @@ def sidecar(name: str, mode: str = "paper") -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _sidecar(path: Path, changed: int) -> dict[str, Any]:
-    return read_json(path, sha256=str, configs=dict, status=dict, environments=list)
+    return read_sidecar(path)
 
 
 def holders(mode: str = "paper") -> dict[str, str]:
@@ -275,7 +275,7 @@ def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[A
     for f in new if mode != "quick" else ():
         f.check()
     finished = sum(c.run in where for c in whole) + len(new)
-    if not new and (not kept or before["partial"] == (finished < len(whole))):
+    if not new and (not kept or before.get("partial") == (finished < len(whole))):
         return record_path(name, mode), 0
     swept = experiments.find(experiment).swept
     tables = [f.table().assign(**swept(f.config)) for f in new]

@@ -11,6 +11,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from fa.errors import UserError
 from fa.paths import ROOT, read_json, write_bytes
 from fa.results.store import locked, runs_root
 
@@ -19,10 +20,19 @@ FIXED = ("target", "tolerance", "criterion", "n_min")
 
 
 def digests(name: str) -> dict[str, str]:
-    """Claim -> 12 hex digits of the sha256 of its fixed columns; empty where there are no claims of that name."""
+    """Claim -> 12 hex digits of the sha256 of its fixed columns; empty where there are no claims of that name.
+
+    Raises:
+        UserError: the table of claims cannot be read.
+    """
     path = ROOT / "data" / "claims" / f"{name}.csv"
-    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
-    fixed = {row["id"]: json.dumps([row[column] for column in FIXED]) for row in rows}
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+        if [row for row in rows if None in (*row, *row.values())]:
+            raise KeyError("a line has too few columns, or too many")
+        fixed = {row["id"]: json.dumps([row[column] for column in FIXED]) for row in rows}
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
+        raise UserError(f"{path} cannot be read as a table of claims ({type(error).__name__}); restore it") from error
     return {claim: hashlib.sha256(text.encode()).hexdigest()[:12] for claim, text in fixed.items()}
 
 

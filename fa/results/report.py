@@ -8,7 +8,6 @@ A new figure needs no edit here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ import pandas as pd
 
 from fa import citations, experiments
 from fa.errors import UserError
-from fa.paths import ROOT, write_bytes
+from fa.paths import ROOT, read_json, write_bytes
 from fa.plot import RULE_STYLE
 from fa.results import claims, records
 from fa.results.markdown import claims_table, common_start, labelled, markdown
@@ -225,7 +224,7 @@ def _gallery(told: Mapping[str, Any]) -> str:
     blocks = [
         "# Figures\n\n<!-- made by `python -m fa report` -->\n\nEach as PNG and PDF, with its provenance as JSON."
     ]
-    trails = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in (ROOT / "figures").glob("*.json")}
+    trails = {p.stem: read_json(p, caption=str) for p in (ROOT / "figures").glob("*.json")}
     for name, trail in sorted(trails.items(), key=lambda item: (item[1].get("notebook", ""), item[0])):
         finding, _ = _prose(name, trail["caption"].partition(". ")[0], told)
         links = [f"[PDF]({name}.pdf)", f"[provenance]({name}.json)"]

@@ -124,8 +124,8 @@ def _train(
     try:
         if isinstance(folders[0].config, Config):
             tables = train_runs([Run(f.config, f) for f in folders], device, until, compiled, None, ranks)
-        else:
-            tables = [drawn(f.config) for f in folders]
+        else:  # it has no checkpoints: it is begun in time, or not
+            tables = [drawn(f.config) if time.monotonic() < until else None for f in folders]
     except UserError:
         raise
     except Exception as error:
@@ -198,6 +198,8 @@ def run(
         if first.left:
             return Summary(len(configs) - len(todo), 0, len(todo), first.failed, first.seconds)
         budget = budget and max(budget - first.seconds, 1.0)
+    if compiled and executor is None and not can_compile(device):
+        raise UserError("torch.compile finds no compiler on this machine; install one (g++), or leave --compile out")
     if compiled is None:
         compiled = device != "cpu" and can_compile(device)
     jobs = stack.groups(todo, 1 if device == "cpu" or ranks.size > 1 else together or STACK)

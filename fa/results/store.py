@@ -224,6 +224,22 @@ def locked(path: Path, guarded: Path, wait: bool = True) -> Iterator[bool]:
         yield True
 
 
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """The sidecar of a record, with a recipe and a status for each run, and the machines that trained them.
+
+    Raises:
+        UserError: the file cannot be read, or lacks a part of that.
+    """
+    about = read_json(path, sha256=str, configs=dict, status=dict, environments=list)
+    runs = [(recipe, about["status"].get(run)) for run, recipe in about["configs"].items()]
+    whole = all(isinstance(r, dict) and isinstance(s, dict) for r, s in runs) and all(
+        isinstance(s.get("state"), str) and isinstance(s.get("seconds"), (int, float)) for _, s in runs
+    )
+    if not whole or not all(isinstance(machine, dict) for machine in about["environments"]):
+        raise UserError(f"{path} is damaged: it lacks the recipe, the status or the machine of a run; restore it")
+    return about
+
+
 def run_seconds(status: dict[str, Any]) -> float:
     """Seconds of a finished run; in statuses of records of before, ``share`` or ``together`` tell its part of a joint
     training.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import pandas as pd
 from fa import experiments, plot, provenance
 from fa.errors import Interrupted, UserError
 from fa.experiments import Experiment, plan
-from fa.paths import read_csv, relative
+from fa.paths import read_csv, relative, user_switch
 from fa.results import claims, records, registered, runs
 from fa.results.store import RunFolder
 from fa.rules import RULES
@@ -163,7 +162,7 @@ class FigureTable:
             own_rule if self.mode == "quick" else ()
         ):  # its code is no part of a run's identity, and may have changed
             shutil.rmtree(RunFolder(config).path, ignore_errors=True)
-        add = os.environ.get("FA_ADD") and self.mode != "quick" and not self.chosen
+        add = user_switch("FA_ADD") and self.mode != "quick" and not self.chosen
         held = set(records.holders()) if add else set()
         missing = [c for c in self.runs if c.run not in held]
         if self.mode != "quick" and not self.chosen:

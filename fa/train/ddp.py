@@ -182,12 +182,17 @@ def joined(device: str, sync: bool, **options: Any) -> Iterator[Ranks]:
     Raises:
         UserError: such options, or too few devices; the first rank of a machine says so, the others end in silence.
     """
-    told = os.environ
-    size = int(told["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= told.keys() else 1
+    told, numbers = os.environ, ("RANK", "WORLD_SIZE", "MASTER_PORT")
+    called = {*numbers, "MASTER_ADDR"} <= told.keys()
+    for name in (*numbers, "LOCAL_RANK", "LOCAL_WORLD_SIZE") if called else ():
+        if not told.get(name, "0").isdecimal():
+            raise UserError(f"{name}={told[name]!r} is no number, as torchrun would set it; call torchrun, or unset it")
+    size = int(told["WORLD_SIZE"]) if called else 1
     if size == 1:
         yield ONE_PROCESS
         return
-    rank = int(told["RANK"])
+    if (rank := int(told["RANK"])) >= size:
+        raise UserError(f"RANK={rank} is not below WORLD_SIZE={size}; call torchrun, which sets both, or unset them")
     local, here = int(told.get("LOCAL_RANK", rank)), int(told.get("LOCAL_WORLD_SIZE", size))
     options |= {"device": device} if ":" in device else {}
     wrong = [f"--{name} {value}" for name, value in options.items()]

@@ -268,7 +268,8 @@ def compile_(net: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]
 
 
 def can_compile(device: str | torch.device) -> bool:
-    """Whether ``torch.compile`` has what it needs for this device: a C compiler, and on CUDA triton."""
-    return bool(shutil.which("cc") or shutil.which("gcc")) and (
-        torch.device(device).type == "cpu" or find_spec("triton") is not None
-    )
+    """Whether ``torch.compile`` has what it needs for this device: on the CPU a C++ compiler ($CXX, if that is set), on
+    CUDA a C compiler and triton."""
+    if torch.device(device).type == "cpu":
+        return any(map(shutil.which, [told] if (told := os.environ.get("CXX")) else ["g++", "clang++", "c++"]))
+    return bool(shutil.which("cc") or shutil.which("gcc")) and find_spec("triton") is not None
