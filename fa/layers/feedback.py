@@ -75,7 +75,7 @@ class Feedback(nn.Module):
         if after:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=W.device))
         self.steps: tuple[int, Tensor | None, int] = (0, None, 0)  # the buffer's value, the buffer, and its version
-        self.seen: tuple[int, Tensor] | None = None  # the weight as the last step left it (steps.note_weight)
+        self.seen: tuple[int, Tensor] | None = None  # of the weight as the last step left it (steps.note_weight)
         self.use_backprop = False  # True: plain backprop for the moment (fa.exact_backprop)
         self.exact_without_graph = False  # the layer ran without a graph under exact backprop
         # A gradient without the error in it does not scale with the loss.
@@ -106,10 +106,8 @@ class Feedback(nn.Module):
         function = passes.ExactBackward if self.use_backprop else passes.LocalBackward
         state = [getattr(self, n) for n in self.names]
         if compiling:
-            if torch._C._are_functorch_transforms_active():
-                raise RuntimeError(
-                    passes.NO_FUNCTORCH
-                )  # the compiler would give upper layers and feedback gradients of zero
+            if torch._C._are_functorch_transforms_active():  # upper layers and feedback would get gradients of zero
+                raise RuntimeError(passes.NO_FUNCTORCH)
             return function.apply(x, W, b, self, *state)
         try:
             return function.apply(x, W, b, self, *state)
