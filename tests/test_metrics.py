@@ -257,7 +257,8 @@ def test_gradient_angles_give_both_passes_the_same_dropout_and_draw_nothing():
     fa.convert(net, "frozen")  # B = W
     x, y, before = torch.randn(16, 8, dtype=torch.float64), torch.arange(16) % 3, torch.get_rng_state()
     angles = fa.gradient_angles(net, x, y, F.cross_entropy)
-    assert angles.drop(columns=["layer", "depth"]).to_numpy() == pytest.approx(0, abs=1e-5)
+    assert angles.filter(like="_deg").to_numpy() == pytest.approx(0, abs=1e-5)
+    assert angles.delta_norm_ratio.to_numpy() == pytest.approx(1, abs=1e-9)
     assert torch.equal(torch.get_rng_state(), before)
 
 

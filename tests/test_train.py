@@ -322,8 +322,10 @@ def test_what_is_exact_under_sgd_alone_is_refused_under_adam():
         replace(TINY, optimizer="adam")
     with pytest.raises(fa.UserError, match="unknown optimizer 'rmsprop'; known: sgd, adam"):
         replace(TINY, optimizer="rmsprop")
-    with pytest.raises(fa.UserError, match="unknown weights 'he'; known: xavier, torch"):
-        replace(TINY, weights="he")
+    with pytest.raises(fa.UserError, match="unknown weights 'lecun'; known: xavier, torch, he"):
+        replace(TINY, weights="lecun")
+    with pytest.raises(fa.UserError, match="implicit feedback of pfa follows SGD alone, not noise"):
+        replace(TINY, update_noise=0.1)
 
 
 def test_layers_within_the_first_epoch_are_measured_and_nothing_else_changes(undisturbed):
@@ -444,12 +446,15 @@ def test_identity_knows_every_field():
         revision=2,
         feedback_lr=0.1,
         precision="bfloat16",
+        noisy="feedback",
     )
-    assert {*other, *PHASES, "optimizer"} == names  # a new field must be listed here, and thought about
-    assert replace(TINY, options="", optimizer="adam").run != replace(TINY, options="").run
+    apart = {"optimizer": "adam", "update_noise": 0.1}  # not of implicit feedback
+    assert {*other, *PHASES, *apart} == names  # a new field must be listed here, and thought about
+    plain = replace(TINY, options="")
+    assert len({plain.run, *(replace(plain, **{name: value}).run for name, value in apart.items())}) == 3
     runs = {replace(TINY, **{name: value}).run for name, value in other.items()} | {TINY.run}
     runs |= {replace(MIRROR, **{name: value}).run for name, value in PHASES.items()} | {MIRROR.run}
-    assert len(runs) == len(names) + 1
+    assert len(runs) == len(names)
 
 
 def test_fingerprint_is_stable_and_knows_every_field_of_the_recipe():
@@ -460,8 +465,9 @@ def test_fingerprint_is_stable_and_knows_every_field_of_the_recipe():
         changed = {name: value} | ({"options": ""} if name == "rule" else {})
         assert train.fingerprint(replace(TINY, **changed)) != first, name
     adam = dict(optimizer="adam")
-    told = {tuple(train.fingerprint(replace(MIRROR, **f))) for f in ({}, adam, *({n: v} for n, v in PHASES.items()))}
-    assert len(told) == 4
+    noise = ({"update_noise": 0.01}, {"update_noise": 0.01, "noisy": "feedback"})
+    changes = ({}, adam, *noise, *({n: v} for n, v in PHASES.items()))
+    assert len({tuple(train.fingerprint(replace(MIRROR, **f))) for f in changes}) == len(changes)
     names = ("arch1", "resnet20", "lenet", "plain2", "plain4", "plain4-bn", "plain4-local")
     models = [train.fingerprint(replace(MIRROR, rule="fa", model=m, hidden=""), 2) for m in names]
     assert len(set(map(tuple, models))) == len(names) and models[0] == train.fingerprint(

@@ -105,9 +105,11 @@ CHANCE = 10.0
 
 TEXT = """ a, d: test accuracy after the last epoch against the variance v of the noise: after every step each noisy
 entry moves by the learning rate times N(0, v). Noisy are the feedback of SA, AA, KP and WM, the weights of BP, or BP's
-reading of W, drawn anew at every step; leftmost: no noise; crosses: runs that diverged. b, e: angle between W and the
-feedback after training, mean of the layers. c, f: root mean square of B - W under SA in each layer; line: the
-stationary value of the formula, into which no layer enters; dotted: without noise. Bars: +/- 1 sd over seeds."""
+reading of W, drawn anew at every step; leftmost: no noise; crosses: levels at which seeds diverged, which count as
+chance. b, e: angle between W and the feedback after training, mean of the layers; where learning fails W outgrows the
+noise, and the angle falls. c, f: root mean square of B - W under SA in each layer; line: the stationary value of the
+formula, into which no layer enters; dotted: without noise. Levels at which a seed diverged are left out of b, c, e and
+f. Bars: +/- 1 sd over seeds."""
 SET_UP = "Noise in the updates, as in the code of Kunin et al. (2020); the paper's levels and networks are not known."
 CAPTION = f"""{SET_UP} A network of two hidden layers of 256 units learns MNIST, ResNet-8 CIFAR-10 at 16x16
 pixels.{TEXT}"""
@@ -145,10 +147,17 @@ def accuracies(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def angles(table: pd.DataFrame) -> pd.DataFrame:
-    """Angle between W and the feedback after the last epoch, mean of the layers, a row a run."""
-    rows = table[(table.metric == "angle_deg") & (table.epoch == table.epoch.max())]
+    """Angle between W and the feedback after the last epoch, mean of the layers, a row a run; of levels at which no
+    seed diverged."""
+    rows = table[(table.metric == "angle_deg") & (table.epoch == table.epoch.max()) & survived(table)]
     means = rows.groupby(["rule", "level", "seed"], as_index=False).value.mean()
     return means.assign(diverged=False)
+
+
+def survived(table: pd.DataFrame) -> pd.Series:
+    """Of every row of one network, whether all seeds of its rule and level reached the last epoch."""
+    last = table.groupby("run").epoch.transform("max") == table.epoch.max()
+    return last.groupby([table.rule, table.level]).transform("all")
 
 
 def by_level(ax: Axes, rows: pd.DataFrame) -> None:
@@ -192,8 +201,10 @@ def stationary(v: np.ndarray) -> np.ndarray:
 
 
 def errors(table: pd.DataFrame) -> pd.DataFrame:
-    """Root mean square of the entries of B - W under SA after the last epoch, a row a run and layer."""
-    return table[(table.metric == "estimate_rms") & (table.rule == "sa") & (table.epoch == table.epoch.max())]
+    """Root mean square of the entries of B - W under SA after the last epoch, a row a run and layer; of levels at which
+    no seed diverged."""
+    last = table.epoch == table.epoch.max()
+    return table[(table.metric == "estimate_rms") & (table.rule == "sa") & last & survived(table)]
 
 
 def listing(page: Page) -> str:

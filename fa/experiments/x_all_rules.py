@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fa.results.page import Page
 
 RULES = ("bp", "fa", "dfa", "usf", "brsf", "frsf", "wm", "ia", "sa", "aa", "kp", "pfa", "pfa_o", "frozen")
-NETWORKS = {"mlp": "MLP", "resnet8": "ResNet-8", "resnet20": "ResNet-20"}
+NETWORKS = {"mlp": "MLP, MNIST", "resnet8": "ResNet-8, CIFAR-10", "resnet20": "ResNet-20, CIFAR-10"}
 """The column ``network`` -> its label."""
 SEEDS = {"paper": 3, "small": 3, "quick": 1}
 ROUNDS = 15  # steps of a rule that are timed, each between two of backprop

@@ -130,6 +130,8 @@ class Config:
             raise UserError(
                 f"implicit feedback of {self.rule} is exact only under SGD, not {self.optimizer}; leave implicit out"
             )
+        if self.update_noise and make_rule(self.rule, **self.rule_options).at(0).needs_sgd:
+            raise UserError(f"implicit feedback of {self.rule} follows SGD alone, not noise; leave implicit out")
         for name in ("alternate", "delay_epochs", "update_noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} is out of range; it is 0 (none) or a positive number")

@@ -232,6 +232,7 @@ def join(runs: Sequence[Run], shape: Sequence[int], classes: int) -> tuple[nn.Mo
                 continue
             of, own = runs, key
             if feedback:
+                layer.seen = None  # weight and feedback are filled together
                 j, own = key.split("_", 1)
                 before = sum(n for _, n in layer.rule.parts[: int(j)])
                 of = of[before : before + layer.rule.parts[int(j)][1]]
