@@ -94,10 +94,10 @@ EXPERIMENT = Experiment(
 
 # ------------------------------------------------------------------------------------------------------------- figure
 
-TEXT = f""" a: norm of the errors at a layer's output under FA over its norm under exact backprop, before training,
-against the number of feedback matrices above, a colour a gain; lines: gain to that power. b: test accuracy after the
-last epoch against the gain, {GAINED} convolutions, under Adam (filled) and SGD (open); lines without markers: BP;
-crosses at {CHANCE:g} %: runs that diverged. c: test accuracy against the number of convolutions, under Adam, plain
+TEXT = f""" a: norm of FA's errors at a layer's output divided by the norm of exact backprop's errors, before training,
+against the number of feedback matrices above, one colour for each gain; lines: gain to that power. b: test accuracy
+after the last epoch against the gain, {GAINED} convolutions, under Adam (filled) and SGD (open); lines without markers:
+BP; crosses at {CHANCE:g} %: runs that diverged. c: test accuracy against the number of convolutions, under Adam, plain
 (solid) and with batch normalisation (dashed). d: test accuracy of {COMPARED} convolutions that share their weights
 (filled) and of the same network where every place has a kernel of its own (open). e: angle between the errors at a
 layer's output and exact backprop's in these two networks after training, by layer. Bars and bands: +/- 1 sd over
