@@ -114,9 +114,9 @@ def test_a_run_lies_in_one_record_under_its_own_name():
         for run, recipe in about["configs"].items():
             assert run not in seen, f"{run} lies in {seen[run]} and in {name}"
             seen[run] = name
-            kind = type(next(iter(planned.values())))
-            assert kind(**recipe).run == run, f"{name}: {run} is not the identity of its recipe"
             assert run in planned, f"{name} holds {run}, which its figure does not plan"
+            kind = type(planned[run])
+            assert kind(**recipe).run == run, f"{name}: {run} is not the identity of its recipe"
         assert set(about["status"]) == set(about["configs"]) == set(records.read(name).run)
         assert {s["state"] for s in about["status"].values()} <= {"finished", "diverged"}
     assert records.holders() == seen

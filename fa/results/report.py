@@ -101,7 +101,7 @@ def _figure(name: str, rows: pd.DataFrame, told: Mapping[str, Any]) -> SimpleNam
         finding=finding,
         text=text,
         picture=(picture := (ROOT / "figures" / f"{name}.png").exists()),
-        waits=not picture and len(untested) == len(rows),
+        waits=not picture and (len(untested) == len(rows) or bool(made.get("partial"))),
         verdict=_verdict(rows.verdict),
         why_untested="; ".join(dict.fromkeys(why.partition(" (")[0] for why in untested.why)),
         start=start,
