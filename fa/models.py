@@ -166,9 +166,9 @@ class Plain(nn.Module):
         self.names, self.local = [f"conv{i}" for i in range(1, convolutions + 1)], kind == "local"
         inputs, (height, width) = shape[0], ((side + 1) // 2 for side in shape[1:])
         for name in self.names:
-            places, shared = height * width, nn.Conv2d(inputs, 16, 3, 2 if name == "conv1" else 1, padding=1)
-            own = nn.Conv2d(places * 9 * inputs, places * 16, 1, groups=places)
-            self.add_module(name, own if self.local else shared)
+            places, stride = height * width, 2 if name == "conv1" else 1
+            own = nn.Conv2d(places * 9 * inputs, places * 16, 1, groups=places) if self.local else None
+            self.add_module(name, own or nn.Conv2d(inputs, 16, 3, stride, padding=1))
             self.add_module(f"norm_{name}", nn.BatchNorm2d(16) if kind == "bn" else nn.Identity())
             inputs = 16
         self.fc = nn.Linear(16 * (height // 2) * (width // 2), classes)

@@ -194,7 +194,8 @@ def test_a_partial_record_is_shown_and_not_judged(site: Path, monkeypatch) -> No
     monkeypatch.setattr(report, "_made", lambda name: made | {"partial": True} if name == "p3_fig4" else {})
     text = report.render()[site / "REPORT_details.md"]
     assert text.count("Recorded so far") == 1 and "(1 of 5 seeds)" in text
-    assert "val_accuracy of p3_fig4" in text and "test_accuracy of" not in text
+    assert "val_accuracy of p3_fig4" in text and "test_accuracy of p3_fig4" not in text
+    assert "[`p3_fig4`](REPORT_details.md#p3_fig4): " in report.render()[site / "REPORT.md"]
 
 
 @pytest.mark.parametrize(

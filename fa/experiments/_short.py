@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from fa.experiments._ends import CHANCE
 from fa.layers.hooks import converted
 from fa.metrics import alignment
 from fa.train import data
@@ -16,8 +17,6 @@ from fa.train.loop import all_finite
 from fa.train.measure import accuracies
 from fa.train.network import build_network
 from fa.train.step import Stepper, make_optimizer
-
-CHANCE = 10.0  # percent of ten classes: the score of a run that diverged
 
 
 def network(config: Config) -> nn.Module:

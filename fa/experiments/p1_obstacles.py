@@ -8,6 +8,7 @@ import pandas as pd
 
 from fa import plot, tables
 from fa.experiments import Experiment
+from fa.experiments._ends import CHANCE, ends, told
 from fa.experiments.p1_normalization import name
 from fa.train.config import Config
 
@@ -26,8 +27,6 @@ GAINED, COMPARED = 6, 4
 RATES = {"adam": 1e-3, "sgd": 0.05}
 KINDS = {"plain": "plain", "bn": "batch norm", "local": "not shared"}
 """The column ``kind`` -> label."""
-CHANCE = 10.0
-"""Percent of ten classes, at which a run that diverged is drawn."""
 
 PAPER = Config(
     "bp", 0, dataset="cifar10-16", hidden="", epochs=10, batch=128, lr=RATES["adam"], lr_drops="", optimizer="adam",
@@ -123,14 +122,6 @@ def draw(page: Page) -> Figure:
         ax[panel].set(ylabel=plot.LABELS["test_accuracy"])
     plot.letters([ax[p] for p in "abcde"])
     return fig
-
-
-def ends(table: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy after the last epoch, a row a run; of a run that diverged :data:`CHANCE`, and ``diverged`` is
-    true."""
-    rows = table[table.metric == "test_accuracy"].sort_values("epoch").groupby("run", sort=False).tail(1)
-    bad = rows.epoch < table.epoch.max()
-    return rows.assign(value=rows.value.mask(bad, CHANCE), diverged=bad)
 
 
 def error_norms(ax: Axes, table: pd.DataFrame) -> None:
@@ -233,12 +224,7 @@ def listing(page: Page) -> str:
 
 
 def wide(rows: pd.DataFrame, by: list[str], over: str) -> str:
-    """A row for each combination of ``by``, a column for each value of ``over``; "x" follows where seeds diverged."""
-
-    def told(of: pd.DataFrame) -> str:
-        sd = "" if len(of) < 2 else f" ± {of.value.std():.1f}"
-        return f"{of.value.mean():.1f}{sd}" + (f" ({of.diverged.sum()} diverged)" if of.diverged.any() else "")
-
+    """A row for each combination of ``by``, a column for each value of ``over``."""
     cells = rows.groupby([*by, over])[["value", "diverged"]].apply(told).unstack(over)
     order = {r: i for i, r in enumerate(plot.in_order(rows.rule))}
     cells = cells.sort_index(key=lambda i: i.map(order) if i.name == "rule" else i).reset_index()

@@ -10,6 +10,7 @@ import pandas as pd
 
 from fa import plot, tables
 from fa.experiments import Experiment
+from fa.experiments._ends import ends, told
 from fa.experiments.p2_tuning import CENTERS
 from fa.train.config import Config
 
@@ -100,9 +101,6 @@ EXPERIMENT = Experiment(
 
 # ------------------------------------------------------------------------------------------------------------- figure
 
-CHANCE = 10.0
-"""Percent of ten classes, at which a run that diverged is drawn."""
-
 TEXT = """ a, d: test accuracy after the last epoch against the variance v of the noise: after every step each noisy
 entry moves by the learning rate times a normal number of variance v. Noisy are the feedback of SA, AA, KP and WM, the
 weights of BP, or BP's reading of W, drawn anew at every step; leftmost: no noise; crosses: levels at which seeds
@@ -126,7 +124,7 @@ def draw(page: Page) -> Figure:
     fig, ax = plot.figure(panels, height=2.7 * len(networks))
     for row, network in zip(panels, networks):
         rows = table[table.network == network]
-        by_level(ax[row[0]], accuracies(rows))
+        by_level(ax[row[0]], ends(rows))
         ax[row[0]].set(ylabel=plot.LABELS["test_accuracy"])
         plot.note(ax[row[0]], f"{NETWORKS[network]}, {plot.repeats(rows, ['rule', 'level'])}")
         by_level(ax[row[1]], angles(rows))
@@ -136,14 +134,6 @@ def draw(page: Page) -> Figure:
     ax["a"].legend(handles=plot.key(labels), loc="lower left", fontsize="x-small")
     plot.letters([ax[p] for row in panels for p in row])
     return fig
-
-
-def accuracies(table: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy after the last epoch, a row a run; of a run that diverged :data:`CHANCE`, and ``diverged`` is
-    true."""
-    rows = table[table.metric == "test_accuracy"].sort_values("epoch").groupby("run", sort=False).tail(1)
-    bad = rows.epoch < table.epoch.max()
-    return rows.assign(value=rows.value.mask(bad, CHANCE), diverged=bad)
 
 
 def angles(table: pd.DataFrame) -> pd.DataFrame:
@@ -215,15 +205,9 @@ def listing(page: Page) -> str:
     parts = []
     for network in (n for n in NETWORKS if n in set(table.network)):
         rows = table[table.network == network]
-        for name, found in (("accuracy", accuracies(rows)), ("angle", angles(rows))):
+        for name, found in (("accuracy", ends(rows)), ("angle", angles(rows))):
             cells = found.groupby(["rule", "level"])[["value", "diverged"]].apply(told).unstack("level")
             cells = cells.loc[plot.in_order(cells.index)].rename_axis(index=None, columns=None)
             cells.index = pd.Index([f"{VARIANTS[r].label if r in VARIANTS else r}, {name}" for r in cells.index])
             parts.append(tables.shown(cells.rename(columns=lambda v: f"v = {v:g}"), na_rep="-"))
     return tables.several(*parts)
-
-
-def told(of: pd.DataFrame) -> str:
-    """Mean ± sd of some seeds, and how many of them diverged."""
-    sd = "" if len(of) < 2 else f" ± {of.value.std():.1f}"
-    return f"{of.value.mean():.1f}{sd}" + (f" ({of.diverged.sum()} diverged)" if of.diverged.any() else "")

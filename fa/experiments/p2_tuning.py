@@ -13,8 +13,9 @@ import pandas as pd
 from fa import plot, tables
 from fa.errors import UserError
 from fa.experiments import Experiment
+from fa.experiments._ends import CHANCE
 from fa.experiments._search import NEAR, SEARCHED, SWITCHES, ask, summed, tell
-from fa.experiments._short import CHANCE, network, trained
+from fa.experiments._short import network, trained
 from fa.train.config import Config, identity
 
 if TYPE_CHECKING:

@@ -130,14 +130,14 @@ class Config:
             raise UserError(
                 f"implicit feedback of {self.rule} is exact only under SGD, not {self.optimizer}; leave implicit out"
             )
-        if self.update_noise and make_rule(self.rule, **self.rule_options).at(0).needs_sgd:
-            raise UserError(f"implicit feedback of {self.rule} follows SGD alone, not noise; leave implicit out")
         for name in ("alternate", "delay_epochs", "update_noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} is out of range; it is 0 (none) or a positive number")
-        if self.update_noise and self.noisy == "feedback":
+        if self.update_noise:
             r = make_rule(self.rule, **self.rule_options)
-            if not (r.learned or r.name == "frozen"):
+            if r.at(0).needs_sgd:
+                raise UserError(f"implicit feedback of {self.rule} follows SGD alone, not noise; leave implicit out")
+            if self.noisy == "feedback" and not (r.learned or r.name == "frozen"):
                 raise UserError(f"no feedback of {self.rule} moves, and so none is noisy; set noisy='weights'")
         if self.delay_epochs and self.delay_epochs >= self.epochs:
             raise UserError(

@@ -43,13 +43,12 @@ def key(config: Any) -> Config | None:
     if not isinstance(config, Config) or not models.is_cifar_resnet(config.model):
         return None
     options, rule = config.rule_options, make_rule(config.rule, **config.rule_options)
-    sized = rule.norm != "fixed" or rule.gain != 1 or rule.clamp_forward
-    by_layer = sized or options.get("scale", "init") not in ("init", "xavier")
+    by_layer = rule.norm != "fixed" or rule.clamp_forward or options.get("scale", "init") not in ("init", "xavier")
+    own = rule.gain != 1 or config.update_noise > 0  # which the stack's rule and step do not know
     implicit = options.get("implicit")
     between = options.get("form") == "dense" or implicit == "first" or (implicit and rule.density < 1)
-    by_layer = by_layer or config.update_noise > 0
     on_disk = isinstance(data.SETS.get(config.dataset), data.ImageFolderSource)
-    if on_disk or type(rule) not in RULES or by_layer or between or config.optimizer != "sgd":
+    if on_disk or type(rule) not in RULES or own or by_layer or between or config.optimizer != "sgd":
         return None
     return replace(config, rule="bp", options="", seed=0)
 
