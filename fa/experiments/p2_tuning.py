@@ -51,7 +51,7 @@ class Trial:
         number: of the trial, or of the point (rows of the grid one after another), from 0.
         trials: of the rule's search (0: it has none).
         side: points along each axis of the rule's grid, each three times the one before.
-        model, hidden, dataset, epochs, batch, lr, augment: as in :class:`fa.train.config.Config`.
+        model, hidden, dataset, epochs, batch, lr, augment, precision: as in :class:`fa.train.config.Config`.
         revision: of the recipe.
     """
 
@@ -68,6 +68,7 @@ class Trial:
     batch: int = 128
     lr: float = 0.1
     augment: bool = False
+    precision: str = "float32"
     revision: int = 1
 
     run = property(identity)
@@ -106,6 +107,7 @@ class Trial:
         base = Config(
             self.rule, self.seed, dataset=self.dataset, model=self.model, hidden=self.hidden, epochs=self.epochs,
             batch=self.batch, lr=self.lr, lr_drops=str(self.epochs - 1), lr_factor=0.1, augment=self.augment,
+            precision=self.precision,
         )  # fmt: skip
         if self.part == "grid":
             return base.vary(**chosen)
@@ -138,10 +140,10 @@ class Trial:
 
 # ----------------------------------------------------------------------------------------------------------------- plan
 
-PAPER = Trial("bp", 0, "grid", trials=60, side=7, augment=True)
+PAPER = Trial("bp", 0, "grid", trials=60, side=7, augment=True, precision="bfloat16")
 SMALL = replace(
     PAPER, trials=30, side=5, model="mlp", hidden="64,64,64,64", dataset="digits", epochs=5, batch=32, lr=0.01,
-    augment=False,
+    augment=False, precision="float32",
 )  # fmt: skip
 QUICK = replace(SMALL, trials=0, side=3, hidden="32,32", epochs=2)
 
