@@ -170,7 +170,9 @@ def test_verdicts_measurements_and_machine_are_told(site: Path, monkeypatch) -> 
     assert "1 are the papers' and 0 are predictions or derivations of ours; 0 rest on a single seed" in text
     assert "FA: fc1 1 ± 0.1; fc 2 |" in text and "FA: fails (fc 2 is off)" in text
     assert "BP: 98.38" not in text, "a claim that holds is told in the details alone"
-    assert "| `p3_fig2` | 30 of 30 | 0.1 | EPYC |" in details and "* commit abc1234, cpu EPYC, torch 2.11.0\n" in details
+    assert (
+        "| `p3_fig2` | 30 of 30 | 0.1 | EPYC |" in details and "* commit abc1234, cpu EPYC, torch 2.11.0\n" in details
+    )
     assert "5 seeds: lr 0.01." in details and "| bp | 0.0001 |\n| pfa | 9e-05 |" in details
 
 
