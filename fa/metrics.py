@@ -8,7 +8,7 @@ under the rule and under exact backprop of the whole network (*global*).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pandas as pd
 import torch
@@ -103,16 +103,14 @@ def alignment(net: nn.Module) -> pd.DataFrame:
 @contextmanager
 def exact_backprop(net: nn.Module) -> Iterator[nn.Module]:
     """Within the block the network's backward pass is plain backprop, whatever its rule; the feedback is unchanged."""
-    before = {layer.feedback: layer.feedback.use_backprop for layer in converted(net).values()}
-    for feedback in before:
-        feedback.use_backprop = True
-    try:
+    with ExitStack() as after:
+        for layer in converted(net).values():
+            after.callback(setattr, layer.feedback, "use_backprop", layer.feedback.use_backprop)
+            layer.feedback.use_backprop = True
         yield net
-    finally:
-        for feedback, exact in before.items():
-            feedback.use_backprop = exact
 
 
+@torch.enable_grad()
 def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> pd.DataFrame:
     """Angles between what every layer gets under the rule and under exact backprop, on one batch; changes nothing.
 
@@ -135,27 +133,24 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
     buffers = {k: v.clone() for k, v in net.named_buffers()}
 
     def backward() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        inputs, edges, handles = {}, {}, []
-        for name, layer in layers.items():
+        inputs, edges = {}, {}
+        with ExitStack() as stack:
+            for name, layer in layers.items():
 
-            def keep(m: nn.Module, args: tuple, kwargs: dict, out: Tensor, name: str = name) -> None:
-                inputs[name] = (*args, *kwargs.values())[0].detach()
-                if out.requires_grad:  # a place in the graph still means this output after an in-place operation on it
-                    edges[name] = torch.autograd.graph.get_gradient_edge(out)
+                def keep(m: nn.Module, args: tuple, kwargs: dict, out: Tensor, name: str = name) -> None:
+                    inputs[name] = (*args, *kwargs.values())[0].detach()
+                    if out.requires_grad:  # a place in the graph still means this output after an in-place operation
+                        edges[name] = torch.autograd.graph.get_gradient_edge(out)
 
-            handles.append(layer.register_forward_hook(keep, with_kwargs=True))
-        try:
+                stack.enter_context(layer.register_forward_hook(keep, with_kwargs=True))
             # the generator is put back, so that both passes draw the same dropout
-            rng = torch.random.fork_rng([x.device] if x.is_cuda else [])
-            with torch.enable_grad(), rng, nn.utils.parametrize.cached():  # a weight is computed once
-                value = loss(net(x), y)
-                names = list(edges)
-                moving = [n for n in names if layers[n].held.requires_grad]
-                wanted = [*edges.values(), *(layers[n].held for n in moving)]
-                grads = torch.autograd.grad(value, wanted, allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
+            stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
+            stack.enter_context(nn.utils.parametrize.cached())  # a weight is computed once
+            value = loss(net(x), y)
+            names = list(edges)
+            moving = [n for n in names if layers[n].held.requires_grad]
+            wanted = [*edges.values(), *(layers[n].held for n in moving)]
+            grads = torch.autograd.grad(value, wanted, allow_unused=True)
         of_weights = {n: g[layers[n].rows] for n, g in zip(moving, grads[len(names) :]) if g is not None}
         return inputs, {n: g for n, g in zip(names, grads) if g is not None}, of_weights
 
@@ -173,13 +168,11 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
             continue
         local = float("nan")
         if isinstance(layer.feedback, Feedback):
-            with exact_backprop(layer), torch.enable_grad():
-                probe = inputs[name].clone().requires_grad_()
+            probe = inputs[name].clone().requires_grad_()
+            with exact_backprop(layer):
                 out = layer(probe)
             through_W = torch.autograd.grad(out, probe, delta[name])[0]
-            with torch.enable_grad():
-                out = layer(probe)
-            local = _sample_angle(torch.autograd.grad(out, probe, delta[name])[0], through_W)
+            local = _sample_angle(torch.autograd.grad(layer(probe), probe, delta[name])[0], through_W)
         rows.append({
             "layer": name,
             "depth": depth,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -168,21 +169,17 @@ def _tapes(feedback: Iterable[nn.Module]) -> set[Any]:
 @torch.no_grad()
 def _sizes(net: nn.Module, sample: Tensor) -> dict[str, Sizes]:
     """Qualified name of a layer -> sizes of one sample's input and output, from one pass in eval mode."""
-    sizes, handles, modes = {}, [], {m: m.training for m in net.modules()}
-    for name, m in net.named_modules():
-        if isinstance(m, (nn.Linear, nn.Conv2d)):
+    sizes = {}
+    with ExitStack() as after:  # removes the hooks, and puts the modes back
+        for name, m in net.named_modules():
+            after.callback(setattr, m, "training", m.training)
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
 
-            def keep(m: nn.Module, args: tuple, kwargs: dict, out: Tensor, name: str = name) -> None:
-                sizes[name] = (*args, *kwargs.values())[0].shape[1:], out.shape[1:]
+                def keep(m: nn.Module, args: tuple, kwargs: dict, out: Tensor, name: str = name) -> None:
+                    sizes[name] = (*args, *kwargs.values())[0].shape[1:], out.shape[1:]
 
-            handles.append(m.register_forward_hook(keep, with_kwargs=True))
-    try:
+                after.enter_context(m.register_forward_hook(keep, with_kwargs=True))
         net.eval()(sample)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m, training in modes.items():
-            m.training = training
     return sizes
 
 

@@ -12,6 +12,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import wraps
 from types import FrameType
 from typing import Any
@@ -217,16 +218,13 @@ def weight_now(layer: nn.Module) -> Tensor:
         return layer.weight
     module, name = layer.place
     parts = [module, *(module.parametrizations.modules() if hasattr(module, "parametrizations") else ())]
-    modes = [m.training for m in parts]
-    for m in parts:
-        m.training = False  # spectral norm takes a step of its own whenever it is asked in training
-    kept = vars(module).get(name)
-    for hook in module._forward_pre_hooks.values():  # the older functions of torch.nn.utils compute in such hooks
-        if type(hook).__module__.startswith("torch.nn.utils."):
-            hook(module, ())
-    W = layer.weight
-    if kept is not None:
-        setattr(module, name, kept)
-    for m, training in zip(parts, modes):
-        m.training = training
-    return W
+    with ExitStack() as after:  # puts back what was there
+        for m in parts:
+            after.callback(setattr, m, "training", m.training)
+            m.training = False  # spectral norm takes a step of its own whenever it is asked in training
+        if name in vars(module):
+            after.callback(setattr, module, name, vars(module)[name])
+        for hook in module._forward_pre_hooks.values():  # the older functions of torch.nn.utils compute in such hooks
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                hook(module, ())
+        return layer.weight
