@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fa.layers.hooks import Converted, Watched, rewatch, watch
+from fa.layers.hooks import Converted, Watched
 
 
 class RowsLinear(Converted, nn.Module):
@@ -99,12 +99,12 @@ class FeedbackAttention(Watched, nn.MultiheadAttention):
     def rewatch(self) -> None:
         """Watch the projections, whose weights are here."""
         for projection in (self.q, self.k, self.v):
-            rewatch(projection)
+            projection.rewatch()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for projection in (self.q, self.k, self.v):
-            watch(projection)
+            projection.watch()
 
     def forward(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fa import rules
 from fa.errors import UserError
 from fa.layers.feedback import Feedback, NoisyFeedback
-from fa.layers.hooks import Converted, converted, rewatch, unwatch, watch, watch_other
+from fa.layers.hooks import Converted, converted, unwatch, watch_other
 from fa.layers.maps import ConvMap, LinearMap
 from fa.layers.targets import targets
 from fa.rules import Rule
@@ -37,7 +37,7 @@ class FeedbackLinear(Converted, nn.Linear):
             return super().forward(input)
         W = self.weight
         if not (W.is_leaf or torch.compiler.is_compiling()):
-            rewatch(self)
+            self.rewatch()
         return self.feedback.forward(input, W, self.bias)
 
 
@@ -49,7 +49,7 @@ class FeedbackConv2d(Converted, nn.Conv2d):
         if self.feedback.bypassed():
             return super()._conv_forward(x, weight, bias)
         if not (weight.is_leaf or torch.compiler.is_compiling()):
-            rewatch(self)
+            self.rewatch()
         pad = _explicit_padding(self)
         if pad:  # an ordinary operation before the layer's linear map; autograd carries the error through it exactly
             x = F.pad(x, pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
@@ -74,10 +74,7 @@ def _linear_map(layer: nn.Module, sizes: Sizes | None = None) -> LinearMap | Con
     return ConvMap(layer.stride, (0, 0) if pad else padding, layer.dilation, layer.groups, sizes=sizes, pad=pad)
 
 
-_CONVERTED: dict[type, type] = {
-    nn.Linear: FeedbackLinear,
-    nn.Conv2d: FeedbackConv2d,
-}
+Feedback.classes = {nn.Linear: FeedbackLinear, nn.Conv2d: FeedbackConv2d}
 
 
 @torch.inference_mode(False)  # whose tensors cannot be trained with
@@ -188,12 +185,11 @@ def put_on(layer: nn.Module, feedback: nn.Module) -> None:
     feedback.train(layer.training)
     feedback.original = type(layer)
     layer.feedback = feedback
-    classes = getattr(feedback, "classes", _CONVERTED)
-    layer.__class__ = next((new for stock, new in classes.items() if isinstance(layer, stock)), type(layer))
+    layer.__class__ = next((new for stock, new in feedback.classes.items() if isinstance(layer, stock)), type(layer))
     layer.__module__ = "torch.nn.modules.linear"  # torch.fx calls layers of torch.nn, and traces into all others
     if hasattr(layer, "install"):
         layer.install()
-    watch(layer)
+    layer.watch()
 
 
 def revert(net: nn.Module) -> nn.Module:
@@ -218,7 +214,7 @@ def revert(net: nn.Module) -> nn.Module:
         vars(layer).pop("__module__", None)
         del layer.feedback
     for tape in tapes:
-        if not any(getattr(layer.feedback, "tape", None) is tape for layer in converted(tape.net).values()):
+        if tape not in _tapes(layer.feedback for layer in converted(tape.net).values()):
             tape.remove()  # the tape stays while another part of its network is under direct feedback
     return net
 

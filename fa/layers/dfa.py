@@ -150,7 +150,7 @@ class DirectFeedback(nn.Module):
         Raises:
             RuntimeError: the layer was called by itself, or by a reentrant gradient checkpoint.
         """
-        # The layer's own forward ran, so that its weight's hook (hooks.watch) has nothing to find.
+        # The layer's own forward ran, so that its weight's hook (:mod:`fa.layers.hooks`) has nothing to find.
         if torch.compiler.is_compiling():
             note_trace(self)
             return traced_effect(self._tap, x, layer)

@@ -19,15 +19,11 @@ from fa.layers.passes import NO_TRACE
 from fa.layers.reads import evidence
 from fa.layers.steps import act, acts, join, leave
 
-_watches = weakref.WeakKeyDictionary[nn.Module, list[tuple[Tensor, Any]]]()  # module -> hooks on its weights
+_watches = weakref.WeakKeyDictionary[Any, list[tuple[Tensor, Any]]]()  # module -> hooks on its weights
 
 
 class Watched:
-    """A module that holds the weights of converted layers: hooks stay on them, whatever becomes of a weight."""
-
-    def rewatch(self) -> None:
-        """See :func:`rewatch`."""
-        rewatch(self)
+    """A module that holds the weights of converted layers: ``rewatch`` keeps hooks on them, whatever becomes of one."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ``nn.Module``'s; a new weight is watched as the old one was."""
@@ -81,9 +77,26 @@ class Converted(Watched):
             return list(module.parametrizations[name].parameters())
         return [p for key, p in module._parameters.items() if key.startswith(name)]
 
+    def watch(self) -> None:
+        """Raise, in the backward pass, when another module reads the weight (:mod:`fa.layers.reads`), and join the
+        checks and calls at optimizer steps that the rule needs."""
+        join(self)
+        self.rewatch()
+
+    def rewatch(self) -> None:
+        """Put the hook on the parameters that the weight is made of now."""
+        kept, sources = _watches.get(self, []), self.sources
+        if [id(p) for p, _ in kept] == [id(p) for p in sources]:
+            for p in sources:
+                p._backward_hooks = p._backward_hooks  # torch.utils.swap_tensors leaves them behind
+            return
+        for _, handle in kept:
+            handle.remove()
+        _watches[self] = [(p, _hook(p, self)) for p in sources]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        watch(self)
+        self.watch()
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
         """What torch.jit.trace calls in place of ``forward``."""
@@ -103,25 +116,6 @@ class Converted(Watched):
 def converted(net: nn.Module) -> dict[str, nn.Module]:
     """Qualified name -> converted layer, in the order of the network's modules."""
     return {name: m for name, m in net.named_modules() if isinstance(m, Converted)}
-
-
-def watch(layer: nn.Module) -> None:
-    """Make the layer raise, in the backward pass, when another module reads its weight (:mod:`fa.layers.reads`), and
-    join the checks and calls at optimizer steps that its rule needs."""
-    join(layer)
-    rewatch(layer)
-
-
-def rewatch(layer: nn.Module) -> None:
-    """Put the hook on the parameters that the layer's weight is made of now."""
-    kept, sources = _watches.get(layer, []), layer.sources
-    if [id(p) for p, _ in kept] == [id(p) for p in sources]:
-        for p in sources:
-            p._backward_hooks = p._backward_hooks  # torch.utils.swap_tensors leaves them behind
-        return
-    for _, handle in kept:
-        handle.remove()
-    _watches[layer] = [(p, _hook(p, layer)) for p in sources]
 
 
 def watch_other(module: nn.Module, name: str, tensor: Tensor) -> None:
