@@ -157,7 +157,7 @@ MUTANTS = [
     Mutant("exact backprop forgotten by a checkpoint", "layers/feedback.py",
            "passes.ExactBackward if self.use_backprop else passes.LocalBackward", "passes.LocalBackward",
            "test_passes.py::test_A27_exact_backprop_holds_for_a_pass_that_a_checkpoint_runs_again_later"),
-    Mutant("queries, keys and values in another order", "layers/attention.py", "slice(i * e, (i + 1) * e) if together",
+    Mutant("queries, keys and values in another order", "layers/attention.py", "self.bias_rows if together",
            "slice((2 - i) * e, (3 - i) * e) if together", "test_attention.py::test_values_without_a_batch"),
     Mutant("scores of attention by the whole width", "layers/attention.py", "self.head_dim**-0.5",
            "self.embed_dim**-0.5", "test_attention.py::test_values_without_a_batch"),

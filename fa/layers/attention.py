@@ -18,13 +18,17 @@ from fa.layers.hooks import Converted, Watched
 
 
 class RowsLinear(Converted, nn.Module):
-    """A linear layer on some rows of a parameter that another module owns; made by ``convert``, never constructed."""
+    """A projection of an attention, ``key`` = q, k or v: a linear layer on rows of a parameter that the attention owns;
+    made by ``convert``, never constructed."""
 
-    def __init__(self, owner: nn.MultiheadAttention, key: str, parameter: str, rows: slice, bias_rows: slice) -> None:
+    def __init__(self, owner: nn.MultiheadAttention, key: str) -> None:
         super().__init__()
         self.owner = (owner,)  # in a tuple: the owner is not a child of its own child
-        self.key, self.parameter, self.rows, self.bias_rows = key, parameter, rows, bias_rows
-        self.training = owner.training
+        self.key, self.training = key, owner.training
+        i, e, together = "qkv".index(key), owner.embed_dim, owner._qkv_same_embed_dim
+        self.parameter = "in_proj_weight" if together else f"{key}_proj_weight"
+        self.bias_rows = slice(i * e, (i + 1) * e)
+        self.rows = self.bias_rows if together else slice(None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)  # the owner, whose parameter gets the hook, is not restored yet and does it
@@ -66,31 +70,6 @@ class RowsLinear(Converted, nn.Module):
         if self.computed and not torch.compiler.is_compiling():
             self.rewatch()
         return self.feedback.forward(x, self.weight, self.bias)
-
-
-def rows(attention: nn.MultiheadAttention) -> dict[str, RowsLinear]:
-    """The three projections of an attention, by name: q, k, v."""
-    e = attention.embed_dim
-    together = attention._qkv_same_embed_dim
-    return {
-        name: RowsLinear(
-            attention,
-            name,
-            "in_proj_weight" if together else f"{name}_proj_weight",
-            slice(i * e, (i + 1) * e) if together else slice(None),
-            slice(i * e, (i + 1) * e),
-        )
-        for i, name in enumerate("qkv")
-    }
-
-
-def refusal(attention: nn.Module) -> str:
-    """Why an attention cannot be converted; "" if it can."""
-    if type(attention) not in (nn.MultiheadAttention, FeedbackAttention):
-        return "a subclass with behaviour of its own"
-    if attention.bias_k is not None or attention.add_zero_attn:
-        return "add_bias_kv and add_zero_attn are not supported"
-    return ""
 
 
 class FeedbackAttention(Watched, nn.MultiheadAttention):

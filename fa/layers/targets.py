@@ -27,11 +27,6 @@ _TOKEN, _SCALE = re.compile("token|emb"), re.compile("norm|scale|gamma|alpha|bet
 Found = tuple[dict[str, nn.Module], list[tuple[nn.Module, str, Tensor]]]  # list: (module, qualified name, matrix)
 
 
-def _own(m: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters, and tensors that were set as plain attributes, by name."""
-    return {key: t for key, t in [*vars(m).items(), *m._parameters.items()] if isinstance(t, Tensor)}
-
-
 def _may_multiply(m: nn.Module, key: str, p: Tensor) -> bool:
     """Whether a module's own tensor is trained and may be a matrix through which errors pass.
 
@@ -47,6 +42,33 @@ def _may_multiply(m: nn.Module, key: str, p: Tensor) -> bool:
     return not (token or scale)
 
 
+def _refusal(m: nn.Module, as_base: set[type], holders: dict[int, list[str]]) -> str:
+    """Why a module can be neither converted nor left alone; "" if it can. ``holders``: id of a parameter -> modules."""
+    cls = type(m)
+    if isinstance(m, nn.MultiheadAttention):
+        if cls not in (nn.MultiheadAttention, attention.FeedbackAttention):
+            return f"{cls.__name__}: a subclass with behaviour of its own"
+        unsupported = m.bias_k is not None or m.add_zero_attn
+        return f"{cls.__name__}: add_bias_kv and add_zero_attn are not supported" if unsupported else ""
+    if not isinstance(m, (nn.Linear, nn.Conv2d)):
+        refused = isinstance(m, _REFUSED) or cls.__name__ in _REFUSED_NAMES
+        return f"{cls.__name__}: no feedback for this kind of layer" if refused else ""
+    if isinstance(m, nn.modules.lazy.LazyModuleMixin):
+        return "lazy: run the network once first"
+    base = nn.Conv2d if isinstance(m, nn.Conv2d) else nn.Linear
+    if cls not in {base} | as_base and not isinstance(m, Converted):
+        return (
+            f"{cls.__name__}: a subclass of nn.{base.__name__}; if it computes what its base class computes, convert "
+            f"with treat_as_base={cls.__name__}"
+        )
+    if not isinstance(m._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed from other parameters"
+    if m.weight.is_complex():
+        return "its weight is complex"
+    tied = holders[id(m.weight)]
+    return f"its weight is tied: {', '.join(tied)}" if len(tied) > 1 else ""
+
+
 def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[type]) -> Found:
     """Qualified name -> layer to convert, in order from the input; and the matrices that nothing should multiply by.
 
@@ -55,28 +77,20 @@ def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[
     """
     skip = {skip} if isinstance(skip, str) else set(skip)
     as_base = {as_base} if isinstance(as_base, type) else set(as_base)
-    own = {name: {f"{name}.{key}" if name else key: t for key, t in _own(m).items()} for name, m in net.named_modules()}
+    own: dict[str, dict[str, Tensor]] = {}  # module -> its parameters, and tensors that were set as plain attributes
+    holders: dict[int, list[str]] = {}  # id of a parameter -> modules
+    for name, m in net.named_modules():
+        tensors = [*vars(m).items(), *m._parameters.items()]
+        own[name] = {f"{name}.{key}" if name else key: t for key, t in tensors if isinstance(t, Tensor)}
+        for p in m.parameters(recurse=False):
+            holders.setdefault(id(p), []).append(name)
     if unknown := skip - own.keys() - {key for tensors in own.values() for key in tensors}:
         raise UserError(f"skip names no module and no parameter: {', '.join(sorted(unknown))}")
     if wrong := [c for c in as_base if not (isinstance(c, type) and issubclass(c, (nn.Linear, nn.Conv2d)))]:
         raise UserError(f"treat_as_base takes subclasses of nn.Linear and nn.Conv2d, not {wrong[0]!r}")
-    holders: dict[int, list[str]] = {}
-    for name, module in net.named_modules():
-        for p in module.parameters(recurse=False):
-            holders.setdefault(id(p), []).append(name)
 
     def skipped(name: str) -> bool:
         return any(name == s or name.startswith(s + ".") for s in skip)
-
-    def matrices(name: str, m: nn.Module, but: str = "") -> None:
-        for key, t in own[name].items():
-            local = key.rpartition(".")[2]
-            if local == but or skipped(key):
-                continue
-            if _may_multiply(m, local, t):
-                loose.setdefault(type(m).__name__, []).append(key)
-            elif t.is_leaf and (t.requires_grad or isinstance(t, nn.Parameter)) and sum(n > 1 for n in t.shape) > 1:
-                others.append((m, key, t))
 
     found, problems, others = {}, [], []
     loose: dict[str, list[str]] = {}  # class of a module -> names of its matrices that no layer here holds
@@ -85,44 +99,31 @@ def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[
         layer = isinstance(m, (nn.Linear, nn.Conv2d, nn.MultiheadAttention))
         if layer and any(map(skipped, own[name])):
             skip.add(name)
-        if skipped(name) or m in feedback:
+        if skipped(name) or m in feedback or name in found:  # the last: the output projection of an attention
             continue
+        if why := _refusal(m, as_base, holders):
+            problems.append(f"{name or 'the root'} ({why})")
         if isinstance(m, nn.MultiheadAttention):
-            if why := attention.refusal(m):
-                problems.append(f"{name or 'the root'} ({type(m).__name__}: {why})")
             prefix = f"{name}." if name else ""
-            found |= {prefix + key: row for key, row in attention.rows(m).items()}
+            found |= {prefix + key: attention.RowsLinear(m, key) for key in "qkv"}
             if not skipped(prefix + "out_proj"):
                 found[prefix + "out_proj"] = m.out_proj
+        if why or isinstance(m, nn.MultiheadAttention):
             continue
-        if not layer:
-            if isinstance(m, _REFUSED) or type(m).__name__ in _REFUSED_NAMES:
-                problems.append(f"{name or 'the root'} ({type(m).__name__}: no feedback for this kind of layer)")
-            else:
-                matrices(name, m)
-            continue
-        if name in found:  # the output projection of an attention
-            continue
-        base = nn.Conv2d if isinstance(m, nn.Conv2d) else nn.Linear
-        if isinstance(m, nn.modules.lazy.LazyModuleMixin):
-            problems.append(f"{name} (lazy: run the network once first)")
-        elif type(m) not in {base} | as_base and not isinstance(m, Converted):
-            cls = type(m).__name__
-            problems.append(
-                f"{name} ({cls}: a subclass of nn.{base.__name__}; if it computes what its base class computes, "
-                f"convert with treat_as_base={cls})"
-            )
-        elif not isinstance(m._parameters.get("weight"), nn.Parameter):
-            problems.append(f"{name} (its weight is computed from other parameters)")
-        elif m.weight.is_complex():
-            problems.append(f"{name} (its weight is complex)")
-        elif len(holders[id(m.weight)]) > 1:
-            problems.append(f"{name} (its weight is tied: {', '.join(holders[id(m.weight)])})")
-        elif m.weight.is_meta:
-            raise UserError(f"the weight of {name or 'the root'} is on the meta device; load the weights, then convert")
-        else:
+        if layer:
+            if m.weight.is_meta:
+                raise UserError(
+                    f"the weight of {name or 'the root'} is on the meta device; load the weights, then convert"
+                )
             found[name] = m
-            matrices(name, m, but="weight")
+        for key, t in own[name].items():
+            local = key.rpartition(".")[2]
+            if (layer and local == "weight") or skipped(key):
+                continue
+            if _may_multiply(m, local, t):
+                loose.setdefault(type(m).__name__, []).append(key)
+            elif t.is_leaf and (t.requires_grad or isinstance(t, nn.Parameter)) and sum(n > 1 for n in t.shape) > 1:
+                others.append((m, key, t))
     problems += [
         f"{', '.join(keys)} ({cls}: trained, of two or more axes, and in no nn.Linear or nn.Conv2d)"
         for cls, keys in loose.items()
