@@ -61,6 +61,7 @@ class DFA(Rule):
     name = "dfa"
     equation = "dx_l = B_l^T e, e the error at the network's output"
     source = "Nokland 2016; Li & Benna 2024 (this form)"
+    choices = Rule.choices | {"tap": ("input", "block"), "form": ("kernel", "dense", "shared")}
 
     tap: str = "input"
     form: str = "kernel"
@@ -69,10 +70,6 @@ class DFA(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tap not in ("input", "block"):
-            raise UserError(f"dfa: tap={self.tap!r} is not one of input, block")
-        if self.form not in ("kernel", "dense", "shared"):
-            raise UserError(f"dfa: form={self.form!r} is not one of kernel, dense, shared")
         if self.norm != "fixed" or self.clamp_forward:
             raise UserError("dfa has no kernel of W's shape, so norm and clamp_forward do not apply")
 

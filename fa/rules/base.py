@@ -17,6 +17,7 @@ rule is a frozen dataclass whose fields are its options. Its class may have the 
                                     not scale with the loss, and a ``GradScaler`` does not scale it either
 ``needs_sgd`` (False)               exact only under ``torch.optim.SGD``, with W and the feedback in one group
 ``needs_y`` (True)                  False: ``feedback_grad`` gets None for ``y``, and the forward pass keeps no ``y``
+``choices`` ({"norm": ...})         the values that an option takes, by option: another value raises
 ``draws_noise`` (False)             ``feedback_grad`` calls ``op.noise``: the layer has a generator, and is not compiled
 ``at(index)``                       the rule of the network's layer number ``index`` (from 0); default: the rule itself
 ``init_state(op, W, gen)``          the tensors that the layer keeps, by name, drawn from the generator ``gen``
@@ -176,6 +177,7 @@ class Rule:
     needs_sgd: ClassVar[bool] = False
     needs_y: ClassVar[bool] = True
     draws_noise: ClassVar[bool] = False
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {"norm": ("fixed", "track")}
 
     init: str | float = "match"
     density: float = 1.0
@@ -190,8 +192,9 @@ class Rule:
             raise UserError(f"{self.name}: density={self.density!r} must lie in (0, 1]")
         if not 0 < self.gain < math.inf:
             raise UserError(f"{self.name}: gain={self.gain!r} must be a positive number")
-        if self.norm not in ("fixed", "track"):
-            raise UserError(f"{self.name}: norm={self.norm!r} is not one of fixed, track")
+        for option, known in self.choices.items():
+            if (value := getattr(self, option)) not in known:
+                raise UserError(f"{self.name}: {option}={value!r} is not one of {', '.join(map(str, known))}")
 
     def std(self, W: Tensor) -> float:
         """Standard deviation that option ``init`` asks for, for feedback of ``W``'s shape."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fa.errors import UserError
 from fa.rules.base import Rule, uniform
 
 
@@ -51,6 +50,7 @@ class Primitives(Rule):
     source = "Kunin et al. 2020"
     learned = ("B",)
     own_decay = True
+    choices = Rule.choices | {"positions": ("mean", "sum"), "input": ("data", "normal", "uniform")}
 
     decay: float = 0.0
     amp: float = 0.0
@@ -63,12 +63,6 @@ class Primitives(Rule):
     center: bool = False
     normalize: bool = False
     activation: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        for option, known in {"positions": ("mean", "sum"), "input": ("data", "normal", "uniform")}.items():
-            if getattr(self, option) not in known:
-                raise UserError(f"{self.name}: {option}={getattr(self, option)!r} is not one of {', '.join(known)}")
 
     @property
     def draws_noise(self):

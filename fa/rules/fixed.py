@@ -44,13 +44,12 @@ class FA(Rule):
     equation = "dx = B^T dy, B fixed and random"
     source = "Lillicrap et al. 2016; Moskovitz et al. 2018 (convolutions)"
     masked = "B"
+    choices = Rule.choices | {"form": ("kernel", "dense")}
 
     form: str = "kernel"
 
     def __post_init__(self):
         super().__post_init__()
-        if self.form not in ("kernel", "dense"):
-            raise UserError(f"fa: form={self.form!r} is not one of kernel, dense")
         if self.form == "dense" and self.norm != "fixed":
             raise UserError("fa: norm='track' holds for form='kernel' only")
 

@@ -67,6 +67,7 @@ class PFA(Rule):
     source = "Li & Benna 2024"
     learned = ("R",)
     masked = "R"
+    choices = Rule.choices | {"implicit": (True, False, "first")}
 
     expansion: float = 10
     implicit: bool | str = False
@@ -75,8 +76,6 @@ class PFA(Rule):
         super().__post_init__()
         if not self.expansion > 0:
             raise UserError(f"{self.name}: expansion={self.expansion!r} must be positive")
-        if self.implicit not in (True, False, "first"):
-            raise UserError(f"{self.name}: implicit={self.implicit!r} is not one of True, False, first")
         if self.implicit and self.clamp_forward:
             raise UserError(f"{self.name}: implicit={self.implicit} holds without clamp_forward only; leave it out")
 
