@@ -83,11 +83,9 @@ def alignment(net: nn.Module) -> pd.DataFrame:
             "no layer of this network has a rule, so there is no feedback to measure: call fa.convert first"
         )
     for depth, (name, layer) in enumerate(layers.items(), 1):
-        if not isinstance(layer.feedback, Feedback):
-            continue
         try:
-            W, K = float64(layer.weight), float64(feedback_weight(layer))
-        except UserError:  # dense feedback between maps has no kernel of W's shape
+            K, W = float64(feedback_weight(layer)), float64(layer.weight)
+        except UserError:  # dfa, and dense feedback between maps, have no kernel of W's shape
             continue
         rows.append({
             "layer": name,

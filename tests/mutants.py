@@ -210,8 +210,8 @@ MUTANTS = [
            "x.numel() // x.shape[1]", "test_ddp.py::test_a_run_of_two_ranks_has_the_table_of_one_process"),
     Mutant("Architecture 1 without a ReLU", "models.py", "x = torch.relu(F.max_pool2d(conv(x), 2))  # as",
            "x = F.max_pool2d(conv(x), 2)  # as", "test_models.py::test_architecture_1_by_hand"),
-    Mutant("dense DFA scaled as a kernel", "layers/dfa.py", 'own = torch.empty(shapes[name], device="meta")',
-           'own = torch.empty(kernel, device="meta")', "test_dfa.py::test_dense_feedback_can_have_noklands_scale"),
+    Mutant("dense DFA scaled as a kernel", "layers/dfa.py", 'own = torch.empty(shape, device="meta")',
+           'own = torch.empty(W.shape, device="meta")', "test_dfa.py::test_dense_feedback_can_have_noklands_scale"),
     # ------------------------------------------------------------------------------------------------------------ train
     Mutant("Adam's first rate", "train/step.py", "betas=(config.momentum, 0.999)", "betas=(0.99, 0.999)",
            "test_train.py::test_adam_by_hand"),

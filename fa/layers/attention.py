@@ -115,11 +115,8 @@ class FeedbackAttention(Watched, nn.MultiheadAttention):
         elif not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         n, heads = query.shape[0], self.num_heads
-
-        def split(t: Tensor) -> Tensor:  # (n, tokens, embed) -> (n, heads, tokens, embed / heads)
-            return t.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-        q, k, v = split(query), split(key), split(value)  # (n, heads, tokens, embed / heads)
+        # (n, tokens, embed) -> (n, heads, tokens, embed / heads)
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
         mask = _additive(attn_mask, q.dtype)
         if mask is not None and mask.dim() == 3:
             mask = mask.view(n, heads, *mask.shape[1:])  # (n * heads, queries, keys) -> (n, heads, queries, keys)

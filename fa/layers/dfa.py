@@ -100,20 +100,19 @@ class DFA(Rule):
             B = uniform(shape, std, like, gen)
             return B if self.density == 1 else B * random_mask(shape, self.density, like, gen)
 
-        shapes, stds = {}, {}
+        shapes = {}
         for name, layer in layers.items():
-            W = layer.weight.detach()  # (out, in / groups, *kernel)
+            W = layer.weight  # (out, in / groups, *kernel)
             kernel = (classes, W.shape[1] * getattr(layer, "groups", 1), *W.shape[2:])
             shapes[name] = kernel if self.form == "kernel" or W.dim() == 2 else (classes, *sizes[name][0])
-            own = torch.empty(shapes[name], device="meta")  # of B's own shape
-            std = self.nonzero(rms(W), "init", name) if self.init == "match" else self.std(own)
-            stds[name] = self.gain * std
         if self.form == "shared":
             columns = max(math.prod(shape[1:]) for shape in shapes.values())
             shared = draw((classes, columns), 1.0, torch.empty(0, dtype=torch.float64, device="cpu"), "dfa", "shared")
         tape, feedback = Tape(net, blocks), {}
         for name, layer in layers.items():
-            W, shape, std = layer.weight.detach(), shapes[name], stds[name]
+            W, shape = layer.weight.detach(), shapes[name]
+            own = torch.empty(shape, device="meta")  # of B's own shape
+            std = self.gain * (self.nonzero(rms(W), "init", name) if self.init == "match" else self.std(own))
             if self.form == "shared":
                 B = (std * shared[:, : math.prod(shape[1:])]).view(shape).to(W)
             else:

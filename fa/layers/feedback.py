@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -57,8 +57,8 @@ class Feedback(nn.Module):
                 self.register_buffer(key, value)
         self.names = tuple(state)
         self.numbers = tuple(option for option, value in vars(rule).items() if type(value) is float)
-        own, local = ("W", *state), ("W", "op", "x", "y", "dy", "dW", *state)
-        self.kernel_args = _arguments(type(rule).kernel, own)
+        local = ("W", "op", "x", "y", "dy", "dW", *state)
+        self.kernel_args = _arguments(type(rule).kernel, ("W", *state))
         self.grad_args = _arguments(type(rule).feedback_grad, local) if rule.learned else ()
         self.keeps_y = "y" in self.grad_args and rule.needs_y
         send = getattr(type(rule), "send_error", None)
@@ -120,8 +120,7 @@ class Feedback(nn.Module):
 
     def kernel(self, W: Tensor) -> Tensor:
         """The effective feedback weight, of W's shape."""
-        known = self.tensors(W)
-        return self.product(self.terms(known), W)
+        return self.product(self.terms(self.tensors(W)), W)
 
     def terms(self, known: dict[str, Any]) -> Terms:
         """The effective feedback weight as terms (see :mod:`fa.rules.base`), on the entries that exist."""
@@ -180,10 +179,7 @@ class Feedback(nn.Module):
         steps = (known if buffer is self.step and version == buffer._version else int(self.step)) + 1
         self.step.fill_(steps)
         self.steps = steps, self.step, self.step._version
-
-        def gen() -> torch.Generator:
-            return generator(self.seed, self.layer_name, "step", steps, device=W.device)
-
+        gen = partial(generator, self.seed, self.layer_name, "step", steps, device=W.device)
         known = self.tensors(W) | {"gen": gen, "step": steps}
         for name, value in self.rule.after_step(**{n: known[n] for n in self.after_args}).items():
             getattr(self, name).copy_(value)

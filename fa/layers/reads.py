@@ -46,11 +46,6 @@ def with_constant(node: Any) -> bool:
     return lone and is_kind(node, _PRODUCTS)
 
 
-def vector_like(node: Any) -> bool:
-    """Whether the result of a node's operation has at most one axis above 1."""
-    return sum(n > 1 for n in node._input_metadata[0].shape) < 2
-
-
 class Graph:
     """The graph of the backward passes under way.
 
@@ -74,7 +69,8 @@ class Graph:
                     sources.append(node)
             elif node.name().startswith((*_PASSES, "TapBackward", "CompiledFunction")):
                 sources.append(node)
-            elif with_constant(node) and not vector_like(node):  # penalties have constant vectors (power iteration)
+            # penalties have constant vectors (power iteration), of at most one axis above 1
+            elif with_constant(node) and sum(n > 1 for n in node._input_metadata[0].shape) > 1:
                 self.products.append(node)
             for slot, (child, _) in enumerate(below):
                 if child is not None:

@@ -130,7 +130,7 @@ class Tape:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's forward pass; see :meth:`close` for what it raises."""
-        self.taps = []
+        self.taps, self.names = [], []
         try:
             own = self.own or partial(type(self.net).forward, self.net)
             return self.close(own(*args, **kwargs))
@@ -145,8 +145,6 @@ class Tape:
         The end of the pass shows whether the output has an error for each row or for each sample; both are prepared.
         """
         rows = x.dim() - spread[0].dim() + 1  # number of leading axes
-        if not self.taps:
-            self.names = []
         self.names.append(name)
         taps = [Tap.apply(x, leading, spread) for leading in ((rows,) if rows < 2 else (rows, 1))]
         # within a gradient checkpoint the compiler hands out what operations make, and not what a Function makes

@@ -25,7 +25,7 @@ rule is a frozen dataclass whose fields are its options. Its class may have the 
 ``feedback_grad(...)``              the gradients of the ``learned`` tensors, by name; a pair (B, dW) stands for B^T dW
 ``send_error(...)``                 dx, where the error does not go through a kernel; None: it does
 ``after_step(...)``                 new values of tensors, by name, once per optimizer step
-``attach``                          of a rule that is not layer-wise, as ``dfa``: puts it on (net, layers, sizes, seed)
+``draw_feedback``                   of a rule that is not layer-wise (``dfa``): feedback from (net, layers, sizes, seed)
 =================================== ===================================================================================
 
 The methods with dots receive what they name as parameters: ``W`` and any tensor of ``init_state``; ``feedback_grad``

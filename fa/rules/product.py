@@ -137,12 +137,11 @@ class PFAo(PFA):
 
     def fixed(self, out, groups, like, gen):
         n = out // groups
-        check_memory((n, n) if groups == 1 else (groups, n, n))
-        draw = torch.randn((groups, n, n), generator=gen, dtype=torch.float64, device="cpu")  # (groups, n, n)
-        Q, T = torch.linalg.qr(draw)
-        signs = T.diagonal(dim1=-2, dim2=-1).sign()  # (groups, n); they make Q uniform over the orthogonal group
-        B = (Q * signs.unsqueeze(-2)).to(like).contiguous()  # LAPACK's Q is stored by columns
-        B = B[0] if groups == 1 else B  # (n, n), or (groups, n, n)
+        shape = (n, n) if groups == 1 else (groups, n, n)
+        check_memory(shape)
+        Q, T = torch.linalg.qr(torch.randn(shape, generator=gen, dtype=torch.float64, device="cpu"))
+        signs = T.diagonal(dim1=-2, dim2=-1).sign()  # (..., n); they make Q uniform over the orthogonal group
+        B = (Q * signs.unsqueeze(-2)).to(like).contiguous()  # -> shape; LAPACK's Q is stored by columns
         return B if self.density == 1 else B * random_mask(B.shape, self.density, like, gen) / math.sqrt(self.density)
 
     def square(self, B):
