@@ -132,6 +132,13 @@ def test_a_gain_multiplies_feedback_that_is_no_kernel(rule, options):
     assert apart(found[1], found[0] * (9 if rule == "fa" else 3)) <= oracles.RTOL  # fa: two matrices lie above
 
 
+@pytest.mark.parametrize("density", [1, 0.5])
+def test_implicit_feedback_has_the_gain_too(density):
+    options = {"density": density, "gain": 0.4, "seed": 2}
+    explicit, implicit = (fa.convert(linear(6, 9, True), "pfa", implicit=i, **options) for i in (False, True))
+    assert apart(fa.feedback_weight(implicit), fa.feedback_weight(explicit)) <= oracles.RTOL
+
+
 def test_a_gain_that_is_no_positive_number_is_refused():
     for gain in (0, -1.0, math.inf, math.nan):
         with pytest.raises(fa.UserError, match=f"fa: gain={gain!r} must be a positive number"):

@@ -82,7 +82,7 @@ class PFA(Rule):
     def at(self, index):
         explicit = replace(self, implicit=False)
         if self.implicit is True or (self.implicit == "first" and index == 0):
-            return Implicit(density=self.density, norm=self.norm, explicit=explicit)
+            return Implicit(density=self.density, gain=self.gain, norm=self.norm, explicit=explicit)
         return explicit
 
     def fixed(self, out: int, groups: int, like: Tensor, gen: torch.Generator) -> Tensor:
