@@ -142,6 +142,9 @@ def draw(page: Page) -> Figure:
         plot.note(ax[panel], f"{NETWORKS[network]}, {plot.repeats(table[table.network == network])}")
     costs(ax["c"], table[table.metric == "step_cost"], networks)
     plot.letters([ax[p] for p in "abc"])
+    fig.draw_without_rendering()  # from here on the panels stay where they are
+    for panel, network in zip("ab", networks):
+        names(ax[panel], summary(table[table.network == network]))
     return fig
 
 
@@ -160,20 +163,41 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(parts).loc[plot.in_order(accuracy.columns)]
 
 
+PLACES = ((3, 3), (3, -9), (-3, 3), (-3, -9), (3, 11), (-3, 11), (3, -17), (-3, -17))
+"""Where a name may stand beside its point, in points; the first that is free is taken."""
+
+
 def points(ax: Axes, found: pd.DataFrame) -> None:
     """A point a rule, named; BP is the corner."""
+    ax.set_xlim(-3, 98)
+    ax.set_xticks((0, 30, 60, 90))
+    ax.axhline(0, color="0.75", lw=0.6, ls=":", zorder=0)
     for rule, row in found.iterrows():
         own, angle = plot.look(str(rule)), 0.0 if rule == "bp" else row["angle"]
         line = {"fmt": own.marker, "color": own.color, "ms": 4.2, "elinewidth": 0.7}
         ax.errorbar(angle, row["gap"], row["gap_sd"], row["angle_sd"] if rule != "bp" else None, **line)
-        ax.annotate(own.label, (angle, row["gap"]), (3, 3), textcoords="offset points", fontsize="x-small")
     lost = found[found["angle"].isna() & (found.index != "bp")]
     words = [f"{plot.look(str(rule)).label} {gap:.1f}" for rule, gap in lost["gap"].items()]
     if words:
         ax.text(0.02, 0.02, "without an angle: " + ", ".join(words), transform=ax.transAxes, fontsize="x-small")
-    ax.axhline(0, color="0.75", lw=0.6, ls=":", zorder=0)
-    ax.set_xlim(-3, 98)
-    ax.set_xticks((0, 30, 60, 90))
+
+
+def names(ax: Axes, found: pd.DataFrame) -> None:
+    """The rules' names beside their points, none over another name or point; of a figure whose layout is final."""
+    from matplotlib.transforms import Bbox
+
+    at = found["angle"].fillna(0.0).where(found["angle"].notna() | (found.index == "bp"))
+    spots = {str(r): ax.transData.transform((at[r], found["gap"][r])) for r in found.index if at[r] == at[r]}
+    taken = [Bbox.from_extents(*(spot - 5), *(spot + 5)) for spot in spots.values()]
+    for rule in spots:
+        spot, place = (at[rule], found["gap"][rule]), {"textcoords": "offset points", "fontsize": "x-small"}
+        text = ax.annotate(plot.look(rule).label, spot, PLACES[0], **place)
+        text.set_in_layout(False)
+        for text.xyann in PLACES:
+            text.set_ha("left" if text.xyann[0] > 0 else "right")
+            if not any(text.get_window_extent().overlaps(other) for other in taken):
+                break
+        taken.append(text.get_window_extent())
 
 
 def costs(ax: Axes, rows: pd.DataFrame, networks: list[str]) -> None:

@@ -50,9 +50,8 @@ class FeedbackConv2d(Converted, nn.Conv2d):
             return super()._conv_forward(x, weight, bias)
         if not (weight.is_leaf or torch.compiler.is_compiling()):
             self.rewatch()
-        if pad := _explicit_padding(
-            self
-        ):  # an ordinary operation before the layer's linear map; autograd carries the error through it exactly
+        pad = _explicit_padding(self)
+        if pad:  # an ordinary operation before the layer's linear map; autograd carries the error through it exactly
             x = F.pad(x, pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         if x.dim() == 3:
             return self.feedback.forward(x.unsqueeze(0), weight, bias).squeeze(0)
