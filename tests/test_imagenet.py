@@ -51,7 +51,7 @@ def test_rules_differ_in_what_is_theirs_alone(mode):
     for model in {c.model for c in runs}:
         assert len({replace(c, **own) for c in runs if c.model == model}) == 1
     known = {c.rule: c for c in runs}
-    assert {r for r, c in known.items() if c.feedback_lr} == {"wm", "ia", "sa", "aa"}
+    assert {r for r, c in known.items() if c.feedback_lr} == {"wm", "ia", "sa"}
     assert {r for r, c in known.items() if c.rule_options.get("input") == "normal"} == {"wm", "ia", "aa"}
     for rule, drive, hold in (("sa", "self_", "decay"), ("aa", "amp", "sparse"), ("wm", "amp", "decay")):
         options = known[rule].rule_options
@@ -172,7 +172,10 @@ def page_of(runs: list[Config], table: pd.DataFrame) -> SimpleNamespace:
 def test_a_run_that_diverged_counts_as_chance_of_its_classes():
     runs, table, _ = made(("wm", 1))
     page = page_of(runs, table)
-    assert p2_imagenet.chance_of(page) == 5 and p2_imagenet.chance_of(page_of(experiments.plan("p2_imagenet", "paper"), table)) == 0.1
+    assert (
+        p2_imagenet.chance_of(page) == 5
+        and p2_imagenet.chance_of(page_of(experiments.plan("p2_imagenet", "paper"), table)) == 0.1
+    )
     found = p2_imagenet.gap_to_bp(page).set_index(["rule", "seed"])
     assert found.loc[("wm", 1), ["accuracy", "value", "diverged"]].tolist() == [5, 5 - 41, True]
     assert found.loc[("wm", 0), ["accuracy", "value", "diverged"]].tolist() == [25, -15, False]

@@ -251,10 +251,12 @@ def test_a_pre_activation_block_by_hand(stride, first):
     a, w = (6, 3) if first else (12, 3)
     block = models.PreActBlock(a, w, stride, first).double()
     x = randn(4, a, 6, 6, seed=1)
-    y, weights = x, [(block.conv1, 1, 0), (block.conv2, stride, 1), (block.conv3, 1, 0)]
+    y, skip, weights = x, x, [(block.conv1, 1, 0), (block.conv2, stride, 1), (block.conv3, 1, 0)]
     for i, (conv, step, padding) in enumerate(weights):
-        y = ((y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()).relu()
-        skip = (F.conv2d(y, block.shortcut.weight, None, stride) if first else x) if i == 0 else skip
+        y = (
+            (y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+        ).relu()
+        skip = F.conv2d(y, block.shortcut.weight, None, stride) if first and i == 0 else skip
         y = F.conv2d(y, conv.weight, None, step, padding)
     assert (block(x) - (skip + y)).abs().max() < 1e-12
     assert {m.momentum for m in block.modules() if isinstance(m, nn.BatchNorm2d)} == {0.003}  # keeps .997

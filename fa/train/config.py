@@ -138,7 +138,9 @@ class Config:
         if self.nesterov and (self.optimizer != "sgd" or self.momentum <= 0):
             raise UserError("nesterov is a form of SGD's momentum; set optimizer='sgd' and momentum above 0")
         if self.warmup and self.delay_epochs:
-            raise UserError("p2's feedback has its full rate in a delay and after it; leave warmup or delay_epochs at 0")
+            raise UserError(
+                "p2's feedback has its full rate in a delay and after it; leave warmup or delay_epochs at 0"
+            )
         if self.warmup > self.epochs:
             raise UserError(f"warmup={self.warmup} is longer than {self.epochs} epochs; make it shorter")
         for name in ("alternate", "delay_epochs", "update_noise", "warmup"):
