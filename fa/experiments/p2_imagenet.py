@@ -81,7 +81,7 @@ EXPERIMENT = Experiment(
 
 TEXT = """ c, d, e: by layer of ResNet-18, after training: angle between the weight W and the feedback, ratio of their
 norms, and angle between the gradient of W and exact backprop's; 90 degrees: no relation. Runs that diverged count as
-chance and are crosses in b; c, d and e leave them out. Bars and bands: +/- 1 sd over seeds."""
+chance and are crosses in b; in a their curves end where they did, c, d and e leave them out. Bars and bands: +/- 1 sd over seeds."""
 CAPTION = f"""Rules of Kunin et al. (2020) on ImageNet; their accuracies are not known to us. a: top-1 accuracy of
 ResNet-18 on the 50,000 validation images, by epoch. b: accuracy after the last epoch below backprop's, by
 network.{TEXT}"""
@@ -101,6 +101,7 @@ def draw(page: Page) -> Figure:
     fig, ax = plot.figure([[[["a", "b"]]], [[["c", "d", "e"]]]], height=4.6)
     plot.accuracy(ax["a"], shown, metric=metric)
     ax["a"].axhline(chance_of(page), color="0.6", lw=0.7, ls=":", zorder=0)
+    ax["a"].set_ylim(bottom=0)
     ax["a"].xaxis.get_major_locator().set_params(integer=True)
     plot.rule_key(ax["a"], table.rule if len(table) else RULES)
     gaps(ax["b"], gap_to_bp(page), networks)
@@ -110,7 +111,7 @@ def draw(page: Page) -> Figure:
         rows = last[(last.metric == of) & (last.depth > 0)]
         for rule in plot.in_order(rows.rule):
             plot.means(ax[panel], rows[rows.rule == rule], "depth", rule, ms=2.4)
-        ax[panel].set(xlabel="Layer, from the input", ylabel=plot.LABELS[of])
+        ax[panel].set(xlabel="Layer, from the input", ylabel=plot.LABELS[of].replace("Angle", "Weight angle"))
         if page.trained == "small" and panel != "e":
             for depth in rows[rows.layer.str.match(r"layer4\.\d\.conv")].depth.unique():
                 ax[panel].axvspan(depth - 0.5, depth + 0.5, color="0.93", lw=0, zorder=0)
@@ -131,7 +132,7 @@ def chance_of(page: Page) -> float:
 def gap_to_bp(page: Page) -> pd.DataFrame:
     """Accuracy after the last epoch (``accuracy``) and below BP of the same seed and network (``value``), a row a run;
     ``diverged`` where it is chance's."""
-    rows = ends(page.table(), accuracy_of(page), chance_of(page))
+    rows = ends(page.table(), accuracy_of(page), chance_of(page)).reset_index(drop=True)
     bp = rows[rows.rule == "bp"].set_index(["network", "seed"]).value
     theirs = bp.reindex(pd.MultiIndex.from_frame(rows[["network", "seed"]])).to_numpy()
     return rows.assign(accuracy=rows.value, value=rows.value - theirs)
