@@ -2,8 +2,9 @@
 
 Parameter counts, asserted by the tests: ``MLP(784)`` 669,706 (p3's MNIST network, authors' ``ffn2``);
 ``ResNet(20)`` 269,722, ``ResNet(32)`` 464,154, ``ResNet(56)`` 853,018, ``ResNet(110)`` 1,727,962 for ten classes (He et
-al. 2016, section 4.2); ``Arch1()`` 404,746 (p1's Architecture 1); ``LeNet()`` 61,706; ``build("resnet18", ...)``,
-torchvision's, 11,689,512 for a thousand.
+al. 2016, section 4.2); ``Arch1()`` 404,746 (p1's Architecture 1); ``LeNet()`` 61,706; for a thousand classes
+torchvision's ``build("resnet18", ...)`` 11,689,512 and resnet50 25,557,032, and p2's ``PreAct(50)`` 25,549,352,
+``PreAct(101)`` 44,541,480 and ``PreAct(152)`` 60,185,128.
 """
 
 from __future__ import annotations
@@ -92,6 +93,53 @@ class ResNet(nn.Module):
         """Shapes: x (n, inputs, h, w) -> logits (n, classes)."""
         x = torch.relu(self.bn1(self.conv1(x)))
         return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+class PreActBlock(nn.Module):
+    """Batch normalisation and ReLU before each of three convolutions, 1x1, 3x3 and 1x1, and a shortcut around them. Of
+    the first block of a stage the shortcut is a 1x1 convolution of the first ReLU's output, else the identity."""
+
+    def __init__(self, inputs: int, width: int, stride: int, first: bool) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = _bn(inputs), nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn2, self.conv2 = _bn(width), nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn3, self.conv3 = _bn(width), nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, 4 * width, 1, stride, bias=False) if first else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (n, inputs, h, w) -> (n, 4 * width, h / stride, w / stride)."""
+        y = torch.relu(self.bn1(x))
+        skip = x if self.shortcut is None else self.shortcut(y)
+        return skip + self.conv3(torch.relu(self.bn3(self.conv2(torch.relu(self.bn2(self.conv1(y)))))))
+
+
+def _bn(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, momentum=0.003)  # p2's code keeps .997 of the running statistics
+
+
+class PreAct(nn.Module):
+    """The pre-activation ResNet of bottleneck blocks for photographs; p2's ``resnet50v2``, ``101v2`` and ``152v2``.
+
+    Source: He et al. 2016b (arXiv 1603.05027), with the widths of ImageNet; p2 (authors' code, resnet_model_v2).
+    """
+
+    def __init__(self, depth: int = 50, classes: int = 1000, inputs: int = 3) -> None:
+        super().__init__()
+        blocks = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}[depth]
+        self.conv1, self.pool = nn.Conv2d(inputs, 64, 7, 2, padding=3, bias=False), nn.MaxPool2d(3, 2, padding=1)
+        count = width = 64
+        for stage, n in enumerate(blocks, 1):
+            first = PreActBlock(count, width, 1 if stage == 1 else 2, True)
+            self.add_module(f"layer{stage}", nn.Sequential(
+                first, *(PreActBlock(4 * width, width, 1, False) for _ in range(n - 1))
+            ))  # fmt: skip
+            count, width = 4 * width, 2 * width
+        self.bn, self.fc = _bn(count), nn.Linear(count, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (n, inputs, h, w) -> logits (n, classes)."""
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.pool(self.conv1(x))))))
+        return self.fc(torch.relu(self.bn(x)).mean((2, 3)))
 
 
 class Arch1(nn.Module):
@@ -190,23 +238,29 @@ class Plain(nn.Module):
 
 def is_cifar_resnet(name: str) -> bool:
     """Whether :func:`build` makes a CIFAR ResNet of that name."""
-    return name.startswith("resnet") and name[6:].isdigit() and name != "resnet18"
+    return name.startswith("resnet") and name[6:].isdigit() and name not in TORCHVISION
+
+
+TORCHVISION = ("resnet18", "resnet50")
+"""Networks for photographs; another ``resnet`` with a number is for CIFAR-10."""
 
 
 def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] = (512, 512)) -> nn.Module:
     """The network of that name for images of ``shape`` (channels, height, width).
 
     Raises:
-        UserError: unknown name; resnet18, which is torchvision's, for images that are not RGB or without torchvision.
+        UserError: unknown name; resnet18 or 50, torchvision's, for images that are not RGB or without torchvision.
     """
-    if name == "resnet18":
+    if name in TORCHVISION:
         if shape[0] != 3:
-            raise UserError(f"resnet18 takes RGB images, not images of {shape[0]} channels; resnet20 takes any")
+            raise UserError(f"{name} takes RGB images, not images of {shape[0]} channels; resnet20 takes any")
         try:
-            from torchvision.models import resnet18
+            import torchvision.models as zoo
         except ImportError as error:
-            raise UserError("resnet18 is torchvision's, which is not installed: pip install torchvision") from error
-        return resnet18(num_classes=classes)  # 7x7 convolution of stride 2, 8 blocks, 1x1 where a shortcut widens
+            raise UserError(f"{name} is torchvision's, which is not installed: pip install torchvision") from error
+        return getattr(zoo, name)(num_classes=classes)  # 7x7 of stride 2, 8 or 16 blocks, 1x1 where they widen
+    if name in ("resnet50v2", "resnet101v2", "resnet152v2"):
+        return PreAct(int(name[6:-2]), classes, shape[0])
     if name == "mlp":
         return MLP(torch.Size(shape).numel(), hidden, classes)
     if name in ("arch1", "arch1-same"):
@@ -217,5 +271,6 @@ def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] =
         return ResNet(int(name[6:]), classes, shape[0])
     if plain := re.fullmatch(r"plain([1-9]\d?)(?:-(bn|local))?", name, re.ASCII):
         return Plain(int(plain[1]), shape, classes, plain[2] or "")
-    known = "mlp, lenet, arch1, arch1-same, resnet20, resnet32, resnet56, resnet110, resnet18, plain4, plain4-bn, ..."
+    known = "mlp, lenet, arch1, arch1-same, resnet20, resnet32, resnet56, resnet110, resnet18, resnet50, resnet50v2, "
+    known += "resnet101v2, resnet152v2, plain4, plain4-bn, ..."
     raise UserError(f"unknown model {name!r}; known models: {known}")

@@ -33,7 +33,7 @@ def test_parameter_counts_are_those_of_the_docstring(name, argument, count):
 def test_the_docstring_counts_all_networks():
     assert {(name, n) for name, n, _ in counts_in_the_docstring()} == {("MLP", 784)} | {
         ("ResNet", n) for n in (20, 32, 56, 110)
-    }
+    } | {("PreAct", n) for n in (50, 101, 152)}
 
 
 @pytest.mark.parametrize("depth", [8, 20, 32])
@@ -201,14 +201,75 @@ def test_resnet18_is_torchvision_s() -> None:
     assert size(net) == 11_689_512 and "11,689,512" in models.__doc__
     assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in net.modules()) == 21
     assert models.build("resnet18", (3, 32, 32), 20)(torch.zeros(2, 3, 32, 32)).shape == (2, 20)
-    with pytest.raises(UserError, match="resnet18 takes RGB images, not images of 1 channels"):
-        models.build("resnet18", (1, 8, 8), 10)
+    for name in ("resnet18", "resnet50"):
+        with pytest.raises(UserError, match=f"{name} takes RGB images, not images of 1 channels"):
+            models.build(name, (1, 8, 8), 10)
 
 
 def test_resnet18_needs_torchvision(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     with pytest.raises(UserError, match="pip install torchvision"):
         models.build("resnet18", (3, 32, 32), 20)
+
+
+BOTTLENECKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # blocks of each stage, He et al. 2016
+
+
+def bottleneck_parameters(depth: int, preactivation: bool, classes: int = 1000) -> int:
+    """A stem of 7x7; blocks of kernels 1x1 (a -> w), 3x3 (w -> w) and 1x1 (w -> 4 w), of which the first of a stage has
+    a 1x1 shortcut (a -> 4 w); two parameters of batch norm a channel: after every convolution, shortcuts included, or
+    before every one of a block (a, w, w) and once before the output; a read-out of 2,048 units with its bias."""
+    convolutions, norms, a = 49 * 3 * 64, 0 if preactivation else 2 * 64, 64
+    for w, blocks in zip((64, 128, 256, 512), BOTTLENECKS[depth]):
+        for block in range(blocks):
+            convolutions += a * w + 9 * w * w + 4 * w * w + (block == 0) * 4 * a * w
+            norms += 2 * (a + w + w) if preactivation else 2 * (w + w + 4 * w + (block == 0) * 4 * w)
+            a = 4 * w
+    return convolutions + norms + 2 * a * preactivation + a * classes + classes
+
+
+@pytest.mark.parametrize("name, count", [
+    ("resnet50", 25_557_032), ("resnet50v2", 25_549_352), ("resnet101v2", 44_541_480), ("resnet152v2", 60_185_128),
+])  # fmt: skip
+def test_parameters_of_the_networks_for_photographs(name, count):
+    """torchvision publishes 25,557,032 for ResNet-50, and for its 101 layers 44,549,160, which the formula gives too;
+    the others are the formula's."""
+    pytest.importorskip("torchvision")
+    depth, preactivation = int(name[6:].removesuffix("v2")), name.endswith("v2")
+    with torch.device("meta"):
+        net = models.build(name, (3, 224, 224), 1000)
+    assert size(net) == count == bottleneck_parameters(depth, preactivation)
+    assert f"{count:,}" in models.__doc__ and bottleneck_parameters(101, False) == 44_549_160
+    layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in net.modules())
+    assert layers == depth + 4  # and four shortcuts
+    assert not models.is_cifar_resnet(name) and models.is_cifar_resnet("resnet56")
+
+
+@pytest.mark.parametrize("stride, first", [(1, False), (1, True), (2, True)])
+def test_a_pre_activation_block_by_hand(stride, first):
+    """Normalise and rectify, then convolve, three times; the shortcut sees the rectified input, or is the identity."""
+    a, w = (6, 3) if first else (12, 3)
+    block = models.PreActBlock(a, w, stride, first).double()
+    x = randn(4, a, 6, 6, seed=1)
+    y, skip, weights = x, x, [(block.conv1, 1, 0), (block.conv2, stride, 1), (block.conv3, 1, 0)]
+    for i, (conv, step, padding) in enumerate(weights):
+        y = (
+            (y - y.mean((0, 2, 3), keepdim=True)) / (y.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+        ).relu()
+        skip = F.conv2d(y, block.shortcut.weight, None, stride) if first and i == 0 else skip
+        y = F.conv2d(y, conv.weight, None, step, padding)
+    assert (block(x) - (skip + y)).abs().max() < 1e-12
+    assert {m.momentum for m in block.modules() if isinstance(m, nn.BatchNorm2d)} == {0.003}  # keeps .997
+
+
+def test_the_pre_activation_network_ends_in_norm_and_relu():
+    net = models.PreAct(50, classes=7).eval()
+    seen = {}
+    net.bn.register_forward_hook(lambda m, i, o: seen.update(end=o))
+    net.layer1.register_forward_hook(lambda m, i, o: seen.update(stage=tuple(o.shape)))
+    out = net(torch.zeros(2, 3, 64, 64))
+    assert out.shape == (2, 7) and seen["stage"] == (2, 256, 16, 16) and seen["end"].shape == (2, 2048, 2, 2)
+    assert torch.allclose(out, net.fc(seen["end"].relu().mean((2, 3))))
 
 
 @pytest.mark.parametrize("depth", [2, 18, 21, 0, -4])

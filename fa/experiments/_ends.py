@@ -8,12 +8,18 @@ CHANCE = 10.0
 """Percent of ten classes: the accuracy of a run that diverged."""
 
 
-def ends(table: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy after the last epoch, a row a run; of a run that diverged :data:`CHANCE`, and ``diverged`` is
-    true."""
-    rows = table[table.metric == "test_accuracy"].sort_values("epoch").groupby("run", sort=False).tail(1)
+def ends(table: pd.DataFrame, metric: str = "test_accuracy", chance: float = CHANCE) -> pd.DataFrame:
+    """An accuracy after the last epoch, a row a run; of a run that diverged it is ``chance``, and ``diverged`` is
+    true.
+
+    Args:
+        table: runs of equally many epochs.
+        metric: the accuracy (default: of the test images).
+        chance: percent (default: of ten classes).
+    """
+    rows = table[table.metric == metric].sort_values("epoch").groupby("run", sort=False).tail(1)
     bad = rows.epoch < table.epoch.max()
-    return rows.assign(value=rows.value.mask(bad, CHANCE), diverged=bad)
+    return rows.assign(value=rows.value.mask(bad, chance), diverged=bad)
 
 
 def told(of: pd.DataFrame) -> str:

@@ -54,9 +54,12 @@ class Config:
         lr: learning rate.
         lr_drops: epochs after which it is multiplied by ``lr_factor``, comma separated.
         lr_factor: see ``lr_drops``.
+        warmup: so many epochs come in at a growing learning rate: ``lr`` times (e + 1/2) / warmup in epoch e from 0 (0:
+            none). p2's code raises the rate at every step, from 0; ours is the mean of its rates over the epoch.
         optimizer: "sgd", with momentum, or "adam" (decay rates ``momentum`` and 0.999, eps 1e-8, PyTorch's). Learned
             feedback is in the same optimizer; Adam scales its gradient by a history of its own.
         momentum: of SGD; under Adam the decay rate of the mean gradient.
+        nesterov: whether SGD's momentum is Nesterov's (p2's code).
         weight_decay: L2, of all parameters, learned feedback and biases included; under Adam, too, a part of the
             gradient.
         first_weight_decay: that of the first epoch (0: the same).
@@ -101,8 +104,10 @@ class Config:
     lr: float = 0.01
     lr_drops: str = "20,30"
     lr_factor: float = 0.5
+    warmup: int = 0
     optimizer: str = "sgd"
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 1e-4
     first_weight_decay: float = 0.0
     feedback_lr: float = 0.0
@@ -130,7 +135,15 @@ class Config:
             raise UserError(
                 f"implicit feedback of {self.rule} is exact only under SGD, not {self.optimizer}; leave implicit out"
             )
-        for name in ("alternate", "delay_epochs", "update_noise"):
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum <= 0):
+            raise UserError("nesterov is a form of SGD's momentum; set optimizer='sgd' and momentum above 0")
+        if self.warmup and self.delay_epochs:
+            raise UserError(
+                "p2's feedback has its full rate in a delay and after it; leave warmup or delay_epochs at 0"
+            )
+        if self.warmup > self.epochs:
+            raise UserError(f"warmup={self.warmup} is longer than {self.epochs} epochs; make it shorter")
+        for name in ("alternate", "delay_epochs", "update_noise", "warmup"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} is out of range; it is 0 (none) or a positive number")
         if self.update_noise:
@@ -188,7 +201,8 @@ class Config:
         drops = sum(epoch >= e for e in integers(self.lr_drops))
         first = epoch == 0 and self.first_weight_decay > 0
         decay = self.first_weight_decay if first else self.weight_decay
-        return {"lr": self.lr * self.lr_factor**drops, "weight_decay": decay}
+        warm = (epoch + 0.5) / self.warmup if epoch < self.warmup else 1.0
+        return {"lr": self.lr * self.lr_factor**drops * warm, "weight_decay": decay}
 
     def phase(self, epoch: int, step: int) -> str:
         """What moves in a step: "mirror", "task" or "joint". ``step`` counts over the whole run; it and the epoch

@@ -235,7 +235,7 @@ def make_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer of a run, on all parameters, learned feedback included: SGD with momentum, or Adam."""
     groups = param_groups(net, config.lr, config.weight_decay)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, fused=True)
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     on_cuda = next(net.parameters()).is_cuda  # where a step may be captured
     return torch.optim.Adam(groups, betas=(config.momentum, 0.999), fused=True, capturable=on_cuda)
 
