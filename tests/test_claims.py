@@ -270,6 +270,18 @@ def test_a_diverged_run_fails_the_claims_that_need_it(data: pd.DataFrame) -> Non
     assert other["verdict"] == "holds"
 
 
+def test_a_diverged_run_of_another_place_in_a_sweep_fails_nothing() -> None:
+    """An axis that is no field of the recipe, as p2_transfer's networks, tells runs apart by their rows."""
+    data = table().assign(network=lambda t: t.run.map({"bp1": "deep"}).fillna("flat"))
+    beside = sidecar()
+    beside["status"]["bp1"] = {"state": "diverged"}
+    flat = judge("mean(test_accuracy, rule=bp, epoch=last, network=flat) > 0", data=data, beside=beside, n_min="1")
+    assert flat["verdict"] == "holds"
+    lost = data[(data.run != "bp1") | (data.epoch < data.epoch.max())]
+    deep = judge("mean(test_accuracy, rule=bp, epoch=last, network=deep) > 0", data=lost, beside=beside, n_min="1")
+    assert (deep["verdict"], deep["why"]) == ("fails", "bp diverged with seed 1")
+
+
 def test_no_record_still_shows_the_target() -> None:
     subject = claim(f"{BP_END} > target", target="ref(test_accuracy, rule=bp, epoch=last)")
     row = claims.judge(subject, None, REFERENCE)

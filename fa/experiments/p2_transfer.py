@@ -70,6 +70,7 @@ NETWORKS = {
 SHOWN = ("mlp_1x64", "mlp_2x64", "mlp_4x64", "plain4_bn")  # in quick mode
 TUNED_ON = {"small": 4, "paper": 8}
 """Scale -> place of the tuned network in the sweep over depth."""
+GAP = "Score minus BP's (points)"
 
 
 def scale(mode: str) -> str:
@@ -116,13 +117,14 @@ EXPERIMENT = Experiment(
 
 # ------------------------------------------------------------------------------------------------------------- figure
 
-TEXT = """a: score below backprop's, paired by seed, against depth; dotted: the tuned network. b: the same in other
-networks, a dot a seed. Crosses: a seed diverged, which counts as chance (10 %). c: angle between W and the feedback
-after training, mean of the layers. d: product of the norm ratios of feedback and W over all layers but the first: by
-this factor the error has the wrong size when it reaches the first layer. Networks in which a seed of a rule diverged
-are left out of c and d. Bars: +/- 1 sd over seeds."""
-CAPTION = f"""Transfer (Kunin et al. 2020): metaparameters set on ResNet-8 and CIFAR-10 at 16x16 pixels, unchanged on
-deeper ResNets and on other networks, ten epochs; score: accuracy on the validation images (%). {TEXT}"""
+TEXT = """a: score minus backprop's, paired by seed, against depth; dotted: the tuned network. b: the same in other
+networks, a dot a seed, a line their mean. Crosses: a seed diverged, which counts as chance (10 %). c: angle between W
+and the feedback after training, mean of the layers. d: product of the norm ratios of feedback and W over all layers but
+the first; in a plain network whose feedback is parallel to W, the factor by which the error has the wrong size at the
+first layer. A rule is left out of c and d on a network where one of its seeds diverged. Bars: +/- 1 sd over seeds."""
+CAPTION = f"""Transfer (Kunin et al. 2020): metaparameters from the middles of page 23's grids, chosen by single runs of
+ResNet-8 on CIFAR-10 at 16x16 pixels, unchanged on deeper ResNets and on other networks, ten epochs; score: accuracy on
+the validation images (%). {TEXT}"""
 SMALL_CAPTION = f"""Transfer (Kunin et al. 2020), at a scale of minutes: metaparameters tuned on a multilayer perceptron
 of four hidden layers of 64 units and digits, unchanged on perceptrons of other depths and widths, on convolutional
 networks, and on MNIST; score: accuracy on the test images (%). {TEXT}"""
@@ -135,14 +137,16 @@ def draw(page: Page) -> Figure:
     fig, ax = plot.figure([["a", "b", "b"], ["c", "d", "d"]], height=4.4)
     deep, found = table[table.place > 0], gaps(table)
     by_depth(ax["a"], found[found.place > 0])
-    ax["a"].set_ylabel("Score below BP (points)")
+    ax["a"].set_ylabel(GAP)
     elsewhere(ax["b"], found[found.place == 0], page)
     of_layers = deep[survived(deep)]
     angles = of_layers[of_layers.metric == "angle_deg"]
     by_depth(ax["c"], angles.groupby(["rule", "place", "seed"], as_index=False).value.mean())
     ax["c"].set(ylabel="Weight angle, mean (°)", ylim=(0, 92), yticks=(0, 30, 60, 90))
     by_depth(ax["d"], sizes(of_layers))
-    ax["d"].set(yscale="log", ylabel="Size of the error at layer 1")
+    ax["d"].set(yscale="log", ylabel="Product of norm ratios")
+    for axis in (ax["d"].yaxis.set_major_formatter, ax["d"].yaxis.set_minor_formatter):
+        axis("{x:g}")
     for panel in "acd":
         ax[panel].axvline(TUNED_ON[scale(page.trained)], color="0.75", lw=0.7, ls=":", zorder=0)
         ax[panel].set_xlabel("Layers of the ResNet" if page.trained == "paper" else "Hidden layers")
@@ -160,7 +164,7 @@ def placed(page: Page) -> pd.DataFrame:
 
 
 def gaps(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a run of another rule than backprop: ``value``, its score below backprop's with the same seed and network
+    """A row a run of another rule than backprop: ``value``, its score minus backprop's with the same seed and network
     (points; chance where training diverged), and whether it ``diverged``."""
     keys = ["network", "place", "seed"]
     scores, bad = (table[table.metric == metric] for metric in ("score", "diverged"))
@@ -209,11 +213,11 @@ def elsewhere(ax: Axes, rows: pd.DataFrame, page: Page) -> None:
     ax.axhline(0, color="0.75", lw=0.6, zorder=0)
     ax.set_xticks(range(len(names)), [known.get(name, name) for name in names])
     ax.tick_params(axis="x", length=0)
-    ax.set(ylabel="Score below BP (points)", xlim=(-0.6, max(len(names), 1) - 0.4))
+    ax.set(ylabel=GAP, xlim=(-0.6, max(len(names), 1) - 0.4))
 
 
 def listing(page: Page) -> str:
-    """Table: a row a network: backprop's score, and every rule's distance from it (points), mean ± sd over seeds."""
+    """Table: a row a network: backprop's score, and every rule's score minus it (points), mean ± sd over seeds."""
     table = placed(page)
     if table.empty:
         return tables.several("no run yet")

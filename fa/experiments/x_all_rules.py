@@ -122,8 +122,8 @@ EXPERIMENT = Experiment(
 
 TEXT = """ a, b: test accuracy after the last epoch below backprop's, seed by seed, against the angle between the
 gradient of each layer below the output and exact backprop's, mean of the layers; in words: rules whose gradients
-there are zero or not finite. c: CPU time of a training step over the time of a step of backprop. Bars: +/- 1 sd over
-seeds."""
+there are zero or not finite, and rules that diverged, which have no point for those seeds. c: CPU time of a training
+step over the time of a step of backprop. Bars: +/- 1 sd over seeds."""
 CAPTION = f"""Every rule of the three papers with p3's recipes: the network of Figure 2 on MNIST (a), ResNet-20 on
 CIFAR-10 (b).{TEXT}"""
 SMALL_CAPTION = f"""Every rule of the three papers with one recipe for each network: the network of p3's Figure 2 on
@@ -150,7 +150,8 @@ def draw(page: Page) -> Figure:
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Of one network a row a rule: ``accuracy``, ``gap`` to BP and gradient ``angle`` after the last epoch, mean over
-    seeds, each with its sd (``gap_sd``, ...), and the number of seeds that have them, ``n``."""
+    seeds, each with its sd (``gap_sd``, ...), the number of seeds that have them, ``n``, and of those that
+    ``diverged``."""
     rows = rows[~rows.metric.isin(["step_cost", "feedback_size"])]
     last = rows[rows.epoch == rows.epoch.max()]
     accuracy = last[last.metric == "test_accuracy"].pivot_table(index="seed", columns="rule", values="value")
@@ -159,38 +160,48 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     gap = accuracy.sub(accuracy["bp"], axis=0) if "bp" in accuracy else accuracy * np.nan
     found = {"accuracy": accuracy, "gap": gap, "angle": angle.reindex(columns=accuracy.columns)}
     parts = {name: frame.mean() for name, frame in found.items()}
-    parts |= {f"{name}_sd": frame.std() for name, frame in found.items()} | {"n": accuracy.count()}
-    return pd.DataFrame(parts).loc[plot.in_order(accuracy.columns)]
+    parts |= {f"{name}_sd": frame.std() for name, frame in found.items()}
+    seeds = rows.groupby("rule").seed.nunique()
+    summed = pd.DataFrame(parts).reindex(plot.in_order(rows.rule))
+    n = accuracy.count().reindex(summed.index, fill_value=0)
+    return summed.assign(n=n, diverged=seeds - n)
 
 
-PLACES = ((3, 3), (3, -9), (-3, 3), (-3, -9), (3, 11), (-3, 11), (3, -17), (-3, -17))
+PLACES = ((3, 3), (3, -9), (3, 11), (3, -17), (-3, 3), (-3, -9), (-3, 11), (-3, -17))
 """Where a name may stand beside its point, in points; the first that is free is taken."""
 
 
 def points(ax: Axes, found: pd.DataFrame) -> None:
     """A point a rule, named; BP is the corner."""
-    ax.set_xlim(-3, 98)
+    ax.set_xlim(-9, 98)
     ax.set_xticks((0, 30, 60, 90))
     ax.axhline(0, color="0.75", lw=0.6, ls=":", zorder=0)
     for rule, row in found.iterrows():
         own, angle = plot.look(str(rule)), 0.0 if rule == "bp" else row["angle"]
         line = {"fmt": own.marker, "color": own.color, "ms": 4.2, "elinewidth": 0.7}
         ax.errorbar(angle, row["gap"], row["gap_sd"], row["angle_sd"] if rule != "bp" else None, **line)
-    lost = found[found["angle"].isna() & (found.index != "bp")]
-    words = [f"{plot.look(str(rule)).label} {gap:.1f}" for rule, gap in lost["gap"].items()]
-    if words:
-        ax.text(0.02, 0.02, "without an angle: " + ", ".join(words), transform=ax.transAxes, fontsize="x-small")
+    lost = found[found["angle"].isna() & found["gap"].notna() & (found.index != "bp")]
+    words = ["without an angle: " + ", ".join(f"{plot.look(str(r)).label} {gap:.1f}" for r, gap in lost["gap"].items())]
+    bad = found[found["diverged"] > 0]
+    of = [
+        f"{plot.look(str(r)).label} ({row['diverged']:.0f} of {row['n'] + row['diverged']:.0f})"
+        for r, row in bad.iterrows()
+    ]
+    words.append("diverged: " + ", ".join(of))
+    text = "\n".join(line for line, said in zip(words, (len(lost), len(bad))) if said)
+    ax.text(0.02, 0.02, text, transform=ax.transAxes, fontsize="x-small")
 
 
 def names(ax: Axes, found: pd.DataFrame) -> None:
     """The rules' names beside their points, none over another name or point; of a figure whose layout is final."""
     from matplotlib.transforms import Bbox
 
-    at = found["angle"].fillna(0.0).where(found["angle"].notna() | (found.index == "bp"))
+    at = found["angle"].fillna(0.0).where(found["angle"].notna() | (found.index == "bp"))  # nan: no point
     spots = {str(r): ax.transData.transform((at[r], found["gap"][r])) for r in found.index if at[r] == at[r]}
     taken = [Bbox.from_extents(*(spot - 5), *(spot + 5)) for spot in spots.values()]
     for rule in spots:
         spot, place = (at[rule], found["gap"][rule]), {"textcoords": "offset points", "fontsize": "x-small"}
+        place["color"] = plot.look(rule).color
         text = ax.annotate(plot.look(rule).label, spot, PLACES[0], **place)
         text.set_in_layout(False)
         for text.xyann in PLACES:
@@ -234,7 +245,7 @@ def listing(page: Page) -> str:
     parts = []
     for network in (n for n in NETWORKS if n in set(table.network)):
         rows = table[table.network == network]
-        found = summary(rows)[["accuracy", "accuracy_sd", "n", "gap", "angle"]]
+        found = summary(rows)[["accuracy", "accuracy_sd", "n", "diverged", "gap", "angle"]]
         for name in ("step_cost", "feedback_size"):
             found[name] = rows[rows.metric == name].groupby("rule").value.median()
         parts.append(found.reset_index(names="rule").assign(network=network))

@@ -154,7 +154,7 @@ def judge(
 
 
 def _join(parts: Iterable[tuple[str, str]]) -> str:
-    return "; ".join(f"{label} {text}".strip() for label, text in parts)
+    return "; ".join(f"{label} {text.removeprefix(f'{label} ')}".strip() for label, text in parts)
 
 
 def _target(claim: Claim, scope: Scope) -> str:

@@ -205,11 +205,16 @@ class Record:
     def survived(self, axes: dict[str, list], have: pd.Index) -> None:
         """Raises where a run at these axes diverged and its seed is not among those at hand."""
         for run in (r for r, status in self.sidecar.get("status", {}).items() if status["state"] == "diverged"):
-            config = self.sidecar.get("configs", {}).get(run, {})
+            config = self.sidecar.get("configs", {}).get(run, {}) | self.place(run)
             shared = {a: v for a, v in axes.items() if a in config and a != "epoch" and v != ["all"]}
             asked = all(_where(pd.Series([config[a]]), v)[0] for a, v in shared.items())
             if asked and config.get("seed") not in have:
                 raise Diverged(f"{config.get('rule', 'run')} diverged with seed {config.get('seed', run)}")
+
+    def place(self, run: str) -> dict[str, object]:
+        """The axes that have one value in all rows of a run, as those of a sweep have; not what was measured when."""
+        rows = self.table[self.table.run == run] if self.table is not None and "run" in self.table else pd.DataFrame()
+        return {a: rows[a].iloc[0] for a in rows if a not in {*NOT_AXES, "epoch", "layer"} and rows[a].nunique() == 1}
 
     def complete(self, axes: dict[str, list]) -> None:
         """Raises where a partial record lacks a run at these axes: of a whole one the statistic could be another."""
