@@ -222,7 +222,7 @@ def test_the_figure_draws_what_a_run_makes(monkeypatch, tmp_path):
     tables = [train(c).assign(run=c.run, rule=c.rule, seed=c.seed, network=c.model) for c in runs]
     page = SimpleNamespace(runs=runs, table=lambda: pd.concat(tables), trained="quick")
     fig = p2_imagenet.draw(page)
-    assert [ax.get_ylabel() for ax in fig.axes][:2] == ["Test accuracy (%)", "Accuracy below BP (points)"]
+    assert [ax.get_ylabel() for ax in fig.axes][:2] == ["Test accuracy (%)", "Accuracy minus BP's (points)"]
     assert {tuple(line.get_xdata()) for line in fig.axes[2].lines if len(line.get_xdata()) > 2} == {tuple(range(1, 9))}
     assert "ResNet-8" in str(p2_imagenet.listing(page))
     whole = p2_imagenet.draw(page_of(*made(("wm", 1))[:2]))

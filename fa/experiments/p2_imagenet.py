@@ -48,11 +48,12 @@ FIRST_DECAY = {"paper": 0.0, "small": 0.2, "quick": 0.05}
 
 def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str) -> list[Config]:
     """The recipe of p2's code: warm-up over 5 of 90 epochs, a tenth of the rate after 30, 60 and 80. Five networks, one
-    seed; p2's number of seeds is not known, nor are its metaparameters, so that the rules have those of page 23.
+    seed; p2's number of seeds is not known, nor are its metaparameters, so that the rules have the middles of page 23's
+    grids.
 
     Small: ResNet-18 alone on 2,000 photographs of 20 classes at 32x32, three seeds, 18 epochs of 62 steps and the
     schedule to scale. The learning rate is p2's times batch / 256, as its code's option ``rescale_lr`` has it; momentum
-    is plain. In KP's first epoch a strong weight decay takes away what 150,000 steps of p2's do. Quick: ResNet-8 on
+    is plain. In KP's first epoch a strong weight decay leaves a third of the mismatch. Quick: ResNet-8 on
     digits, three epochs, or the small mode's recipe on photographs.
     """
     photographs = isinstance(SETS.get(dataset), ImageFolderSource)
@@ -72,23 +73,23 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
 
 
 EXPERIMENT = Experiment(
-    "Who keeps up with backprop on photographs", "p2", "27_estimation_imagenet", RULES, grid, small=True,
+    "Learned feedback on photographs", "p2", "27_estimation_imagenet", RULES, grid, small=True,
     swept=lambda config: {"network": config.model},
 )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- figure
 
-TEXT = """ c, d, e: by layer of ResNet-18, after training: angle between the weight W and the feedback, ratio of their
-norms, and angle between the gradient of W and exact backprop's; 90 degrees: no relation. Runs that diverged count as
-chance and are crosses in b; in a their curves end where they did, c, d and e leave them out. Bars and bands:
-+/- 1 sd over seeds."""
+TEXT = """ c, d, e: by layer of ResNet-18, after training: angle between the weight W and the feedback, norm of the
+feedback over that of W, and angle between the gradient of W and exact backprop's; 90 degrees: no relation. Runs that
+diverged count as chance and are crosses in b; in a their curves end where they did, c, d and e leave them out. Bars and
+bands: +/- 1 sd over seeds."""
 CAPTION = f"""Rules of Kunin et al. (2020) on ImageNet; their accuracies are not known to us. a: top-1 accuracy of
-ResNet-18 on the 50,000 validation images, by epoch. b: accuracy after the last epoch below backprop's, by
+ResNet-18 on the 50,000 validation images, by epoch. b: accuracy after the last epoch minus backprop's, by
 network.{TEXT}"""
-SMALL_CAPTION = f"""In place of ImageNet, which Kunin et al. (2020) is about: ResNet-18 learns 20 classes from 2,000
+SMALL_CAPTION = f"""In place of ImageNet, on which Kunin et al. (2020) train: ResNet-18 learns 20 classes from 2,000
 photographs of 32x32 pixels in 18 epochs. a: accuracy on 500 validation images, by epoch; dotted: chance, 5 percent. b:
-accuracy after the last epoch below backprop's; dots: seeds.{TEXT} Shaded: 3x3 convolutions of maps of one pixel, most
+accuracy after the last epoch minus backprop's; dots: seeds.{TEXT} Shaded: 3x3 convolutions of maps of one pixel, most
 of whose weights meet nothing but zeros; WM, IA and AA cannot learn those."""
 PANELS = {"c": "angle_deg", "d": "norm_ratio", "e": "grad_angle_global_deg"}
 
@@ -131,8 +132,8 @@ def chance_of(page: Page) -> float:
 
 
 def gap_to_bp(page: Page) -> pd.DataFrame:
-    """Accuracy after the last epoch (``accuracy``) and below BP of the same seed and network (``value``), a row a run;
-    ``diverged`` where it is chance's."""
+    """Accuracy after the last epoch (``accuracy``), and the same minus BP's of that seed and network (``value``), a row
+    a run; ``diverged`` where it is chance's."""
     rows = ends(page.table(), accuracy_of(page), chance_of(page)).reset_index(drop=True)
     bp = rows[rows.rule == "bp"].set_index(["network", "seed"]).value
     theirs = bp.reindex(pd.MultiIndex.from_frame(rows[["network", "seed"]])).to_numpy()
@@ -154,7 +155,7 @@ def gaps(ax: Axes, rows: pd.DataFrame, networks: list[str]) -> None:
             )
     ticks = [NETWORKS[n].removeprefix("ResNet-") for n in networks] if len(networks) > 1 else rules
     ax.axhline(0, color="0.6", lw=0.7, ls=":", zorder=0)
-    ax.set(xticks=range(len(ticks)), ylabel="Accuracy below BP (points)")
+    ax.set(xticks=range(len(ticks)), ylabel="Accuracy minus BP's (points)")
     ax.set_xticklabels(ticks if len(networks) > 1 else [plot.look(r).label for r in rules])
     ax.set(xlabel="ResNet" if len(networks) > 1 else "", xlim=(-0.6, max(len(ticks) - 0.4, 0.6)))
 
@@ -168,7 +169,7 @@ def listing(page: Page) -> str:
     found, keys = gap_to_bp(page), ["network", "rule"]
     parts = {
         "accuracy": found.assign(value=found.accuracy).groupby(keys)[["value", "diverged"]].apply(told),
-        "below BP": found[found.rule != "bp"].groupby(keys)[["value", "diverged"]].apply(told),
+        "minus BP": found[found.rule != "bp"].groupby(keys)[["value", "diverged"]].apply(told),
     }
     last = table[(table.epoch == table.epoch.max()) & (table.depth > 0)]
     for name, of in {"weight angle": "angle_deg", "norm ratio": "norm_ratio", "gradient angle": PANELS["e"]}.items():
@@ -180,5 +181,5 @@ def listing(page: Page) -> str:
     order = [(n, r) for n in NETWORKS for r in plot.in_order(table.rule) if (n, r) in wide.index]
     wide = wide.loc[order].reset_index()
     wide = wide.assign(network=wide.network.map(NETWORKS), rule=[plot.look(r).label for r in wide.rule])
-    wide["below BP"] = wide["below BP"].fillna("-")
+    wide["minus BP"] = wide["minus BP"].fillna("-")
     return tables.shown(wide, index=False, float_format="{:.2f}".format, na_rep="-")
