@@ -447,6 +447,8 @@ def test_identity_knows_every_field():
         feedback_lr=0.1,
         precision="bfloat16",
         noisy="feedback",
+        nesterov=True,
+        warmup=2,
     )
     apart = {"optimizer": "adam", "update_noise": 0.1}  # not of implicit feedback
     assert {*other, *PHASES, *apart} == names  # a new field must be listed here, and thought about
