@@ -205,10 +205,13 @@ class Record:
     def survived(self, axes: dict[str, list], have: pd.Index) -> None:
         """Raises where a run at these axes diverged and its seed is not among those at hand."""
         for run in (r for r, status in self.sidecar.get("status", {}).items() if status["state"] == "diverged"):
-            config = self.sidecar.get("configs", {}).get(run, {}) | self.place(run)
+            config = self.sidecar.get("configs", {}).get(run, {})
+            if config.get("seed") in have:
+                continue
+            config = config | self.place(run)
             shared = {a: v for a, v in axes.items() if a in config and a != "epoch" and v != ["all"]}
             asked = all(_where(pd.Series([config[a]]), v)[0] for a, v in shared.items())
-            if asked and config.get("seed") not in have:
+            if asked:
                 raise Diverged(f"{config.get('rule', 'run')} diverged with seed {config.get('seed', run)}")
 
     def place(self, run: str) -> dict[str, object]:
