@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fa import UserError, experiments, models, theory
 from fa.experiments import _ends, p2_imagenet
@@ -237,3 +238,12 @@ def test_several_networks_are_columns_of_the_gap():
     both = pd.concat([table, table.assign(network="resnet50", run=table.run + "x")])
     fig = p2_imagenet.draw(page_of(runs, both))
     assert [t.get_text() for t in fig.axes[1].get_xticklabels()] == ["18", "50"]
+
+
+@pytest.mark.parametrize(("size", "stride"), [(8, 1), (8, 2), (4, 1), (4, 2), (2, 1)])
+def test_the_angle_by_padding_is_that_of_the_noises_second_moment(size: int, stride: int):
+    """The diagonal of the patches' second moment, by PyTorch's own unfold of a map of ones."""
+    seen = F.unfold(torch.ones(1, 1, size, size, dtype=torch.float64), 3, padding=1, stride=stride).mean(2).flatten()
+    cosine = seen.sum() / (seen.norm() * 3)
+    assert p2_imagenet.padding_angle(size, 3, stride) == pytest.approx(math.degrees(math.acos(cosine)), abs=1e-9)
+    assert p2_imagenet.padding_angle(size, 1, 1) == pytest.approx(0, abs=1e-5)

@@ -298,3 +298,4 @@ def test_a_page_across_the_papers_is_after_none() -> None:
     assert "; after Li & Benna" in Page("p3_fig2").trail()["cite"] and "x" not in citations.papers()
     report = (ROOT / "REPORT.md").read_text(encoding="utf-8")
     assert "\n[`x_precision`](REPORT_details.md#x_precision) · [notebook 40]" in report
+    assert "\n![Learning curves in bfloat16 and float32](figures/x_precision.png)\n" in report

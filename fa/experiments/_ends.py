@@ -22,6 +22,13 @@ def ends(table: pd.DataFrame, metric: str = "test_accuracy", chance: float = CHA
     return rows.assign(value=rows.value.mask(bad, chance), diverged=bad)
 
 
+def minus_bp(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """One number a run, minus backprop's of the same ``keys``; a run without such a partner has none."""
+    bp = rows[rows.rule == "bp"].set_index(keys).value
+    theirs = bp.reindex(pd.MultiIndex.from_frame(rows[keys])).to_numpy()
+    return rows.assign(value=rows.value - theirs)
+
+
 def told(of: pd.DataFrame) -> str:
     """Mean ± sd of some seeds, and how many of them diverged."""
     sd = "" if len(of) < 2 else f" ± {of.value.std():.1f}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from fa import plot, tables
 from fa.experiments import Experiment
-from fa.experiments._ends import ends, told
+from fa.experiments._ends import ends, minus_bp, told
 from fa.experiments.p2_tuning import CENTERS
 from fa.experiments.p3_fig5 import accuracy_of
 from fa.train.config import Config
@@ -126,6 +127,39 @@ def draw(page: Page) -> Figure:
     return fig
 
 
+def padding_angle(size: int, kernel: int = 3, stride: int = 1) -> float:
+    """Degrees between W and the matrix that WM settles at, by the zeros around a map alone.
+
+    White noise on a map of ``size`` x ``size`` pixels, padded by ``kernel // 2``, has a diagonal second moment: the
+    share of positions at which an entry of the kernel meets a pixel. W's entries count as equally large. Source: our
+    derivation.
+    """
+    at = np.arange(0, size, stride)[:, None] + np.arange(kernel) - kernel // 2  # (positions, kernel), of one axis
+    seen = np.outer(*[((at >= 0) & (at < size)).mean(0)] * 2)  # (kernel, kernel)
+    return float(np.degrees(np.arccos(min(seen.sum() / (kernel * np.sqrt((seen**2).sum())), 1.0))))
+
+
+def padding(page: Page) -> str:
+    """Table: the mean weight angle under WM in each stage, in the convolutions whose maps have more than a pixel, and
+    what the zeros around the maps of the small scale alone would make of it (degrees)."""
+    table = page.table()
+    rows = table[(table.metric == "angle_deg") & (table.rule == "wm") & (table.epoch == table.epoch.max())]
+    if rows.empty or page.trained != "small":
+        return tables.several("no run of the small scale is shown")
+    stages = {"layer1": (8, 1), "layer2": (8, 2), "layer3": (4, 2)}  # map that the stage gets, and its first stride
+    found = []
+    for stage, (size, stride) in stages.items():
+        plain = padding_angle(size // stride)
+        alone = [padding_angle(size, 3, stride), plain, plain, plain] + [0.0] * (
+            stride > 1
+        )  # the 1x1 shortcut sees all
+        ours = rows[rows.layer.str.startswith(stage)].value.mean()
+        found.append([stage, ours, np.mean(alone)])
+    return tables.shown(
+        pd.DataFrame(found, columns=["stage", "WM", "zeros alone"]), index=False, float_format="{:.1f}".format
+    )
+
+
 def chance_of(page: Page) -> float:
     """Percent: the accuracy of a run that diverged."""
     return 100 / SETS[page.runs[0].dataset].classes
@@ -135,9 +169,7 @@ def gap_to_bp(page: Page) -> pd.DataFrame:
     """Accuracy after the last epoch (``accuracy``), and the same minus BP's of that seed and network (``value``), a row
     a run; ``diverged`` where it is chance's."""
     rows = ends(page.table(), accuracy_of(page), chance_of(page)).reset_index(drop=True)
-    bp = rows[rows.rule == "bp"].set_index(["network", "seed"]).value
-    theirs = bp.reindex(pd.MultiIndex.from_frame(rows[["network", "seed"]])).to_numpy()
-    return rows.assign(accuracy=rows.value, value=rows.value - theirs)
+    return minus_bp(rows.assign(accuracy=rows.value), ["network", "seed"])
 
 
 def gaps(ax: Axes, rows: pd.DataFrame, networks: list[str]) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 from fa import plot, tables
 from fa.errors import UserError
 from fa.experiments import Experiment
-from fa.experiments._ends import told
+from fa.experiments._ends import minus_bp, told
 from fa.experiments.p2_tuning import PAPER, RULES, SMALL, Trial
 
 if TYPE_CHECKING:
@@ -166,12 +166,9 @@ def placed(page: Page) -> pd.DataFrame:
 def gaps(table: pd.DataFrame) -> pd.DataFrame:
     """A row a run of another rule than backprop: ``value``, its score minus backprop's with the same seed and network
     (points; chance where training diverged), and whether it ``diverged``."""
-    keys = ["network", "place", "seed"]
     scores, bad = (table[table.metric == metric] for metric in ("score", "diverged"))
-    bp = scores[scores.rule == "bp"].set_index(keys).value.rename("bp")
-    rows = scores[scores.rule != "bp"].join(bp, on=keys)
-    rows = rows.assign(diverged=rows.run.map(bad.set_index("run").value).astype(bool), value=rows.value - rows.bp)
-    return rows.dropna(subset="value")
+    rows = minus_bp(scores.assign(diverged=scores.run.map(bad.set_index("run").value) > 0), ["network", "seed"])
+    return rows[rows.rule != "bp"].dropna(subset="value")
 
 
 def survived(table: pd.DataFrame) -> pd.Series:
@@ -187,14 +184,16 @@ def sizes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_depth(ax: Axes, rows: pd.DataFrame) -> None:
-    """A line a rule; crosses where a seed diverged."""
+    """A line a rule, broken where it has no rows; crosses where a seed diverged."""
+    places = sorted(set(rows.place))
     for rule in plot.in_order(rows.rule):
         of = rows[rows.rule == rule]
-        plot.means(ax, of, "place", rule, ms=3.2)
+        none = pd.DataFrame({"place": [p for p in places if p not in set(of.place)], "seed": 0, "value": float("nan")})
+        plot.means(ax, pd.concat([of, none]) if len(none) else of, "place", rule, ms=3.2)
         if "diverged" in of and of.diverged.any():
             bad = of[of.place.isin(of[of.diverged].place)].groupby("place").value.mean()
             ax.plot(bad.index, bad, "x", color=plot.look(rule).color, ms=6, mew=1, zorder=6)
-    ax.set_xticks(sorted(set(rows.place)))
+    ax.set_xticks(places)
 
 
 def elsewhere(ax: Axes, rows: pd.DataFrame, page: Page) -> None:

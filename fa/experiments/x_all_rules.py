@@ -181,14 +181,14 @@ def points(ax: Axes, found: pd.DataFrame) -> None:
         line = {"fmt": own.marker, "color": own.color, "ms": 4.2, "elinewidth": 0.7}
         ax.errorbar(angle, row["gap"], row["gap_sd"], row["angle_sd"] if rule != "bp" else None, **line)
     lost = found[found["angle"].isna() & found["gap"].notna() & (found.index != "bp")]
-    words = ["without an angle: " + ", ".join(f"{plot.look(str(r)).label} {gap:.1f}" for r, gap in lost["gap"].items())]
     bad = found[found["diverged"] > 0]
-    of = [
-        f"{plot.look(str(r)).label} ({row['diverged']:.0f} of {row['n'] + row['diverged']:.0f})"
-        for r, row in bad.iterrows()
-    ]
-    words.append("diverged: " + ", ".join(of))
-    text = "\n".join(line for line, said in zip(words, (len(lost), len(bad))) if said)
+    words = {
+        "without an angle: ": [f"{plot.look(str(r)).label} {gap:.1f}" for r, gap in lost["gap"].items()],
+        "diverged: ": [
+            f"{plot.look(str(r)).label} ({k} of {k + n})" for r, k, n in zip(bad.index, bad["diverged"], bad["n"])
+        ],
+    }
+    text = "\n".join(head + ", ".join(of) for head, of in words.items() if of)
     ax.text(0.02, 0.02, text, transform=ax.transAxes, fontsize="x-small")
 
 

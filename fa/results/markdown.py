@@ -17,8 +17,8 @@ _NAMES = "|".join(sorted(map(re.escape, LABELS.values()), key=len, reverse=True)
 WORD = re.compile(rf"(?<![\w.-])({_NAMES}|\d+(?:\.\d+)?)(?![\w-])")
 """A rule's label or a number in a claim: claims that differ in one of them share a row."""
 
-USUAL = re.compile(r" \((test accuracy( after the last epoch)?, )?paired by seed\)")
-"""What the report says once of all its tables."""
+USUAL = re.compile(r"\(test accuracy( after the last epoch)?, paired by seed\)")
+"""What the report says once, and of a claim with the two words "test, paired"."""
 
 WITH_SD, LISTED = 3, 4
 """Up to so many values a row gives each with its sd; up to so many the means; from there on their range."""
@@ -44,7 +44,7 @@ def claims_table(rows: pd.DataFrame) -> str:
     for group in _alike(rows):
         names, row = zip(*group)
         of = [f"{name}: " if len(group) > 1 else "" for name in names]
-        claim = USUAL.sub("", row[0].claim if len(group) == 1 else _put(row[0].claim, names))
+        claim = USUAL.sub("(test, paired)", row[0].claim if len(group) == 1 else _put(row[0].claim, names))
         targets = list(dict.fromkeys(r.target for r in row))
         target = targets[0] if len(targets) == 1 else "; ".join(f"{n}{r.target}" for n, r in zip(of, row))
         ours = "; ".join(f"{n}{_short(r.ours)}" for n, r in zip(of, row) if r.ours)
