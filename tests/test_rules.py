@@ -39,6 +39,7 @@ RULES = {
     "frozen": ("frozen", {}),
     "kp": ("kp", {}),
     "kp sparse": ("kp", {"density": 0.5}),
+    "kp copy": ("kp", {"init": "copy"}),
     "kp track": ("kp", {"norm": "track"}),
     "pfa": ("pfa", {"expansion": 3}),
     "pfa xavier": ("pfa", {"expansion": 2.5, "init": "xavier"}),
@@ -689,6 +690,36 @@ def test_feedback_scales():
         B = fa.convert(copy.deepcopy(layer), "fa", init=init).feedback.B
         assert B.std().item() == pytest.approx(std, rel=0.02)
         assert B.abs().max().item() <= std * 3**0.5 and B.mean().abs().item() < 0.02 * std
+
+
+@pytest.mark.parametrize("model", [lambda: oracles.mlp(6, 9, 3), oracles.resnet], ids=["mlp", "resnet"])
+def test_feedback_that_starts_as_a_copy_of_the_weight(model):
+    """KP's copy receives W's own updates, so that KP is backprop from there on; SA's first step is its own."""
+    net, x, y = model()
+    bp, sa = copy.deepcopy(net), fa.convert(copy.deepcopy(net), "sa", init="copy", self_=0.3, decay=0.2)
+    fa.convert(net, "kp", init="copy")
+    for name, layer in converted(sa).items():
+        W = layer.weight.detach().clone()
+        assert torch.equal(layer.feedback.B, W) and layer.feedback.B.data_ptr() != layer.weight.data_ptr(), name
+    for n in (net, bp):
+        opt = torch.optim.SGD(fa.param_groups(n, lr=0.1, weight_decay=0.01), momentum=0.9)
+        for _ in range(5):
+            opt.zero_grad()
+            F.cross_entropy(n(x), y).backward()
+            opt.step()
+    theirs = dict(bp.named_parameters())
+    for name, p in net.named_parameters():
+        assert apart(p, theirs[name.replace("feedback.B", "weight")]) < 1e-12, name
+    first = {name: layer.weight.detach().clone() for name, layer in converted(sa).items()}
+    F.cross_entropy(sa(x), y).backward()
+    for name, layer in converted(sa).items():
+        assert apart(layer.feedback.B.grad, (2 * 0.2 - 0.3) * first[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa", "usf", "brsf", "frsf", "frozen", "pfa", "pfa_o"])
+def test_only_feedback_that_learns_to_be_the_weight_starts_as_a_copy(rule):
+    with pytest.raises(fa.UserError, match=f"{rule}: init='copy' must be match, xavier, kaiming or a positive number"):
+        fa.rules.rule(rule, init="copy")
 
 
 # ------------------------------------------------------------------------------------------ once per step

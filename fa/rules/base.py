@@ -57,7 +57,6 @@ from torch import Tensor
 
 from fa.errors import UserError
 
-INITS = ("match", "xavier", "kaiming")  # scales of drawn feedback that have a name
 Terms = list[tuple[Any, ...]]
 
 
@@ -178,6 +177,7 @@ class Rule:
     needs_y: ClassVar[bool] = True
     draws_noise: ClassVar[bool] = False
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {"norm": ("fixed", "track")}
+    inits: ClassVar[tuple[str, ...]] = ("match", "xavier", "kaiming")  # words that ``init`` may be
 
     init: str | float = "match"
     density: float = 1.0
@@ -186,8 +186,8 @@ class Rule:
     clamp_forward: bool = False
 
     def __post_init__(self) -> None:
-        if self.init not in INITS if isinstance(self.init, str) else self.init <= 0:
-            raise UserError(f"{self.name}: init={self.init!r} is not one of {', '.join(INITS)} or a positive number")
+        if self.init not in self.inits if isinstance(self.init, str) else self.init <= 0:
+            raise UserError(f"{self.name}: init={self.init!r} must be {', '.join(self.inits)} or a positive number")
         if not 0 < self.density <= 1:
             raise UserError(f"{self.name}: density={self.density!r} must lie in (0, 1]")
         if not 0 < self.gain < math.inf:
@@ -198,15 +198,11 @@ class Rule:
 
     def std(self, W: Tensor) -> float:
         """Standard deviation that option ``init`` asks for, for feedback of ``W``'s shape."""
+        if self.init == "match":
+            return rms(W) if self.learned else self.nonzero(rms(W), "init")
         fan_in, fan_out = fans(W)
-        match self.init:
-            case "match":
-                return rms(W) if self.learned else self.nonzero(rms(W), "init")
-            case "xavier":
-                return math.sqrt(2 / (fan_in + fan_out))
-            case "kaiming":
-                return math.sqrt(1 / (3 * fan_in))
-        return float(self.init)
+        variance: dict[Any, float] = {"xavier": 2 / (fan_in + fan_out), "kaiming": 1 / (3 * fan_in)}
+        return math.sqrt(variance[self.init]) if self.init in variance else float(self.init)
 
     def nonzero(self, size: float, option: str, layer: str = "") -> float:
         """``size``, the RMS of a weight, for feedback that will keep that size; a size of 0 raises UserError.
@@ -240,3 +236,21 @@ class Rule:
     def kernel(self, W: Tensor) -> Tensor | Terms:
         """The effective feedback weight, which carries the error in place of ``W``; of W's shape, or as terms."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Estimate(Rule):
+    """Learned feedback B of W's shape, which sends the error in W's place.
+
+    Args:
+        init: as in :class:`Rule`, or ``"copy"``: B starts as a copy of W (ours, to tell the start from what follows).
+    """
+
+    learned = ("B",)
+    inits = (*Rule.inits, "copy")
+
+    def init_state(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
+        return {"B": W.detach().clone() if self.init == "copy" else uniform(W.shape, self.std(W), W, gen)}  # (out, in)
+
+    def kernel(self, B: Tensor) -> Tensor:
+        return B

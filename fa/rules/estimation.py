@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fa.rules.base import Rule, uniform
+from fa.rules.base import Estimate
 
 
 @dataclass(frozen=True)
-class Primitives(Rule):
+class Primitives(Estimate):
     r"""Learned feedback that descends a local objective, a sum of p2's five primitives.
 
     .. math::
@@ -48,9 +48,8 @@ class Primitives(Rule):
     name = "primitives"
     equation = "dx = B^T dy, dB = 2d B - a <y x^T> + 2n <y (B^T y)^T> + 2p <(B x) x^T> - s W"
     source = "Kunin et al. 2020"
-    learned = ("B",)
     own_decay = True
-    choices = Rule.choices | {"positions": ("mean", "sum"), "input": ("data", "normal", "uniform")}
+    choices = Estimate.choices | {"positions": ("mean", "sum"), "input": ("data", "normal", "uniform")}
 
     decay: float = 0.0
     amp: float = 0.0
@@ -85,12 +84,6 @@ class Primitives(Rule):
             flat = flat - flat.mean(1, keepdim=True)  # (n, features) - (n, 1)
             x = (flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True) if self.normalize else flat).view_as(x)
         return x
-
-    def init_state(self, op, W, gen):
-        return {"B": uniform(W.shape, self.std(W), W, gen)}  # (out, in)
-
-    def kernel(self, B):
-        return B
 
     def feedback_grad(self, op, x, y, dy, W, B):
         a, n, p = self.amp, 2 * self.null, 2 * self.sparse

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fa.errors import UserError
-from fa.rules.base import Rule, check_memory, fans, random_mask, uniform
+from fa.rules.base import Estimate, Rule, check_memory, fans, random_mask, uniform
 from fa.rules.implicit import Implicit
 
 
 @dataclass(frozen=True)
-class KP(Rule):
+class KP(Estimate):
     r"""Kolen-Pollack: the feedback receives W's own update and decays as W does.
 
     .. math:: dx = B^T dy, \qquad dB = dW
@@ -26,13 +26,6 @@ class KP(Rule):
     name = "kp"
     equation = "dx = B^T dy, dB = dW"
     source = "Kolen & Pollack 1994; Akrout et al. 2019; Kunin et al. 2020"
-    learned = ("B",)
-
-    def init_state(self, op, W, gen):
-        return {"B": uniform(W.shape, self.std(W), W, gen)}  # (out, in)
-
-    def kernel(self, B):
-        return B
 
     def feedback_grad(self, dW):
         return {"B": dW}
