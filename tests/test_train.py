@@ -429,7 +429,7 @@ CHANGED = dict(
     weight_decay=2e-3, first_weight_decay=0.2, epochs=6, augment=True, weights="torch",
 )  # fmt: skip
 PHASES, MIRROR = (
-    dict(alternate=2, delay_epochs=3),
+    dict(alternate=2, delay_epochs=3, feedback_momentum=0.0),
     replace(TINY, rule="wm", options=""),
 )  # phases need feedback that learns by itself
 

@@ -12,7 +12,7 @@
     number    :=  0.1 | inf | target | tolerance | AXIS (a number within each) | -number | number (+ - * /) number
                |  sqrt(number) | hypot(number, number) | STATISTIC
     STATISTIC :=  mean | min | max | best | sd (METRIC, AXIS=VALUES, ...)              from the record
-               |  paired(METRIC, minus=RULE or minus_AXIS=VALUE, AXIS=VALUES, ...)      a difference, seed by seed
+               |  paired(METRIC, minus=RULE, minus_AXIS=VALUE, ..., AXIS=VALUES, ...)   a difference, seed by seed
                |  ref(METRIC, AXIS=VALUES, ...)                                         from the published values
     VALUES    :=  word | number | "text" | [several of these] | all | last (of epoch) | every (of each, falls, rises)
 

@@ -143,15 +143,15 @@ class Record:
     planned: pd.DataFrame | None = None
 
     def statistic(self, name: str, metric: str, axes: dict[str, list], minus: dict[str, list]) -> Value:
-        """A statistic of one metric at some axes; of ``paired`` ``minus`` has the axis that differs on the other
+        """A statistic of one metric at some axes; of ``paired`` ``minus`` has the axes that differ on the other
         side."""
         known = {c for frame in (self.table, self.reference) if frame is not None for c in frame} - NOT_AXES
         if unknown := [a for a in axes | minus if known and a not in known or a.startswith("minus")]:
             raise Malformed(f"unknown axis {unknown[0]}; known: {', '.join(sorted(known))}")
         if every := [a for a, v in axes.items() if "every" in v]:
             raise Malformed(f"{every[0]}=every is for each(), falls() and rises(); a statistic takes all")
-        if (name == "paired") != (len(minus) == 1) or any(len(v) != 1 for v in minus.values()):
-            raise Malformed("paired() needs minus=RULE, or one minus_AXIS=VALUE")
+        if (name == "paired") != bool(minus) or any(len(v) != 1 for v in minus.values()):
+            raise Malformed("paired() needs minus=RULE or minus_AXIS=VALUE, of one value each")
         if self.reference is None:
             return Value(1.0, 0.0, math.inf if name == "ref" else 1e9)
         if name == "ref":

@@ -65,6 +65,8 @@ class Config:
         first_weight_decay: that of the first epoch (0: the same).
         feedback_lr: learning rate of feedback that holds its own decay (wm, ia, sa, aa), dropped as ``lr`` is (0:
             ``lr``).
+        feedback_momentum: SGD's momentum of feedback that holds its own decay (-1: ``momentum``). Without momentum such
+            feedback can follow W in a few steps; with momentum m no learning rate lets it settle faster than m^(t/2).
         alternate: k > 0: a mirror-only step, then k task-only ones, and so on (0: both at every step). See below.
         delay_epochs: so many epochs come first, all steps mirror-only; the schedule of both parts begins after them, as
             p2's drops do.
@@ -111,6 +113,7 @@ class Config:
     weight_decay: float = 1e-4
     first_weight_decay: float = 0.0
     feedback_lr: float = 0.0
+    feedback_momentum: float = -1.0
     alternate: int = 0
     delay_epochs: int = 0
     update_noise: float = 0.0
@@ -137,6 +140,13 @@ class Config:
             )
         if self.nesterov and (self.optimizer != "sgd" or self.momentum <= 0):
             raise UserError("nesterov is a form of SGD's momentum; set optimizer='sgd' and momentum above 0")
+        if self.feedback_momentum != -1:
+            own = self.optimizer == "sgd" and make_rule(self.rule, **self.rule_options).own_decay
+            if not (own and 0 <= self.feedback_momentum < 1):
+                raise UserError(
+                    f"feedback_momentum={self.feedback_momentum:g} of {self.rule}: it lies in [0, 1) and is SGD's, for "
+                    "the feedback of wm, ia, sa, aa and primitives; leave it at -1, the momentum of the weights"
+                )
         if self.warmup and self.delay_epochs:
             raise UserError(
                 "p2's feedback has its full rate in a delay and after it; leave warmup or delay_epochs at 0"

@@ -234,6 +234,8 @@ def numerics(device: str | torch.device) -> Iterator[None]:
 def make_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer of a run, on all parameters, learned feedback included: SGD with momentum, or Adam."""
     groups = param_groups(net, config.lr, config.weight_decay)
+    if config.feedback_momentum != -1:
+        groups[-1]["momentum"] = config.feedback_momentum  # the group of own-decay feedback comes last
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     on_cuda = next(net.parameters()).is_cuda  # where a step may be captured
