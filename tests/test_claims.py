@@ -97,6 +97,7 @@ def measured(number: str) -> selection.Value:
         ("mean(angle_deg, rule=fa, layer=all, epoch=0)", 26.0, 1.0, 3),
         ('mean(angle_deg, rule="fa", layer="fc", epoch=0)', 31.0, 1.0, 3),
         ("paired(test_accuracy, rule=fa, minus=bp, epoch=last)", -0.4, math.sqrt(0.07), 3),  # -0.5, -0.1, -0.6
+        ("paired(test_accuracy, rule=fa, minus=bp, epoch=last, minus_epoch=1)", 0.6, math.sqrt(0.07), 3),
         (
             "mean(test_accuracy, rule=fa, epoch=2) - mean(test_accuracy, rule=bp, epoch=2)",
             -0.4,
