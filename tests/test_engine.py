@@ -121,7 +121,7 @@ class Recorder:
 
         def replay():
             self.replays += 1
-            self.stepper._take()
+            self.stepper._learn()
 
         return replay
 

@@ -174,7 +174,7 @@ def test_every_phase_has_a_captured_step_of_its_own():
         def replay():
             replayed.append(phase)
             stepper.phase = phase
-            stepper._take()
+            stepper._learn()
 
         return replay
 

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 import traceback
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -110,41 +110,35 @@ def run_one(
                     reached[checkpoint["epoch"] if checkpoint else 0].append(folder)
                 except UserError as error:
                     wrong = error
-        for folders in reached.values():
-            found |= _train(folders, device, time.monotonic() + (until - time.time()), compiled, ranks)
+        until = time.monotonic() + (until - time.time())
+        waiting = deque(reached.values())
+        while waiting:
+            folders, tables = waiting.popleft(), []
+            try:
+                if isinstance(folders[0].config, Config):
+                    tables = train_runs([Run(f.config, f) for f in folders], device, until, compiled, None, ranks)
+                else:  # it has no checkpoints: it is begun in time, or not
+                    tables = [drawn(f.config) if time.monotonic() < until else None for f in folders]
+            except UserError:
+                raise
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                if not isinstance(error, StackDiverged) and not lost(error):
+                    traceback.print_exception(error)
+                if ranks.size > 1:  # the other ranks are in the middle of that run
+                    told = f"run {folders[0].config.run} lost a rank ({why.partition(chr(10))[0]})"
+                    raise UserError(f"{told}; call again to go on with it") from error
+                if len(folders) == 1:
+                    found[folders[0].config.run] = {"state": "failed", "error": why}
+                else:  # the runs of a stack that fails are trained again, one by one
+                    waiting.extend([folder] for folder in folders)
+            for folder, table in zip(folders, tables):
+                if table is not None:
+                    folder.finish(table, table.attrs["status"])
+                found[folder.config.run] = {"state": "stopped"} if table is None else table.attrs["status"]
     if wrong:
         raise wrong
     return [found[config.run] for config in configs]
-
-
-def _train(
-    folders: Sequence[RunFolder], device: str, until: float, compiled: bool, ranks: Ranks = ONE_PROCESS
-) -> dict[str, dict[str, Any]]:
-    """Run -> status; the runs of a stack that fails are trained again, one by one."""
-    try:
-        if isinstance(folders[0].config, Config):
-            tables = train_runs([Run(f.config, f) for f in folders], device, until, compiled, None, ranks)
-        else:  # it has no checkpoints: it is begun in time, or not
-            tables = [drawn(f.config) if time.monotonic() < until else None for f in folders]
-    except UserError:
-        raise
-    except Exception as error:
-        if not isinstance(error, StackDiverged) and not lost(error):
-            traceback.print_exception(error)
-        if ranks.size > 1:  # the other ranks are in the middle of that run
-            why = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise UserError(f"run {folders[0].config.run} lost a rank ({why}); call again to go on with it") from error
-        if len(folders) == 1:
-            return {folders[0].config.run: {"state": "failed", "error": f"{type(error).__name__}: {error}"}}
-        tables = []  # not retried here, where the exception holds the stack's memory
-    found: dict[str, dict[str, Any]] = {}
-    for folder in folders if not tables else ():
-        found |= _train([folder], device, until, compiled)
-    for folder, table in zip(folders, tables):
-        if table is not None:
-            folder.finish(table, table.attrs["status"])
-        found[folder.config.run] = {"state": "stopped"} if table is None else table.attrs["status"]
-    return found
 
 
 def drawn(config: Any) -> pd.DataFrame:

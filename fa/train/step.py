@@ -145,15 +145,15 @@ class Stepper:
     def step(self) -> None:
         """One batch: forward, loss, backward, optimizer. Nothing is read back from the device."""
         self.phase = phase = next(self.phases)
-        if self.feed is not None:
-            self._learn(*next(self.feed))
-            return
         if self.captures and phase not in self.replays and self.taken[phase] >= WARM:
             self.replays[phase] = self._capture()
-        self.replays.get(phase, self._take)()
+        self.replays.get(phase, self._learn)()
         self.taken[phase] += 1
 
-    def _take(self) -> None:
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """The images (runs * batch, c, h, w) and labels (runs * batch,) of the step at hand."""
+        if self.feed is not None:
+            return next(self.feed)
         rows = self.index.index_select(0, self.at)[0]  # (steps, runs * batch) -> (runs * batch,)
         # On a CPU index_select is twice as fast as x[rows].
         x, y = self.train.x.index_select(0, rows), self.train.y.index_select(0, rows)  # (runs * batch, c, h, w)
@@ -161,10 +161,10 @@ class Stepper:
             x = data.crop(x, self.draws.index_select(0, self.at)[0], self.border, self.pad, self.train.margin)
         else:
             x = self.train.middle(x)
-        self._learn(x, y)
+        return x, y
 
-    def _learn(self, x: Tensor, y: Tensor) -> None:
-        runs = len(self.seeds)
+    def _learn(self) -> None:
+        (x, y), runs = self._batch(), len(self.seeds)
         if runs > 1:  # the images of all runs become channels of one batch
             x = (
                 x.unflatten(0, (runs, -1)).transpose(0, 1).flatten(1, 2)
@@ -201,7 +201,7 @@ class Stepper:
             if (gen := getattr(getattr(layer.feedback, "op", None), "gen", None)) is not None:
                 graph.register_generator_state(gen)
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            self._take()
+            self._learn()
         return graph.replay
 
 
