@@ -208,13 +208,13 @@ def _settings(name: str, made: Mapping[str, Any]) -> str:
 
 
 def _readme(told: Mapping[str, Any]) -> str:
-    """The README's one table: a row a figure, with the finding of the first scale that was tested."""
+    """The README's one table: a row a figure, with the finding of the scale at which all claims are tested, or some."""
     scales: dict[str, list[SimpleNamespace]] = {}
     for f in told["figures"]:
         scales.setdefault(records.figure_of(f.name)[0], []).append(f)
     rows = []
     for both in scales.values():
-        f = next((f for f in both if f.seeds), both[0])
+        f = next((f for f in both if not f.why_untested), next((f for f in both if f.seeds), both[0]))
         other = [f" ({records.figure_of(o.name)[1]} scale: {o.verdict})" for o in both if o is not f]
         rows.append([f"[{f.notebook[:2]}](notebooks/{f.notebook}.ipynb)", f.finding, "".join([f.verdict, *other])])
     return markdown(["notebook", "figure and finding", "claims"], rows)
