@@ -10,7 +10,7 @@ from torch import nn
 
 import fa
 from fa import UserError
-from fa.experiments import p2_lag, plan
+from fa.experiments import p2_lag, p2_lag_rates, plan
 from fa.metrics import angle
 from fa.train import data
 from fa.train.config import Config
@@ -118,3 +118,27 @@ def test_plan():
             momentum, lag = c.feedback_momentum, p2_lag.swept(c)["lag"]
             assert c.feedback_lr * p2_lag.RATE * lag == pytest.approx(1 - momentum)
     assert {c.options for c in plan("p2_lag", "quick", rules="kp")} == {""}  # another rule: as it is
+
+
+def test_rates_plan():
+    runs = plan("p2_lag_rates", "paper")
+    assert len(runs) == len({c.run for c in runs}) == 3 * 4 * (1 + 4 + 8)
+    for c in runs:
+        config = c.recipe()
+        assert (config.lr, config.momentum, config.epochs, config.dataset) == (c.lr, 0.9, 1, "mnist")
+        if c.rule == "sa":
+            assert config.feedback_momentum == c.momentum
+            assert config.feedback_lr * p2_lag.RATE * c.lag == pytest.approx(1 - c.momentum)
+        else:
+            assert config.feedback_lr == 0 and c.momentum == 0
+            assert config.options == ("" if c.rule == "bp" else f"every={2 * c.lag + 1}")
+
+
+def test_a_short_run_that_diverges_counts_as_chance():
+    run = p2_lag_rates.Short("sa", 0, 1e30, 5, 0.9, hidden="16", dataset="digits")
+    table = run.table().set_index("metric").value
+    assert (table["score"], table["diverged"]) == (10, 1)
+    learned = p2_lag_rates.Short("sa", 0, 0.03, 1, hidden="16", dataset="digits", epochs=3).table()
+    found = p2_lag_rates.scores(learned.assign(run="a", rule="sa", seed=0, lag=1, momentum=0.0, lr=0.03))
+    assert found.value.item() > 70 and not found.diverged.item()
+    assert set(learned[learned.layer != ""].metric) == {"angle_deg", "norm_ratio"}

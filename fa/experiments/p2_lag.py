@@ -72,11 +72,16 @@ def of_rule(base: Config, lags: Sequence[int]) -> list[Config]:
         return [base]
     return [
         base.vary(
-            **OPTIONS[base.rule], feedback_momentum=momentum, feedback_lr=round((1 - momentum) / (RATE * lag), 6),
+            **OPTIONS[base.rule], feedback_momentum=momentum, feedback_lr=rate(lag, momentum),
             **{"init": "copy"} if copy else {},
         )
         for lag in lags for momentum in (0.0, 0.9) for copy in (False, True)
     ]  # fmt: skip
+
+
+def rate(lag: float, momentum: float) -> float:
+    """The learning rate at which feedback is so many steps behind."""
+    return round((1 - momentum) / (RATE * lag), 6)
 
 
 def swept(config: Config) -> dict[str, Any]:

@@ -1,0 +1,159 @@
+"""The learning rates at which a network learns, against the lag of its feedback behind W."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from fa import plot, tables
+from fa.experiments import Experiment
+from fa.experiments._ends import CHANCE, told
+from fa.experiments._short import network, trained
+from fa.experiments.p2_lag import LAGS, OPTIONS, rate
+from fa.train.config import Config, identity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fa.results.page import Page
+
+RULES = ("bp", "frozen", "sa")
+RATES = (0.001, 0.003, 0.01, 0.03)
+
+
+@dataclass(frozen=True)
+class Short:
+    """A short run at one learning rate of W, whose feedback has one lag.
+
+    Args:
+        rule: a name of ``fa.RULES``.
+        seed: of weights, batches and feedback.
+        lr: learning rate of W.
+        lag: of the feedback, in steps (0: the rule has none to set).
+        momentum: of the feedback; W's is 0.9.
+        hidden, dataset, epochs, batch: as in :class:`fa.train.config.Config`.
+        revision: of the recipe.
+    """
+
+    rule: str
+    seed: int
+    lr: float
+    lag: int = 0
+    momentum: float = 0.0
+    hidden: str = "64,64,64,64"
+    dataset: str = "mnist"
+    epochs: int = 1
+    batch: int = 32
+    revision: int = 1
+
+    run = property(identity)
+
+    def recipe(self) -> Config:
+        """The ordinary run; SA's feedback starts at random."""
+        names = ("hidden", "dataset", "epochs", "batch", "lr")
+        base = Config(self.rule, self.seed, lr_drops="", **{name: getattr(self, name) for name in names})
+        if self.rule == "frozen":
+            return base.vary(every=2 * self.lag + 1)
+        if self.rule == "sa":
+            return base.vary(
+                **OPTIONS["sa"], feedback_momentum=self.momentum, feedback_lr=rate(self.lag, self.momentum)
+            )
+        return base
+
+    def table(self) -> pd.DataFrame:
+        """``epoch`` (the last), ``layer``, ``depth``, ``metric``, ``value``: ``score``, the accuracy on the validation
+        images (on digits, which have none, on the test images), or :data:`CHANCE` where training ``diverged`` (0 or
+        1); and each layer's angle and norm ratio."""
+        config = self.recipe()
+        score, rows, status = trained(config, network(config))
+        found = {"score": score, "diverged": float(status["state"] == "diverged")}
+        own = pd.DataFrame({"epoch": self.epochs, "layer": "", "metric": list(found), "value": list(found.values())})
+        table = pd.concat([own, rows]).reindex(columns=["epoch", "layer", "depth", "metric", "value"])
+        table.attrs["status"] = status
+        return table
+
+
+def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str) -> list[Short]:
+    """BP, frozen backprop and SA, with momentum of the feedback and without, at every lag and learning rate, one epoch
+    of MNIST. Quick: digits, one seed, two lags, two rates.
+    """
+    quick, runs = mode == "quick", []
+    lags, rates = (LAGS[:2], RATES[::2]) if quick else (LAGS, RATES)
+    for seed in range(seeds or (1 if quick else 3)):
+        for rule in rules:
+            places = [(lag, momentum) for lag in lags for momentum in ((0.0, 0.9) if rule == "sa" else (0.0,))]
+            for lag, momentum in places if rule in ("frozen", "sa") else [(0, 0.0)]:
+                shared = dict(dataset=dataset or ("digits" if quick else "mnist"), epochs=epochs or (5 if quick else 1))
+                runs += [Short(rule, seed, lr, lag, momentum, **shared) for lr in rates]
+    return runs
+
+
+EXPERIMENT = Experiment(
+    "Learning rates that a lag allows", "p2", "28_estimation_lag", RULES, grid,
+    swept=lambda config: {"lag": config.lag, "momentum": config.momentum, "lr": config.lr},
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- figure
+
+CAPTION = f"""The learning rates that a lag allows (ours; the rules of Kunin et al. 2020). A multilayer perceptron of
+four hidden layers of 64 units learns MNIST for one epoch in batches of 32; accuracy on the validation images against
+the learning rate of W, a line a lag in steps; crosses: a seed diverged, which counts as chance ({CHANCE:g} %). a: SA
+without momentum of the feedback, from a random start. b: SA with momentum 0.9. c: frozen backprop, whose copy of W is
+as far behind on average. Grey: BP. Bars: +/- 1 sd over seeds."""
+
+
+@plot.style()
+def draw(page: Page) -> Figure:
+    """a: SA without momentum; b: with; c: frozen backprop."""
+    rows = scores(page.table())
+    fig, ax = plot.figure("abc", height=2.4, sharey=True)
+    panels = {"a": ("sa", 0.0, "SA, no momentum"), "b": ("sa", 0.9, "SA, momentum 0.9"), "c": ("frozen", 0.0, "frozen")}
+    for panel, (rule, momentum, text) in panels.items():
+        own = rows[(rows.rule == rule) & (rows.momentum == momentum)]
+        by_rate(ax[panel], own, rows[rows.rule == "bp"])
+        ax[panel].set(xlabel="Learning rate of W")
+        plot.note(ax[panel], text)
+    ax["a"].set(ylabel="Validation accuracy (%)", ylim=(0, 103))
+    colors = plot.depth_colors(range(len(LAGS)))
+    key = {f"lag {lag}": colors[i] for i, lag in enumerate(LAGS)} | {"BP": "0.6"}
+    ax["a"].legend(handles=plot.key(key), loc="lower left", fontsize="x-small")
+    plot.letters([ax[p] for p in "abc"])
+    return fig
+
+
+def scores(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a run: its score, and whether it diverged."""
+    wide = table[table.layer == ""].pivot(index="run", columns="metric", values="value")
+    about = table.drop_duplicates("run").set_index("run")[["rule", "seed", "lag", "momentum", "lr"]]
+    wide = wide.reindex(columns=["score", "diverged"])
+    return about.assign(value=wide["score"], diverged=wide["diverged"] > 0).reset_index()
+
+
+def by_rate(ax: Axes, rows: pd.DataFrame, bp: pd.DataFrame) -> None:
+    """A line a lag against the learning rate, over backprop's."""
+    at = bp.groupby("lr").value.mean()
+    ax.plot(at.index, at, color="0.6", lw=0.9, zorder=0)
+    for color, lag in zip(plot.depth_colors(range(len(LAGS))).values(), LAGS):
+        of = rows[rows.lag == lag]
+        at = of.groupby("lr").value.agg(["mean", "std"])
+        ax.errorbar(at.index, at["mean"], at["std"], color=color, marker="o", ms=3, lw=0.9, elinewidth=0.7)
+        bad = of[of.diverged].groupby("lr").value.first()
+        ax.plot(bad.index, at["mean"][bad.index], "x", color="black", ms=5, mew=0.8, ls="")
+    ax.set(xscale="log", xticks=RATES)
+    ax.set_xticklabels([f"{lr:g}" for lr in RATES])
+    ax.minorticks_off()
+
+
+def listing(page: Page) -> tables.Shown:
+    """Table: a row a rule, momentum and lag, a column a learning rate: validation accuracy."""
+    rows = scores(page.table())
+    if rows.empty:
+        return tables.several("no run yet")
+    cells = rows.groupby(["rule", "momentum", "lag", "lr"]).apply(told, include_groups=False).unstack("lr")
+    cells = cells.sort_index(key=lambda at: at.map(RULES.index) if at.name == "rule" else at)
+    cells = cells.rename(index=lambda rule: plot.look(rule).label, level="rule").rename(columns="{:g}".format)
+    return tables.shown(cells.reset_index().rename_axis(None, axis=1), index=False, na_rep="-")
