@@ -106,11 +106,12 @@ EXPERIMENT = Experiment(
 CAPTION = """How fast feedback must follow W (ours; the rules of Kunin et al. 2020). ResNet-8 learns CIFAR-10 at 16x16
 pixels for four epochs. a: test accuracy after the last epoch minus backprop's, against the lag, the number of steps
 that the feedback is behind a W which moves at a constant speed; frozen backprop has a copy of W that is as far behind
-on average. b: angle between W and SA's feedback in the first epoch, from a random start, mean of the layers; lines: the
-formula for a W that rests. c: test accuracy minus backprop's of SA, AA and WM at a lag of five steps. Filled: the
-feedback starts as a copy of W; hollow: at random. Circles: no momentum of the feedback; squares: momentum 0.9. Bars:
-+/- 1 sd over seeds."""
+on average; numbers at the bottom: means far below the others. b: angle between W and SA's feedback in the first epoch,
+from a random start, mean of the layers; lines: the formula for a W that rests. c: test accuracy minus backprop's of WM,
+SA and AA at a lag of five steps. Filled: the feedback starts as a copy of W; hollow: at random. Circles: no momentum of
+the feedback; squares: momentum 0.9. Bars: +/- 1 sd over seeds."""
 
+LOWEST = -12.0  # of panel a
 LOOKS = {0.0: ("o", "-"), 0.9: ("s", "--")}
 """Momentum -> marker, line."""
 
@@ -134,22 +135,29 @@ def conditions(rows: pd.DataFrame) -> list[tuple[tuple[float, str], pd.DataFrame
 
 
 def by_lag(ax: Axes, gap: pd.DataFrame) -> None:
-    """Panel a: a line for SA at each momentum and start, and one for frozen backprop."""
+    """Panel a: a line for SA at each momentum and start, and one for frozen backprop; means far below the others are
+    written at the bottom."""
     for rule in ("frozen", "sa"):
         color = plot.look(rule).color
-        for (momentum, start), of in conditions(gap[gap.rule == rule]):
+        for j, ((momentum, start), of) in enumerate(conditions(gap[gap.rule == rule])):
             marker, line = LOOKS[momentum] if rule == "sa" else ("^", ":")
-            at = of.groupby("lag").value.agg(["mean", "std"])
-            face = color if start == "copy" else "white"
-            ax.errorbar(at.index, at["mean"], at["std"], color=color, marker=marker, ls=line, mfc=face, ms=3.6, lw=0.9,
-                        elinewidth=0.7)  # fmt: skip
+            at, shift = of.groupby("lag").value.agg(["mean", "std"]), 1.04 ** (j - 1.5 * (rule == "sa"))
+            style = {"color": color, "marker": marker, "mfc": color if start == "copy" else "white", "ms": 3.6}
+            shown = at.mask(at["mean"] < LOWEST)
+            ax.errorbar(at.index * shift, shown["mean"], shown["std"], ls=line, lw=0.9, elinewidth=0.7, **style)
+            for lag, mean in at["mean"][at["mean"] < LOWEST].items():
+                beside = lag * 1.55 ** (start == "drawn")
+                ax.plot(beside, LOWEST, **style)
+                ax.annotate(f"\N{MINUS SIGN}{-mean:.0f}", (beside, LOWEST), (0, 4), textcoords="offset points",
+                            ha="center", fontsize="x-small", color=color)  # fmt: skip
     ax.axhline(0, color="0.75", lw=0.6, ls=":", zorder=0)
-    ax.set(xscale="log", xlabel="Lag (steps)", ylabel="Test accuracy minus BP (points)")
+    ax.set(xscale="log", xlabel="Lag (steps)", ylabel="Test accuracy minus BP (points)", ylim=(LOWEST - 0.8, 2))
+    ax.set_yticks(range(int(LOWEST), 3, 2))
     ax.set_xticks(LAGS, [str(lag) for lag in LAGS])
     ax.minorticks_off()
     plot.note(ax, plot.repeats(gap, ["rule", "lag", "momentum", "start"]))
     frozen = plot.key({plot.look("frozen").label: plot.look("frozen").color}, marker="^", ls=":", ms=3.6)
-    ax.legend(handles=[*keys(), *frozen], loc="lower left", fontsize="x-small")
+    ax.legend(handles=[*keys(), *frozen], loc="lower left", bbox_to_anchor=(0, 0.1), fontsize="x-small")
 
 
 def keys() -> list[Any]:
