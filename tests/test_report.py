@@ -241,6 +241,14 @@ def test_claims_that_differ_in_one_rule_or_number_share_a_row() -> None:
     ]
 
 
+def test_the_head_of_a_table_begins_its_claims() -> None:
+    claim = rows(("SF is below BP (validation accuracy, paired by seed)", "0", "1", "fails", "wanted below 0"))
+    head, _, row = markdown.claims_table(claim, "MNIST, 40 epochs").splitlines()
+    assert head == "| MNIST, 40 epochs: | target | ours | verdict |"
+    assert row == "| SF is below BP (validation, paired) | 0 | 1 | fails (wanted below 0) |"
+    assert markdown.claims_table(claim).startswith("| claim | target |")
+
+
 def test_long_measurements_are_shortened() -> None:
     parts = [f"density=0.{i} {value} ± 0.1" for i, value in enumerate([-3.5, 2, 1e-05, 4, 5, 6, 7, 8], 1)]
     assert markdown._short("; ".join(parts[:3])) == "; ".join(parts[:3])
@@ -260,6 +268,9 @@ def test_measurements_have_the_rules_labels() -> None:
     (["CIFAR-10, ResNet-8, SF: a", "CIFAR-10, ResNet-8: b"], "CIFAR-10, ResNet-8", ["SF: a", "b"]),
     (["PFA: a", "PFA-o: b"], "", ["PFA: a", "PFA-o: b"]),
     (["MNIST, BP: a"], "MNIST, BP", ["a"]),
+    (["MNIST: SF, not PFA, ends below BP (test, paired)"], "MNIST", ["SF, not PFA, ends below BP (test, paired)"]),
+    (["SF, not PFA, ends below BP"], "", ["SF, not PFA, ends below BP"]),
+    (["MNIST: a (b, c) d", "MNIST: a (b, c) e"], "MNIST", ["a (b, c) d", "a (b, c) e"]),
 ])  # fmt: skip
 def test_what_every_claim_begins_with_is_said_once(texts: list[str], start: str, rest: list[str]) -> None:
     assert markdown.common_start(texts) == (start, rest)

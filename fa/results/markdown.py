@@ -17,8 +17,8 @@ _NAMES = "|".join(sorted(map(re.escape, LABELS.values()), key=len, reverse=True)
 WORD = re.compile(rf"(?<![\w.-])({_NAMES}|\d+(?:\.\d+)?)(?![\w-])")
 """A rule's label or a number in a claim: claims that differ in one of them share a row."""
 
-USUAL = re.compile(r"\(test accuracy( after the last epoch)?, paired by seed\)")
-"""What the report says once, and of a claim with the two words "test, paired"."""
+USUAL = re.compile(r"\((test|validation) accuracy( after the last epoch)?, paired by seed\)")
+"""What the report says once, and of a claim with the two words "test, paired" or "validation, paired"."""
 
 WITH_SD, LISTED = 3, 4
 """Up to so many values a row gives each with its sd; up to so many the means; from there on their range."""
@@ -34,22 +34,23 @@ def markdown(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join([line(head), line("---" for _ in head), *map(line, rows)])
 
 
-def claims_table(rows: pd.DataFrame) -> str:
+def claims_table(rows: pd.DataFrame, start: str = "") -> str:
     """The table ``claim | target | ours | verdict`` of a figure.
 
     Args:
         rows: columns claim, target, ours, verdict, why; a row a claim.
+        start: the beginning of all claims, which the head of the first column says ("": they have none in common).
     """
     lines = []
     for group in _alike(rows):
         names, row = zip(*group)
         of = [f"{name}: " if len(group) > 1 else "" for name in names]
-        claim = USUAL.sub("(test, paired)", row[0].claim if len(group) == 1 else _put(row[0].claim, names))
+        claim = USUAL.sub(r"(\1, paired)", row[0].claim if len(group) == 1 else _put(row[0].claim, names))
         targets = list(dict.fromkeys(r.target for r in row))
         target = targets[0] if len(targets) == 1 else "; ".join(f"{n}{r.target}" for n, r in zip(of, row))
         ours = "; ".join(f"{n}{_short(r.ours)}" for n, r in zip(of, row) if r.ours)
         lines.append([claim, target, ours, _verdict(of, row)])
-    return markdown(["claim", "target", "ours", "verdict"], lines)
+    return markdown([f"{start}:" if start else "claim", "target", "ours", "verdict"], lines)
 
 
 def labelled(text: str) -> str:
@@ -58,9 +59,12 @@ def labelled(text: str) -> str:
 
 
 def common_start(texts: list[str]) -> tuple[str, list[str]]:
-    """What every text begins with, up to a comma or colon ("MNIST"; "" if nothing), and the texts without it."""
-    start = os.path.commonprefix(texts)
-    if len(texts) == 1 or not all(t[len(start) : len(start) + 1] in (",", ":") for t in texts):
+    """What every text begins with, up to a comma or colon ("MNIST"; "" if nothing), and the texts without it; of a
+    single text what is before its last colon. What stands in parentheses is no beginning."""
+    start = os.path.commonprefix(texts).partition("(")[0]
+    if len(texts) == 1:
+        start = start[: max(start.rfind(":"), 0)]
+    elif not all(t[len(start) : len(start) + 1] in (",", ":") for t in texts):
         start = start[: max(start.rfind(","), start.rfind(":"), 0)]
     return start, [t[len(start) :].lstrip(",: ") for t in texts]
 
