@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fa.metrics import gram, linear_cka, linear_layers
+from fa.metrics import linear_layers
 from fa.train import data
 from fa.train.config import Config, identity
 from fa.train.network import build_network
@@ -108,3 +108,31 @@ def activities(
         layer.register_forward_hook(keep)
     out = torch.cat([net(part) for part in x.split(250)])  # (n, classes)
     return {name: gram(torch.cat(parts)) for name, parts in kept.items()}, out.argmax(1) == y
+
+
+def gram(x: Tensor) -> Tensor:
+    """Inner products of samples: x (n, ...) -> (n, n), float64."""
+    x = x.detach().flatten(1)  # (n, features)
+    return (x @ x.T).double()
+
+
+def linear_cka(K: Tensor, L: Tensor) -> float:
+    r"""Linear centred kernel alignment of two layers' activities for the same samples, by the unbiased estimator.
+
+    .. math:: \mathrm{CKA} = \frac{\mathrm{HSIC}(K, L)}{\sqrt{\mathrm{HSIC}(K, K)\,\mathrm{HSIC}(L, L)}}
+
+    1: equal but for a rotation and one scale; 0 is the expectation for independent activities, which may come out
+    below 0. Unlike the biased estimator it does not rise with the number of units.
+    Source: Kornblith et al. 2019 (arXiv 1905.00414); HSIC_1 of Song et al. 2012, as Lance & Kieu 2026 use it.
+
+    Args:
+        K, L: :func:`gram` of the activities, (n, n), for n > 3 samples.
+    """
+    K, L = K.clone().fill_diagonal_(0), L.clone().fill_diagonal_(0)
+
+    def hsic(K: Tensor, L: Tensor) -> Tensor:
+        n = len(K)
+        between = 2 / (n - 2) * (K.sum(0) @ L.sum(1))  # (n,) (n,) -> ()
+        return ((K * L.T).sum() + K.sum() * L.sum() / ((n - 1) * (n - 2)) - between) / (n * (n - 3))  # -> ()
+
+    return (hsic(K, L) / (hsic(K, K) * hsic(L, L)).sqrt()).item()
