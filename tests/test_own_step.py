@@ -317,6 +317,64 @@ def test_A20_the_watch_survives_what_becomes_of_the_weight_of_an_attention(chang
             net[1](F.linear(x, attention.in_proj_weight[:6])).sum().backward()
 
 
+def put_past(layer):
+    """As some libraries for pruning and for low-rank adapters do."""
+    layer._parameters["weight"] = nn.Parameter(layer.weight.detach().clone())
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "dfa"])
+@pytest.mark.parametrize("put", [put_past, P.weight_norm])
+def test_a_weight_put_into_the_dict_of_parameters_is_watched(rule, put):
+    net = fa.convert(Tied(READS["linear"]).double(), rule, **({"classes": 6} if rule == "dfa" else {}))
+    put(net.enc)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="'enc'.*another module reads it"):
+            net(X).square().sum().backward()
+    net = fa.convert(nn.Sequential(nn.MultiheadAttention(6, 2), nn.Linear(6, 3)).double(), "fa")
+    attention, net = net
+    attention._parameters["in_proj_weight"] = nn.Parameter(randn(18, 6))
+    with pytest.raises(RuntimeError, match="'0.q'.*another module reads it"):
+        net(F.linear(attention(X, X, X)[0], attention.in_proj_weight[:6])).sum().backward()
+
+
+@pytest.mark.parametrize("rule", ["brsf", "kp"])
+def test_a_weight_put_into_the_dict_of_parameters_has_its_steps(rule):
+    net = fa.convert(mlp(), rule)
+    for layer in converted(net).values():
+        put_past(layer)
+    opt = sgd(net)
+    for _ in range(3):
+        step(net, opt)
+    assert rule == "kp" or [int(m.feedback.step) for m in converted(net).values()] == [3] * 3
+    net = fa.convert(mlp(), "kp")
+    put_past(net[2])
+    opt = torch.optim.SGD([net[2].weight], lr=0.1)
+    step(net, opt)
+    with pytest.raises(RuntimeError, match="no optimizer holds the feedback of 1 layers"):
+        step(net, opt)
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "dfa"])
+@pytest.mark.parametrize(
+    "make", [lambda p: p.detach().clone().requires_grad_(), lambda p: p * 1.1], ids=["leaf", "made"]
+)
+@pytest.mark.parametrize("alone", [False, True])
+def test_other_weights_for_one_call_are_watched_and_the_layers_own_still_is(rule, make, alone):
+    net = fa.convert(Tied(READS["linear"]).double(), rule, **({"classes": 6} if rule == "dfa" else {}))
+    given = {n: make(p) for n, p in net.named_parameters()}
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="'enc'.*another module reads it"):
+            if alone and rule != "dfa":  # around a single layer
+                own = {"weight": given["enc.weight"]}
+                h = torch.func.functional_call(net.enc, own, (torch.tanh(net.first(X)),))
+                F.linear(torch.tanh(h), own["weight"].t()).square().sum().backward()
+            else:
+                torch.func.functional_call(net, given, (X,)).square().sum().backward()
+        given = {n: make(p) for n, p in net.named_parameters()}
+    with pytest.raises(RuntimeError, match="'enc'.*another module reads it"):
+        net(X).square().sum().backward()
+
+
 def test_A20_the_watch_does_not_touch_frozen_weights_or_gradients():
     net = fa.convert(mlp().requires_grad_(False), "fa")
     assert not any(p.requires_grad for p in net.parameters())
@@ -575,6 +633,72 @@ def test_A05_a_weight_that_moves_without_an_optimizer_is_told_once():
         warnings.simplefilter("error")
         opt = sgd(fa.convert(net, "brsf"))
         [step(net, opt) for _ in range(5)]
+
+
+def in_place(p, new):
+    p.data.copy_(new)
+
+
+def other_data(p, new):
+    p.data = new
+
+
+def by_vector(p, new):
+    nn.utils.vector_to_parameters(new.flatten(), [p])
+
+
+def by_hand(net, change, parameters, steps=20, lr=0.1):
+    """Steps without an optimizer; the warnings that they give."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            net.zero_grad()
+            F.cross_entropy(net(X), Y).backward()
+            [change(p, p.detach() - lr * p.grad) for p in parameters]
+    return [str(w.message) for w in told]
+
+
+@pytest.mark.parametrize("rule, options", [("brsf", {}), ("frozen", {"every": 2}), ("fa", {"clamp_forward": True})])
+@pytest.mark.parametrize("change", [in_place, other_data, by_vector])
+def test_a_step_through_data_that_no_optimizer_makes_is_told_once(rule, options, change):
+    net = fa.convert(mlp(), rule, **options)
+    told = by_hand(net, change, list(net.parameters()))
+    assert len(told) == 3 and all("call fa.after_step(net)" in text for text in told)
+    net = fa.convert(mlp(), rule, **options)
+    assert not by_hand(net, change, list(net.parameters()), lr=0.0)  # passes without a step, as in accumulation
+
+
+@pytest.mark.parametrize("rule", ["kp", "pfa", "wm"])
+@pytest.mark.parametrize("change", [in_place, other_data, lambda p, new: p.detach().copy_(new)])
+def test_a_step_by_hand_that_leaves_learned_feedback_out_is_told_once(rule, change):
+    net = fa.convert(mlp(), rule)
+    told = by_hand(net, change, list(oracles.forward_parameters(net).values()))
+    assert len(told) == 3 and all("step fa.feedback_parameters(net) as well" in text for text in told)
+    net = fa.convert(mlp(), rule)
+    assert not by_hand(net, change, list(net.parameters()))
+    net = fa.convert(mlp(), rule)
+    opt = sgd(net)
+    step(net, opt)
+    own = [m.feedback.waits for m in converted(net).values()]
+    assert own == [False] * 3  # held by an optimizer: nothing more to look for
+
+
+@pytest.mark.parametrize("rule", ["brsf", "kp"])
+def test_values_that_an_optimizer_tries_within_its_step_are_no_steps(rule):
+    """LBFGS calls its closure many times."""
+    net = fa.convert(mlp(), rule)
+    opt = torch.optim.LBFGS(net.parameters(), lr=0.1)
+
+    def closure():
+        opt.zero_grad()
+        loss = F.cross_entropy(net(X), Y)
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [opt.step(closure) for _ in range(3)]
+    assert rule == "kp" or int(net[0].feedback.step) == 3
 
 
 def test_A05_the_count_of_steps_follows_the_buffer():

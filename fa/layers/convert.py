@@ -36,7 +36,7 @@ class FeedbackLinear(Converted, nn.Linear):
         if self.feedback.bypassed():
             return super().forward(input)
         W = self.weight
-        if not (W.is_leaf or torch.compiler.is_compiling()):
+        if not (torch.compiler.is_compiling() or W._backward_hooks):  # computed, or put here past register_parameter
             self.rewatch()
         return self.feedback.forward(input, W, self.bias)
 
@@ -48,7 +48,7 @@ class FeedbackConv2d(Converted, nn.Conv2d):
         """Shapes: x (n, in, h, w) or (in, h, w) -> (n, out, h', w') or (out, h', w'), as ``nn.Conv2d``."""
         if self.feedback.bypassed():
             return super()._conv_forward(x, weight, bias)
-        if not (weight.is_leaf or torch.compiler.is_compiling()):
+        if not (torch.compiler.is_compiling() or weight._backward_hooks):
             self.rewatch()
         pad = _explicit_padding(self)
         if pad:  # an ordinary operation before the layer's linear map; autograd carries the error through it exactly

@@ -150,6 +150,8 @@ class DirectFeedback(nn.Module):
         if torch.compiler.is_compiling():
             note_trace(self)
             return traced_effect(self._tap, x, layer)
+        if layer and not getattr(layer._parameters.get("weight"), "_backward_hooks", None):
+            layer.rewatch()
         if not self.traced:
             self.traced = True
         return self._tap(x, layer)

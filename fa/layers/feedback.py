@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fa.errors import UserError
 from fa.layers import passes
 from fa.layers.maps import ConvMap, LinearMap, flat, nested
+from fa.layers.steps import under_way
 from fa.rules.base import Rule, Terms, gradient_of, multiply, terms_of
 
 
@@ -83,8 +84,10 @@ class Feedback(nn.Module):
         self.made = -1, 0  # the last backward pass, by autograd's number, and gradients that the layer made in it
         self.exact_ran = self.traced = False  # a stock pass under exact backprop, and a compiled one
         self.steps_alone = 0  # optimizer steps of the weight without its learned feedback
-        self.once_a_step = rule.clamp_forward or bool(after)
-        self.version, self.moves = layer.weight._version, 0  # of the weight: values seen without an optimizer step
+        self.acts = rule.clamp_forward or bool(after)  # after every optimizer step
+        self.waits = self.acts or bool(rule.learned and not rule.needs_sgd)  # for an optimizer step, without one so far
+        self.sizes: list[float] = []  # of the weight and the learned feedback, when last looked at
+        self.stepped(layer.weight)
 
     def forward(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """The layer's output, y = W x + b; x, W, b as the layer holds them.
@@ -99,8 +102,11 @@ class Feedback(nn.Module):
             # Dynamo makes inputs of floats that differ between two rules in the forward pass alone: use each once.
             for option in self.numbers:
                 getattr(self.rule, option) * 1.0
-        elif self.once_a_step and W._version != self.version:
-            self.note_move(W._version)
+        elif self.waits and W.is_leaf and not W.is_meta:
+            vars(self)["uses"] = uses = self.uses + 1
+            often = uses > 2 and (not uses & (uses - 1) or (uses < 7 and W.is_cpu))  # a GPU's values are waited for
+            if often or W._version != self.version:
+                self.look(W)
         if dtype := passes.autocast_dtype(x.device):
             x, b = passes.lowered(x, dtype), b if b is None else passes.lowered(b, dtype)
         function = passes.ExactBackward if self.use_backprop else passes.LocalBackward
@@ -221,15 +227,29 @@ class Feedback(nn.Module):
         exact, self.exact_ran = self.exact_ran or self.use_backprop, False
         return exact
 
-    def note_move(self, version: int) -> None:
-        """Warn once where the weight moves and the layer sees no optimizer step, so that its rule would not act."""
-        self.version, self.moves = version, self.moves + 1
-        if self.moves == 3:
+    def stepped(self, W: Tensor) -> None:
+        """Count anew, from an optimizer step on: forward passes, and changes of the weight between them."""
+        vars(self).update(version=W._version, uses=0, moves=0, sizes=[])
+
+    def look(self, W: Tensor) -> None:
+        """Warn once where the weight moves and no optimizer steps, so that its rule would not act, or not learn.
+
+        The weight's version tells when to look; steps through ``weight.data`` leave it, and are seen now and then.
+        """
+        before, self.version = self.sizes, W._version
+        learned = [p for p in self.parameters() if p.requires_grad]
+        self.sizes = [torch.linalg.vector_norm(t.detach()).item() for t in (W, *learned)]
+        vars(self)["moves"] += bool(before) and before[0] != self.sizes[0]
+        if self.moves < 3 or under_way():
+            return
+        self.waits, why = False, "acts after every step: call fa.after_step(net) after each step"
+        if not self.acts:
+            why = "learns feedback that has not changed: step fa.feedback_parameters(net) as well"
+        if self.acts or (learned and before[1:] == self.sizes[1:]):
             warnings.warn(
                 f"the weight of layer {self.layer_name!r} has changed three times without a step of a torch.optim "
-                f"optimizer that holds it, and rule {self.rule.name!r} acts after every step: call fa.after_step(net) "
-                "after each step",
-                stacklevel=2,
+                f"optimizer that holds it, and rule {self.rule.name!r} {why}",
+                stacklevel=3,
             )
 
 

@@ -84,8 +84,10 @@ class Converted(Watched):
         self.rewatch()
 
     def rewatch(self) -> None:
-        """Put the hook on the parameters that the weight is made of now."""
-        kept, sources = _watches.get(self, []), self.sources
+        """Put the hook on the leaf tensors that the weight is made of now (``functional_call`` may have put others)."""
+        kept, sources = _watches.get(self, []), [p for p in self.sources if p.is_leaf]
+        if not sources:
+            return  # computed from the layer's own weight, whose hook stays
         if [id(p) for p, _ in kept] == [id(p) for p in sources]:
             for p in sources:
                 p._backward_hooks = p._backward_hooks  # torch.utils.swap_tensors leaves them behind
@@ -157,10 +159,11 @@ def _hook(parameter: Tensor, layer: nn.Module, name: str = "") -> Any:
                 f"{why}, so that it would train by backprop; leave it out with convert(..., skip=[{fb.layer_name!r}])"
             )
 
-    wanted = parameter.requires_grad
+    if parameter.requires_grad:
+        return parameter.register_hook(check)
     parameter.requires_grad_(True)  # a frozen weight can be thawed, and PyTorch takes no hook while it is frozen
     handle = parameter.register_hook(check)
-    parameter.requires_grad_(wanted)
+    parameter.requires_grad_(False)
     return handle
 
 

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import wraps
-from types import FrameType
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -61,18 +61,19 @@ def acts(layer: nn.Module) -> bool:
     return layer in _stepping
 
 
-def _enclosing(frame: FrameType) -> list[torch.optim.Optimizer]:
+def _enclosing(frame: Any) -> list[torch.optim.Optimizer]:
     """The optimizers from whose ``step`` an optimizer's own step is called.
 
     Wrappers (SAM, ZeroRedundancyOptimizer) are optimizers whose step calls an inner optimizer's, and a subclass's step
     calls its base class's. PyTorch runs the global hooks at each of them; a stack of calls survives an exception.
     ``frame`` is PyTorch's, which called the hook.
     """
-    step, optimizers = frame.f_code, []
-    while (frame := frame.f_back) is not None:
-        if frame.f_code is step:
-            optimizers.append(frame.f_locals["args"][0])
-    return optimizers
+    return [f.f_locals["args"][0] for f, _ in walk_stack(frame.f_back) if f.f_code is frame.f_code]
+
+
+def under_way() -> bool:
+    """Whether an optimizer's step calls this code, as LBFGS calls its closure."""
+    return any(f.f_code.co_filename == inspect.getfile(torch.optim.Optimizer) for f, _ in walk_stack(None))
 
 
 def groups_of(optimizer: torch.optim.Optimizer, around: Iterable[torch.optim.Optimizer] = ()) -> dict[int, int]:
@@ -108,6 +109,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     without = []  # layers whose weight steps for the second time without its feedback
     for layer in list(_unheld):
         feedback = learned(layer)
+        if id(leader(layer)) in group_of:
+            layer.feedback.waits = layer.feedback.acts
         if feedback and all(id(p) in group_of for p in feedback):
             _unheld.discard(layer)
         elif feedback and id(leader(layer)) in group_of:
@@ -209,7 +212,7 @@ def act(layer: nn.Module) -> None:
                 )
     if fb.after_args is not None:
         fb.after_step(W)
-    fb.moves, fb.version = 0, W._version
+    fb.stepped(W)
 
 
 def weight_now(layer: nn.Module) -> Tensor:
