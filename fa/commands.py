@@ -11,6 +11,7 @@ from fa import __version__
 from fa.errors import UserError
 
 PROG = "python -m fa"
+"""How the command is called."""
 
 
 def launched() -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,6 +24,15 @@ def test_the_reference_has_every_public_name_and_every_module() -> None:
     }
     without = {"fa", "fa.__main__", "fa.results", "fa.results.cite"}  # heads alone, or told on the page of public names
     assert set(re.findall(r"^\.\. automodule:: (\S+)$", text, re.MULTILINE)) == modules - without
+
+
+def test_an_attribute_of_a_docstring_is_one_name() -> None:
+    """Two names before one colon have no module; Sphinx ends there, with a message that names neither."""
+    for path in (fa.ROOT / "fa").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = ast.get_docstring(node) or "" if isinstance(node, ast.ClassDef | ast.Module) else ""
+            for name in re.findall(r"^    (\S[^:]*):", text.partition("Attributes:\n")[2], re.MULTILINE):
+                assert name.isidentifier(), f"{path.name}: {name}"
 
 
 class Links(HTMLParser):

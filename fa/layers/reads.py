@@ -53,7 +53,7 @@ class Graph:
         parents: node -> (node that uses its result, at which of its inputs).
         leaves: the nodes of leaf tensors.
         products: products with a constant, which is data or part of a penalty.
-        sure, active: nodes whose result depends on data and not on parameters alone, without and with products.
+        sure: nodes whose result depends on data, not on parameters alone; ``active``: the same, with products as data.
     """
 
     def __init__(self) -> None:
