@@ -60,9 +60,9 @@ def test_one_figure_is_updated_in_place_at_most_twice_a_second_and_ends_with_the
     for path, epochs in ((tmp_path / "a", 21), (tmp_path / "a", 22)):
         folder(path, "pfa", epochs)
         figure.update(last=epochs == 22)
-    drawn, figure.drawn = screen.updates[-1].data, 0
+    drawn, figure.drawn = screen.updates[-1].png, 0
     figure.update(last=True)
-    assert len(screen.displayed) == 1 and screen.updates[-1].data == drawn, "the last state is the one that stays"
+    assert len(screen.displayed) == 1 and screen.updates[-1].png == drawn, "the last state is the one that stays"
 
 
 def test_a_run_tells_its_angles_and_the_figure_shows_them(tmp_path: Path, screen: Screen) -> None:
@@ -84,3 +84,13 @@ def test_it_is_silent_where_nobody_looks(asks: bool | None, seen: bool, monkeypa
     kernel = {} if asks is None else {"kernel": SimpleNamespace(_allow_stdin=asks)}
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(**kernel)))
     assert live.watched() is seen
+
+
+def test_a_picture_has_its_alternative_text_wherever_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In HTML where somebody looks, for JupyterLab reads it nowhere else; in the metadata, which nbconvert reads."""
+    monkeypatch.setattr(live, "watched", lambda: True)
+    data, about = live.Picture(b"png", 720, 'W & "B"')._repr_mimebundle_()
+    assert data["image/png"] == "cG5n" and about == {"image/png": {"width": 720, "alt": 'W & "B"'}}
+    assert data["text/html"] == '<img width="720" alt="W &amp; &quot;B&quot;" src="data:image/png;base64,cG5n">'
+    monkeypatch.setattr(live, "watched", lambda: False)
+    assert list(live.Picture(b"png", 720, "W")._repr_mimebundle_()[0]) == ["image/png"]

@@ -1,19 +1,19 @@
-"""Learning curves and alignment by layer while a page trains: one figure in the notebook, updated in place."""
+"""Learning curves and alignment by layer while a page trains: one figure in the notebook, updated in place; and how a
+notebook gets a picture with its alternative text."""
 
 from __future__ import annotations
 
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterable
+from html import escape
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fa import plot
 from fa.results.store import RunFolder
 from fa.train.loop import progress_lines
-
-if TYPE_CHECKING:
-    from IPython.display import Image
 
 PERIOD = 0.5  # seconds between two updates, at least
 SHARE = 0.1  # of the time, at most, is spent on drawing, for a single run is trained in the same process
@@ -23,6 +23,32 @@ def watched() -> bool:
     """Whether somebody looks at the notebook. A cell that papermill, nbval or nbconvert runs cannot ask for input."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))
+
+
+class Picture:
+    """A PNG for a notebook, with an alternative text for whoever cannot see it.
+
+    JupyterLab drops the alternative text of a picture and keeps HTML's. Where somebody looks, the notebook gets both
+    forms. A notebook that papermill or nbconvert runs gets the picture alone, which every tool reads.
+
+    Args:
+        png: the file's content.
+        width: of the picture, in pixels of the page.
+        alt: the alternative text.
+    """
+
+    def __init__(self, png: bytes, width: int, alt: str) -> None:
+        self.png, self.width, self.alt = png, width, alt
+
+    def __repr__(self) -> str:
+        return self.alt
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+        data = {"image/png": b64encode(self.png).decode()}
+        if watched():
+            source = f"data:image/png;base64,{data['image/png']}"
+            data["text/html"] = f'<img width="{self.width}" alt="{escape(self.alt)}" src="{source}">'
+        return data, {"image/png": {"width": self.width, "alt": self.alt}}
 
 
 class Live:
@@ -54,9 +80,8 @@ class Live:
         now = time.monotonic()
         self.drawn, self.next = lines, now + max(PERIOD, (now - begin) / SHARE)
 
-    def _picture(self, runs: list[tuple[str, list[dict[str, Any]]]]) -> Image:
+    def _picture(self, runs: list[tuple[str, list[dict[str, Any]]]]) -> Picture:
         """The figure as PNG; ``runs`` are (rule, lines of its ``progress.csv``)."""
-        from IPython.display import Image
         from matplotlib.figure import Figure  # without pyplot, whose state belongs to the thread of the cell
 
         figure = Figure(figsize=(7.2, 2.2), dpi=200, layout="constrained")
@@ -74,4 +99,4 @@ class Live:
         layers.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(known.values(), known.keys(), loc="outside right center", frameon=False)
         figure.savefig(png := BytesIO(), format="png")
-        return Image(png.getvalue(), width=720, alt="While training: test accuracy by epoch, angle to W by layer")
+        return Picture(png.getvalue(), 720, "While training: test accuracy by epoch, angle to W by layer")

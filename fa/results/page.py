@@ -34,6 +34,7 @@ import pandas as pd
 from fa import citations, experiments, plot, provenance, tables
 from fa.paths import ROOT, need_repository, relative
 from fa.results import claims, records
+from fa.results.live import Picture
 from fa.results.markdown import labelled
 from fa.results.parameters import STANDARD, check, given
 from fa.results.progress import clock
@@ -263,11 +264,11 @@ def _show(path: Path, fig: Figure) -> None:
     if "ipykernel" not in sys.modules:
         print(files)
         return
-    from IPython.display import HTML, Image, display
+    from IPython.display import HTML, display
 
     caption = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["caption"]
     width = round(fig.get_figwidth() * SHOWN_DPI)
-    display(Image(path.with_suffix(".png"), width=width, alt=caption))
+    display(Picture(path.with_suffix(".png").read_bytes(), width, caption))
     display(HTML(f"<p>{escape(caption).replace('+/-', '±')}</p>\n<p><code>{escape(files)}</code></p>"))
 
 
