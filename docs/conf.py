@@ -64,6 +64,17 @@ def add_contents(app, docname, source):
         source[0] += contents.replace("NOTEBOOKS", "\n".join(pages))
 
 
+def add_alternative_texts(app, docname, source):
+    """A picture's alternative text is in the output's metadata; MyST-NB looks for it in the cell's alone."""
+    if docname.startswith("notebooks/"):
+        page = json.loads(source[0])
+        for cell in page["cells"]:
+            for output in cell.get("outputs", []):
+                if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
+                    cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
+        source[0] = json.dumps(page)
+
+
 def keep_sentences(app, what, name, obj, options, lines):
     """Napoleon takes the words before a first colon for a type; where a docstring has a sentence, it finds none."""
     if what in ("attribute", "data", "property"):
@@ -93,6 +104,7 @@ def set_way_back(app, env):
 
 def setup(app):
     app.connect("source-read", add_contents)
+    app.connect("source-read", add_alternative_texts)
     app.connect("autodoc-process-docstring", keep_sentences, priority=1)
     app.connect("viewcode-follow-imported", find_alias)
     app.connect("object-description-transform", add_anchor)

@@ -37,8 +37,11 @@ def shown(frame: pd.DataFrame, **form: Any) -> Shown:
     with pd.option_context("display.max_colwidth", None):  # else the HTML table cuts its texts
         html = frame.to_html(border=0, **form)
     html = re.sub(r"\n\s*(?=<t[dh]|</tr)", "", html)  # a row a line
+    html = html.replace(" ± ", "&nbsp;±&nbsp;")  # a number and its sd stay on one line
     if not any(pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes):
-        html = html.replace("<td>", '<td style="text-align: left">').replace("text-align: right", "text-align: left")
+        left = 'style="text-align: left"'  # of heads, too: JupyterLab has a style for them, which a row's does not beat
+        head, middle, body = html.replace("text-align: right", "text-align: left").rpartition("</thead>")
+        html = head.replace("<th>", f"<th {left}>") + middle + body.replace("<td>", f"<td {left}>")
     return Shown(frame.to_string(**form), html)
 
 

@@ -41,7 +41,8 @@ def browser() -> Iterator[Any]:
 def lab(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[str]:
     """Address of a JupyterLab with the notebooks."""
     folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(fa.ROOT / "notebooks", folder / "notebooks")
+    for name in ("notebooks", "figures"):
+        shutil.copytree(fa.ROOT / name, folder / name)
     for name, settings in (
         ("apputils-extension/notification", '{"fetchNews": "false", "checkForUpdates": false}'),
         ("notebook-extension/tracker", '{"windowingMode": "none"}'),  # cells out of sight are in the page, too
@@ -110,6 +111,13 @@ def rest(page: Any) -> None:
     page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=600_000)
 
 
+def without_words(within: Any) -> list[str]:
+    """Pictures of a part of the page that have no alternative text, or that are not there."""
+    pictures = within.locator("img")
+    told = "images => images.map(i => i.naturalWidth ? i.alt || i.title : '')"
+    return [pictures.nth(i).get_attribute("src")[:99] for i, t in enumerate(pictures.evaluate_all(told)) if not t]
+
+
 def complaints(page: Any) -> list[str]:
     """Errors, warnings and dialogs on the screen."""
     found = page.locator('[data-mime-type$="stderr"], [data-mime-type$="error"], .jp-Dialog, .Toastify__toast')
@@ -118,7 +126,8 @@ def complaints(page: Any) -> list[str]:
 
 def test_the_index_opens_and_leads_to_a_notebook(page: Any, lab: str) -> None:
     opened(page, lab, "00_index")
-    assert not complaints(page)
+    page.wait_for_load_state("networkidle")
+    assert not complaints(page) and not without_words(page)
     page.get_by_role("link", name="32_pfa_fig2_mnist").first.click()
     page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) h1", has_text="Product feedback alignment on MNIST").wait_for()
 
@@ -149,7 +158,7 @@ def test_a_notebook_trains_is_interrupted_and_goes_on(page: Any, lab: str) -> No
     assert "run the cell again and training goes on" in told and "Traceback" not in told
     run_all(page)
     rest(page)
-    assert not complaints(page)
+    assert not complaints(page) and not without_words(page)
     assert trains.locator("img").count() == draws.locator("img").count() == 1
     assert page.get_by_text("p3_fig2__seeds=1__epochs=80__rules=bp,pfa.pdf").count() == 1
 
@@ -170,7 +179,7 @@ def test_a_slider_moves_the_picture(page: Any, lab: str) -> None:
     page.mouse.up()
     page.wait_for_function("([a, b]) => document.querySelector(a).src != b", arg=["img.widget-image", before])
     rest(page)
-    assert not complaints(page)
+    assert not complaints(page) and not without_words(sliders)
 
 
 def test_every_page_of_the_site_fits_a_phone_and_says_nothing_in_the_console(page: Any, site: Path) -> None:

@@ -53,6 +53,11 @@ class TestForm:
         assert len({cell["id"] for cell in raw["cells"]}) == len(raw["cells"])
         assert re.match(r"# \S", raw["cells"][0]["source"][0] if raw["cells"][0]["source"] else "")
 
+    def test_no_line_of_code_is_wider_than_its_cell(self, path):
+        """In a window of 1,440 pixels, JupyterLab's list of files open; a wider one has a scroll bar."""
+        code = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+        assert not [line for source in code for line in source.splitlines() if len(line) > 120]
+
     def test_one_cell_of_plain_parameters_that_papermill_understands(self, path):
         (cell,) = tagged(read(path), "parameters")
         for line in cell.source.splitlines():

@@ -36,18 +36,20 @@ def test_an_attribute_of_a_docstring_is_one_name() -> None:
 
 
 class Links(HTMLParser):
-    """Of a page: the anchors, what it links to, and what it loads."""
+    """Of a page: the anchors, what it links to, what it loads, and the alternative texts of its pictures."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.anchors: set[str] = set()
         self.leads: list[str] = []
         self.loads: list[str] = []
+        self.alts: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         has = {k: v or "" for k, v in attrs}
         self.anchors |= {has["id"]} if "id" in has else set()
+        self.alts += [has.get("alt", "")] * (tag == "img")
         if "src" in has or (tag == "link" and "href" in has):
             self.loads.append(has.get("src") or has["href"])
         elif "href" in has:
@@ -56,11 +58,12 @@ class Links(HTMLParser):
 
 @pytest.mark.slow
 def test_the_site_is_whole_and_alone(site: Path) -> None:
-    """No link that leads nowhere, nothing loaded from another server."""
+    """No link that leads nowhere, nothing loaded from another server, no picture without words."""
     pages = {p: Links(p) for p in site.rglob("*.html")}
     assert {p.stem for p in (fa.ROOT / "notebooks").glob("*.ipynb")} < {p.stem for p in pages}
     for page, links in pages.items():
         assert not [url for url in links.loads if re.match(r"(https?:)?//", url)], page.name
+        assert not [alt for alt in links.alts if not alt or alt.endswith(".png")], page.name
         for url in links.loads + links.leads:
             if re.match(r"[a-z]+:", url):
                 continue

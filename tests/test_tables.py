@@ -34,6 +34,14 @@ def test_a_table_is_text_where_it_is_printed_and_html_where_it_is_shown() -> Non
     }
 
 
+def test_a_table_of_texts_has_its_heads_above_them_and_breaks_no_number_from_its_sd() -> None:
+    table = tables.shown(pd.DataFrame({"BP": ["95.8 ± 0.3"]}, index=["mlp"]))
+    left = 'style="text-align: left"'
+    assert f"<th {left}>BP</th>" in table.html and "<th>mlp</th>" in table.html
+    assert f"<td {left}>95.8&nbsp;±&nbsp;0.3</td>" in table.html and "95.8 ± 0.3" in table
+    assert "left" not in tables.shown(pd.DataFrame({"n": [3]})).html, "numbers are on the right, and so are their heads"
+
+
 def test_texts_and_tables_make_one_output() -> None:
     table = tables.shown(pd.DataFrame({"a": [1]}))
     both = tables.several("x < y", table, "")

@@ -35,7 +35,8 @@ def explore(seed: int = 0) -> Any:
     }
     known = {"WM": "wm", "IA": "ia", "SA": "sa", "AA": "aa"}
     choice = widgets.ToggleButtons(options=list(known), description="start from")
-    image = widgets.Image(format="png", width=540)
+    alt = "Entries of the feedback where it ends, against those of W; relaxation rates of its modes, slowest first"
+    image = widgets.Image(format="png", width=540, tooltip=alt)  # its alternative text: it has no other
 
     def show(*_: Any) -> None:
         image.value = redraw({name: slider.value for name, slider in sliders.items()})
