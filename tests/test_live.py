@@ -78,6 +78,20 @@ def test_a_run_tells_its_angles_and_the_figure_shows_them(tmp_path: Path, screen
     assert layers.lines[0].get_xydata().tolist() == [[1, 88], [2, 45]], "the latest angles, layer by layer"
 
 
+@pytest.mark.parametrize("epochs", [0, 1, 2])
+def test_the_first_epochs_are_seen_and_whole(tmp_path: Path, epochs: int) -> None:
+    run = folder(tmp_path / "a", "pfa", epochs + 1)
+    lines = loop.progress_lines(run.path)[1:]  # the first is the untrained network's
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+        live.Live.__new__(live.Live)._picture([("pfa", lines)])
+    for ax in figures[0].axes:
+        low, high = ax.get_xlim()
+        assert all(tick % 1 == 0 for tick in ax.get_xticks() if low <= tick <= high) and high - low >= 1
+    assert (figures[0].axes[0].lines[0].get_marker() == ".") is (epochs == 1), "a line of one point shows nothing"
+
+
 @pytest.mark.parametrize("asks, seen", [(True, True), (False, False), (None, False)])
 def test_it_is_silent_where_nobody_looks(asks: bool | None, seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """None: a terminal, which has no kernel."""

@@ -93,10 +93,14 @@ class Live:
             look = plot.look(rule)
             at = [line["epoch"] for line in lines if line["test_accuracy"]]
             test = [float(line["test_accuracy"]) for line in lines if line["test_accuracy"]]
-            (known[look.label],) = curves.plot(at, test, color=look.color, lw=1)
+            dot = "." if len(at) == 1 else ""  # a line needs two points
+            (known[look.label],) = curves.plot(at, test, color=look.color, lw=1, marker=dot)
             angles = next((line["angles"].split() for line in reversed(lines) if line["angles"]), [])
             layers.plot(range(1, len(angles) + 1), list(map(float, angles)), color=look.color, lw=1, marker=".")
-        layers.xaxis.get_major_locator().set_params(integer=True)
+        for ax in (curves, layers):  # epochs and layers are whole, be there one of them or none yet
+            low, high = ax.get_xlim()
+            ax.set_xlim(min(low, 0.5), max(high, 1.5))
+            ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         figure.legend(known.values(), known.keys(), loc="outside right center", frameon=False)
         figure.savefig(png := BytesIO(), format="png")
         return Picture(png.getvalue(), 720, "While training: test accuracy by epoch, angle to W by layer")
