@@ -127,7 +127,7 @@ def complaints(page: Any) -> list[str]:
 def test_the_index_opens_and_leads_to_a_notebook(page: Any, lab: str) -> None:
     opened(page, lab, "00_index")
     page.wait_for_load_state("networkidle")
-    assert not complaints(page) and not without_words(page)
+    assert not complaints(page) and not without_words(page.locator(".jp-Notebook"))
     page.get_by_role("link", name="32_pfa_fig2_mnist").first.click()
     page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) h1", has_text="Product feedback alignment on MNIST").wait_for()
 
@@ -158,7 +158,7 @@ def test_a_notebook_trains_is_interrupted_and_goes_on(page: Any, lab: str) -> No
     assert "run the cell again and training goes on" in told and "Traceback" not in told
     run_all(page)
     rest(page)
-    assert not complaints(page) and not without_words(page)
+    assert not complaints(page) and not without_words(page.locator(".jp-Notebook"))
     assert trains.locator("img").count() == draws.locator("img").count() == 1
     assert page.get_by_text("p3_fig2__seeds=1__epochs=80__rules=bp,pfa.pdf").count() == 1
 
@@ -168,7 +168,7 @@ def test_a_slider_moves_the_picture(page: Any, lab: str) -> None:
     (sliders,) = [c for c in cells.all() if "explore()" in c.inner_text()]
     sliders.locator(".cm-content").click()
     page.keyboard.press("Shift+Enter")
-    picture = sliders.locator("img.widget-image")
+    picture = sliders.locator(".widget-html img")
     picture.wait_for()
     before, slider = picture.get_attribute("src"), sliders.locator(".noUi-base").nth(1)
     box = slider.bounding_box()
@@ -177,7 +177,7 @@ def test_a_slider_moves_the_picture(page: Any, lab: str) -> None:
     page.mouse.down()
     page.mouse.move(box["x"] + 0.9 * box["width"], handle["y"] + handle["height"] / 2, steps=5)
     page.mouse.up()
-    page.wait_for_function("([a, b]) => document.querySelector(a).src != b", arg=["img.widget-image", before])
+    page.wait_for_function("([a, b]) => document.querySelector(a).src != b", arg=[".widget-html img", before])
     rest(page)
     assert not complaints(page) and not without_words(sliders)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from io import BytesIO
 from typing import Any
 
@@ -35,11 +36,12 @@ def explore(seed: int = 0) -> Any:
     }
     known = {"WM": "wm", "IA": "ia", "SA": "sa", "AA": "aa"}
     choice = widgets.ToggleButtons(options=list(known), description="start from")
+    image = widgets.HTML()  # of which the picture has an alternative text; that of an Image widget has none
     alt = "Entries of the feedback where it ends, against those of W; relaxation rates of its modes, slowest first"
-    image = widgets.Image(format="png", width=540, tooltip=alt)  # its alternative text: it has no other
 
     def show(*_: Any) -> None:
-        image.value = redraw({name: slider.value for name, slider in sliders.items()})
+        png = b64encode(redraw({name: slider.value for name, slider in sliders.items()})).decode()
+        image.value = f'<img width="540" alt="{alt}" src="data:image/png;base64,{png}">'
 
     def preset(*_: Any) -> None:
         for name, value in coefficients(make_rule(known[choice.value])).items():
