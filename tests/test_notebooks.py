@@ -57,8 +57,6 @@ class TestForm:
         """In a window of 1,440 pixels, JupyterLab's list of files open; a wider one has a scroll bar."""
         code = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
         wide = [line for source in code for line in source.splitlines() if len(line) > 120]
-        if wide and path.stem.startswith("28_"):
-            pytest.xfail("the comment on its mode is 133 columns wide")
         assert not wide
 
     def test_one_cell_of_plain_parameters_that_papermill_understands(self, path):

@@ -105,13 +105,13 @@ EXPERIMENT = Experiment(
 
 CAPTION = """How fast feedback must follow W (ours; the rules of Kunin et al. 2020). ResNet-8 learns CIFAR-10 at 16x16
 pixels for four epochs. a: test accuracy after the last epoch minus backprop's, against the lag, the number of steps
-that the feedback is behind a W which moves at a constant speed; frozen backprop has a copy of W that is as far behind
-on average; numbers at the bottom: means far below the others. b: angle between W and SA's feedback in the first epoch,
-from a random start, mean of the layers; lines: the formula for a W that rests. c: test accuracy minus backprop's of WM,
-SA and AA at a lag of five steps. Filled: the feedback starts as a copy of W; hollow: at random. Circles: no momentum of
-the feedback; squares: momentum 0.9. Bars: +/- 1 sd over seeds."""
+that the feedback is behind a W which moves at a constant speed; frozen BP has a copy of W that is as old on average,
+but for the last epoch; arrow: means far below the others, from W and from a random start. b: angle between W and SA's
+feedback in the first epoch, from a random start, mean of the layers; lines: the formula for a W that rests. c: test
+accuracy minus backprop's of SA, AA and WM at a lag of five steps. Filled: the feedback starts as a copy of W; hollow:
+at random. Circles: no momentum of the feedback; squares: momentum 0.9. Bars: +/- 1 sd over seeds."""
 
-LOWEST = -12.0  # of panel a
+LOWEST, SHOWN = -12.0, 50  # of panel a, points; of panel b, steps
 LOOKS = {0.0: ("o", "-"), 0.9: ("s", "--")}
 """Momentum -> marker, line."""
 
@@ -137,26 +137,28 @@ def conditions(rows: pd.DataFrame) -> list[tuple[tuple[float, str], pd.DataFrame
 def by_lag(ax: Axes, gap: pd.DataFrame) -> None:
     """Panel a: a line for SA at each momentum and start, and one for frozen backprop; means far below the others are
     written at the bottom."""
+    low: dict[float, list[float]] = {}
     for rule in ("frozen", "sa"):
         color = plot.look(rule).color
         for j, ((momentum, start), of) in enumerate(conditions(gap[gap.rule == rule])):
             marker, line = LOOKS[momentum] if rule == "sa" else ("^", ":")
-            at, shift = of.groupby("lag").value.agg(["mean", "std"]), 1.04 ** (j - 1.5 * (rule == "sa"))
+            at, shift = of.groupby("lag").value.agg(["mean", "std"]), 1.1 ** (j - 1.5 if rule == "sa" else 0)
             style = {"color": color, "marker": marker, "mfc": color if start == "copy" else "white", "ms": 3.6}
             shown = at.mask(at["mean"] < LOWEST)
             ax.errorbar(at.index * shift, shown["mean"], shown["std"], ls=line, lw=0.9, elinewidth=0.7, **style)
             for lag, mean in at["mean"][at["mean"] < LOWEST].items():
-                beside = lag * 1.55 ** (start == "drawn")
-                ax.plot(beside, LOWEST, **style)
-                ax.annotate(f"\N{MINUS SIGN}{-mean:.0f}", (beside, LOWEST), (0, 4), textcoords="offset points",
-                            ha="center", fontsize="x-small", color=color)  # fmt: skip
+                ax.plot(lag * shift, LOWEST, **style)
+                low.setdefault(lag, []).append(mean)
+    for lag, means in low.items():
+        text = "\N{DOWNWARDS ARROW} " + ", ".join(f"\N{MINUS SIGN}{-mean:.0f}" for mean in means)
+        ax.annotate(text, (lag * 1.3, LOWEST), va="center", fontsize="x-small", color=plot.look("sa").color)
     ax.axhline(0, color="0.75", lw=0.6, ls=":", zorder=0)
     ax.set(xscale="log", xlabel="Lag (steps)", ylabel="Test accuracy minus BP (points)", ylim=(LOWEST - 0.8, 2))
-    ax.set_yticks(range(int(LOWEST), 3, 2))
+    ax.set_yticks(range(-10, 3, 2))
     ax.set_xticks(LAGS, [str(lag) for lag in LAGS])
     ax.minorticks_off()
     plot.note(ax, plot.repeats(gap, ["rule", "lag", "momentum", "start"]))
-    frozen = plot.key({plot.look("frozen").label: plot.look("frozen").color}, marker="^", ls=":", ms=3.6)
+    frozen = plot.key({"frozen BP": plot.look("frozen").color}, marker="^", ls=":", ms=3.6)
     ax.legend(handles=[*keys(), *frozen], loc="lower left", bbox_to_anchor=(0, 0.1), fontsize="x-small")
 
 
@@ -181,18 +183,14 @@ def first_steps(ax: Axes, table: pd.DataFrame) -> None:
     means = rows.groupby(["momentum", "seed", "step"], as_index=False).value.mean()
     for momentum, of in means.groupby("momentum"):
         marker, line = LOOKS[momentum]
-        color = plot.look("sa").color
-        found = of.groupby("step").value.agg(["mean", "std"])
-        ax.errorbar(
-            found.index, found["mean"], found["std"], fmt=marker, color=color, mfc="white", ms=3.6, elinewidth=0.7
-        )
+        found = of[of.step <= SHOWN].groupby("step").value.agg(["mean", "std"])
+        style = {"color": plot.look("sa").color, "mfc": "white", "ms": 3.6, "elinewidth": 0.7}
+        ax.errorbar(found.index, found["mean"], found["std"], fmt=marker, label=f"momentum {momentum:g}", **style)
         last = int(found.index.max())
         ax.plot(range(last + 1), settling(MIDDLE, momentum, last), color="0.3", ls=line, lw=0.8, zorder=0)
-    ax.set(xscale="symlog", xlabel="Step of the first epoch", ylabel="Angle of SA's feedback to W (°)")
+    ax.set(xlabel="Step of the first epoch", ylabel="Angle of SA's feedback to W (°)")
     ax.set(ylim=(-4, 100), yticks=(0, 30, 60, 90))
-    ticks = (0, 1, 10, 100)
-    ax.set_xticks(ticks, [str(t) for t in ticks])
-    ax.minorticks_off()
+    ax.legend(fontsize="x-small")
     plot.note(ax, f"lag {MIDDLE}, random start")
 
 
@@ -210,7 +208,7 @@ def settling(lag: float, momentum: float, steps: int) -> np.ndarray:
 
 def by_rule(ax: Axes, gap: pd.DataFrame) -> None:
     """Panel c: SA, AA and WM at one lag, a point for each momentum and start."""
-    rules, middle = [r for r in plot.in_order(gap.rule) if r in OPTIONS], gap[gap.lag == MIDDLE]
+    rules, middle = [r for r in OPTIONS if r in set(gap.rule)], gap[gap.lag == MIDDLE]
     for i, rule in enumerate(rules):
         color = plot.look(rule).color
         for j, ((momentum, start), of) in enumerate(conditions(middle[middle.rule == rule])):
@@ -240,5 +238,8 @@ def listing(page: Page) -> tables.Shown:
         rows.append(dict(zip(keys, at)) | found)
     order = plot.in_order(table.rule)
     every = pd.DataFrame(rows).sort_values(keys, key=lambda c: c.map(order.index) if c.name == "rule" else c)
+    every.loc[every["rule"] == "bp", ["lag", "momentum"]] = math.nan
+    every.loc[every["rule"] == "bp", "start"] = "-"
+    every.loc[every["rule"] == "frozen", ["momentum", "angle"]] = math.nan  # its angle depends on the step at hand
     every["rule"] = [plot.look(rule).label for rule in every["rule"]]
-    return tables.shown(every, index=False, float_format="{:.2f}".format, na_rep="-")
+    return tables.shown(every, index=False, float_format="{:.3g}".format, na_rep="-")

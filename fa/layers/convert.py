@@ -231,7 +231,7 @@ def param_groups(
 
     Feedback that follows W's own update (kp, pfa, pfa_o) shares W's learning rate and decay: the mismatch vanishes only
     if both decay alike. Feedback whose gradient holds a decay of its own (wm, ia, sa, aa) gets none from the optimizer,
-    because a second decay would shift the rule's fixed point. Set its group's ``momentum`` to 0 (notebook 28).
+    because a second decay would shift the rule's fixed point. Momentum makes it overshoot W (notebook 28).
 
     Args:
         net: a network, converted or not.
