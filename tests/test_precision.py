@@ -246,8 +246,8 @@ def test_seeds_are_paired_along_any_axis() -> None:
     assert value("paired(test_accuracy, rule=bp, precision=float32, epoch=last, minus_epoch=0) < 2")["measured"] == "1"
     with pytest.raises(UserError, match="several values of precision"):
         value("mean(test_accuracy, rule=bp, epoch=last) > 0")
-    for wrong, message in (("paired(test_accuracy, rule=bp, epoch=1) > 0", "minus=RULE, or one minus_AXIS=VALUE"),
-                           (PAIRED.replace("epoch=last", "epoch=last, minus=fa") + " > 0", "minus=RULE, or one minus_AXIS=VALUE"),
+    for wrong, message in (("paired(test_accuracy, rule=bp, epoch=1) > 0", "minus=RULE or minus_AXIS=VALUE"),
+                           (PAIRED.replace("minus_precision=float32", "minus_precision=[float32, bfloat16]") + " > 0", "of one value"),
                            (PAIRED.replace("minus_precision", "minus_seed") + " > 0", "unknown axis minus_seed"),
                            ("mean(test_accuracy, minus_precision=float32) > 0", "unknown axis minus_precision"),
                            ("mean(test_accuracy, precision=16) > 0", "precision takes words or all")):  # fmt: skip
