@@ -68,7 +68,7 @@ def test_feedback_settles_on_a_weight_that_rests_as_the_formula_says(lag, moment
 
 
 def test_momentum_bounds_how_fast_feedback_settles():
-    """The mismatch left after t steps is at least of the order m^(t/2), whatever the rate: here within 10 e-folds."""
+    """Whatever the rate, what is left from t steps on reaches a fixed share of m^(t/2) again."""
     t = np.arange(101)
     for lag in (0.1, 0.5, 1, 5, 25):
         left = np.tan(np.radians(p2_lag.settling(lag, 0.9, 100)))

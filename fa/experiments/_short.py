@@ -46,3 +46,18 @@ def trained(
     [score] = accuracies(net, sets.val or sets.test)
     rows = alignment(net).melt(["layer", "depth"], ["angle_deg", "norm_ratio"], "metric") if converted(net) else None
     return score, pd.DataFrame(rows).assign(epoch=config.epochs), {"state": "finished"}
+
+
+def measured(epoch: int, found: dict[str, float], rows: pd.DataFrame, status: dict[str, Any]) -> pd.DataFrame:
+    """The table of a run that is measured once: ``epoch, layer, depth, metric, value``.
+
+    Args:
+        epoch: the last.
+        found: of the whole network, metric -> value.
+        rows: of its layers, as :func:`trained` returns them.
+        status: of the run, for the table's ``attrs``.
+    """
+    own = pd.DataFrame({"epoch": epoch, "layer": "", "metric": list(found), "value": list(found.values())})
+    table = pd.concat([own, rows]).reindex(columns=["epoch", "layer", "depth", "metric", "value"])
+    table.attrs["status"] = status
+    return table

@@ -11,7 +11,7 @@ import pandas as pd
 from fa import plot, tables
 from fa.experiments import Experiment
 from fa.experiments._ends import CHANCE, told
-from fa.experiments._short import network, trained
+from fa.experiments._short import measured, network, trained
 from fa.experiments.p2_lag import LAGS, OPTIONS, rate
 from fa.train.config import Config, identity
 
@@ -71,10 +71,7 @@ class Short:
         config = self.recipe()
         score, rows, status = trained(config, network(config))
         found = {"score": score, "diverged": float(status["state"] == "diverged")}
-        own = pd.DataFrame({"epoch": self.epochs, "layer": "", "metric": list(found), "value": list(found.values())})
-        table = pd.concat([own, rows]).reindex(columns=["epoch", "layer", "depth", "metric", "value"])
-        table.attrs["status"] = status
-        return table
+        return measured(self.epochs, found, rows, status)
 
 
 def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: str) -> list[Short]:

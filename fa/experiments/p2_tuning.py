@@ -15,7 +15,7 @@ from fa.errors import UserError
 from fa.experiments import Experiment
 from fa.experiments._ends import CHANCE
 from fa.experiments._search import NEAR, SEARCHED, SWITCHES, ask, summed, tell
-from fa.experiments._short import network, trained
+from fa.experiments._short import measured, network, trained
 from fa.train.config import Config, identity
 
 if TYPE_CHECKING:
@@ -132,10 +132,7 @@ class Trial:
             found = {"score": score, "diverged": float(status["state"] == "diverged"), **numbers}
             if self.part == "search":
                 tell(self, score)
-        own = pd.DataFrame({"epoch": self.epochs, "layer": "", "metric": list(found), "value": list(found.values())})
-        table = pd.concat([own, rows]).reindex(columns=["epoch", "layer", "depth", "metric", "value"])
-        table.attrs["status"] = status
-        return table
+        return measured(self.epochs, found, rows, status)
 
 
 # ----------------------------------------------------------------------------------------------------------------- plan
