@@ -3,9 +3,8 @@
 from fa.check import check_rule
 from fa.errors import UserError
 from fa.layers import dfa  # noqa: F401  (registers "dfa")
-from fa.layers.convert import convert, feedback_parameters, param_groups
+from fa.layers.convert import add_feedback, convert, feedback_parameters, param_groups
 from fa.layers.hooks import after_step
-from fa.layers.late import add_feedback
 from fa.metrics import alignment, exact_backprop, feedback_weight, gradient_angles
 from fa.paths import ROOT
 from fa.rules import RULES, Rule

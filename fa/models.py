@@ -96,15 +96,15 @@ class ResNet(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Batch normalisation and ReLU before each of three convolutions, 1x1, 3x3 and 1x1, and a shortcut around them. Of
-    the first block of a stage the shortcut is a 1x1 convolution of the first ReLU's output, else the identity."""
+    """Batch normalisation and ReLU before each of three convolutions, 1x1, 3x3 and 1x1, and a shortcut around them: the
+    identity, or where the number of channels changes a 1x1 convolution of the first ReLU's output."""
 
-    def __init__(self, inputs: int, width: int, stride: int, first: bool) -> None:
+    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
         super().__init__()
         self.bn1, self.conv1 = _bn(inputs), nn.Conv2d(inputs, width, 1, bias=False)
         self.bn2, self.conv2 = _bn(width), nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
         self.bn3, self.conv3 = _bn(width), nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.shortcut = nn.Conv2d(inputs, 4 * width, 1, stride, bias=False) if first else None
+        self.shortcut = nn.Conv2d(inputs, 4 * width, 1, stride, bias=False) if inputs != 4 * width else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (n, inputs, h, w) -> (n, 4 * width, h / stride, w / stride)."""
@@ -129,10 +129,9 @@ class PreAct(nn.Module):
         self.conv1, self.pool = nn.Conv2d(inputs, 64, 7, 2, padding=3, bias=False), nn.MaxPool2d(3, 2, padding=1)
         count = width = 64
         for stage, n in enumerate(blocks, 1):
-            first = PreActBlock(count, width, 1 if stage == 1 else 2, True)
-            self.add_module(f"layer{stage}", nn.Sequential(
-                first, *(PreActBlock(4 * width, width, 1, False) for _ in range(n - 1))
-            ))  # fmt: skip
+            self.add_module(f"layer{stage}", nn.Sequential(*(
+                PreActBlock(c, width, 1 if i else min(stage, 2)) for i, c in enumerate([count] + [4 * width] * (n - 1))
+            )))  # fmt: skip
             count, width = 4 * width, 2 * width
         self.bn, self.fc = _bn(count), nn.Linear(count, classes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import subprocess
@@ -28,6 +29,18 @@ def environment() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "commit": commit(),
     }
+
+
+def memory() -> float:
+    """Bytes of this machine's memory, or as many as the process may have; infinite where nobody says."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ImportError, AttributeError, ValueError, OSError):
+        return math.inf
+    return whole if limit == resource.RLIM_INFINITY else min(limit, whole)
 
 
 @cache

@@ -35,14 +35,6 @@ def path_angle(expansion: ArrayLike, density: ArrayLike = 1.0, n_out: float = ma
     return np.degrees(np.arctan(np.sqrt((1 - 1 / n_out) / (λ * d) + (9 / 5 - d**2) / (λ * n_out * d**2))))
 
 
-def masked_angle(density: ArrayLike) -> np.ndarray:
-    r"""Angle in degrees between W and m ∘ W, for a mask m of density d that is independent of W: arccos(sqrt(d)).
-
-    It is the angle at which Kolen and Pollack's rule ends under sparse feedback. Source: our derivation.
-    """
-    return np.degrees(np.arccos(np.sqrt(np.asarray(density, dtype=float))))
-
-
 def mismatch_left(schedule: Iterable[tuple[float, float]], momentum: float, steps: int) -> np.ndarray:
     r"""Share of the initial mismatch D that SGD leaves: 1 before training, then the share after each epoch.
 

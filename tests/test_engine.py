@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import fa
 from fa import UserError
 from fa.layers.feedback import generator
-from fa.layers.hooks import acts_between_steps
 from fa.train import data
 from fa.train import loop as train
 from fa.train import step as engine
@@ -145,8 +144,8 @@ def test_a_step_is_captured_once_it_is_warm_and_again_when_the_schedule_changes(
 def test_rules_that_act_between_steps_are_never_captured():
     for rule, acts in (("brsf", True), ("frozen", True), ("fa", False), ("pfa", False), ("bp", False)):
         net = train.build_network(of(MLP, rule), (1, 8, 8), 10)
-        assert acts_between_steps(net) is acts
-    assert acts_between_steps(fa.convert(train.build_network(MLP, (1, 8, 8), 10), "fa", clamp_forward=True))
+        assert engine.acts_between_steps(net) is acts
+    assert engine.acts_between_steps(fa.convert(train.build_network(MLP, (1, 8, 8), 10), "fa", clamp_forward=True))
 
 
 def test_a_checkpoint_in_another_memory_layout_goes_on_the_same(tmp_path):

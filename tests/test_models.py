@@ -249,7 +249,7 @@ def test_parameters_of_the_networks_for_photographs(name, count):
 def test_a_pre_activation_block_by_hand(stride, first):
     """Normalise and rectify, then convolve, three times; the shortcut sees the rectified input, or is the identity."""
     a, w = (6, 3) if first else (12, 3)
-    block = models.PreActBlock(a, w, stride, first).double()
+    block = models.PreActBlock(a, w, stride).double()
     x = randn(4, a, 6, 6, seed=1)
     y, skip, weights = x, x, [(block.conv1, 1, 0), (block.conv2, stride, 1), (block.conv3, 1, 0)]
     for i, (conv, step, padding) in enumerate(weights):

@@ -4,6 +4,7 @@ Ids in names are those of reported cases.
 """
 
 import copy
+import re
 import types
 from functools import partial
 
@@ -138,6 +139,131 @@ def test_A07_a_matrix_that_could_not_be_told_is_refused_where_activity_meets_it(
     fa.convert(net, rule, skip=[case], **options)
     net(x).square().sum().backward()
     assert not net.get_parameter(case)._backward_hooks
+
+
+def headed(net):
+    net[4] = nn.Linear(8, 3)
+
+
+def longer(net):
+    net.append(nn.Linear(3, 3))
+
+
+def nested(net):
+    net[3] = nn.Sequential()
+    net[3].append(nn.Linear(8, 8))
+
+
+class Adapted(nn.Module):
+    """A layer with two small ones beside it, as adapters of low rank have."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.down, self.up = layer, nn.Linear(8, 2), nn.Linear(2, 8)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+def adapted(net):
+    net[2] = Adapted(net[2])
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "dfa", "frozen"])
+@pytest.mark.parametrize("change, name", [(headed, "4"), (longer, "5"), (nested, "3.0"), (adapted, "2.up")])
+@pytest.mark.parametrize("copied", [False, True])
+def test_A07_a_layer_that_came_after_the_conversion_is_refused_by_name(rule, change, name, copied):
+    """A new head, for fine-tuning: ``convert`` has not seen it."""
+    net, x = fa.convert(oracles.mlp(6, 8, 8, 3, dtype=torch.float32)[0], rule), torch.randn(5, 6)
+    net = copy.deepcopy(net) if copied else net
+    net(x).square().sum().backward()
+    change(net)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"'{name}.weight', which has no rule.*call fa.convert after it is put"):
+            net(x).square().sum().backward()
+    fa.convert(net, rule)(x).square().sum().backward()
+    assert name in converted(net)
+    fa.convert(net, rule, skip=[name.partition(".")[0]], **({"classes": 3} if rule == "dfa" else {}))
+    if change is not longer:
+        change(net)  # what comes to a place that was left out is left out
+    net(x).square().sum().backward()
+
+
+def test_A07_a_matrix_that_came_after_the_conversion_is_refused_by_name():
+    net, x = fa.convert(Mixed("bias_mix"), "fa"), torch.randn(3, 6)
+    net.get_parameter("bias_mix").requires_grad_(False)  # thawed below by its replacement
+    net.bias_mix = nn.Parameter(torch.randn(8, 8))
+    with pytest.raises(RuntimeError, match="'bias_mix', which has no rule"):
+        net(x).square().sum().backward()
+
+
+def test_what_is_converted_and_what_never_learns_may_come_later():
+    net, x = fa.convert(oracles.mlp(6, 8, 8, 3, dtype=torch.float32)[0], "fa"), torch.randn(5, 6)
+    net[2] = fa.convert(nn.Linear(8, 8), "kp")
+    net.append(nn.Linear(3, 3).requires_grad_(False))
+    net[1] = nn.PReLU(8)
+    net(x).square().sum().backward()
+    later = nn.Sequential(net, nn.Linear(3, 3))  # around the network, which is left as it is
+    later(x).square().sum().backward()
+    fa.convert(net, "bp")
+    net[4] = nn.Linear(8, 3)
+    net(x).square().sum().backward()
+
+
+def matrix():
+    return nn.Parameter(randn(8, 8))
+
+
+def layer():
+    return nn.Linear(8, 8).double()
+
+
+class Hides(nn.Module):
+    """Keeps a matrix, or a layer, where PyTorch does not find it."""
+
+    def __init__(self, keep, find):
+        super().__init__()
+        self.first, self.last, self.kept, self.find = nn.Linear(6, 8), nn.Linear(8, 3), keep(), find
+
+    def forward(self, x):
+        h, A = torch.tanh(self.first(x)), self.find(self.kept)
+        return self.last(torch.tanh(A(h) if isinstance(A, nn.Module) else h @ A))
+
+
+HIDDEN = {
+    "kept[0]": (lambda: [matrix()], lambda kept: kept[0]),
+    "kept['mix']": (lambda: {"mix": matrix()}, lambda kept: kept["mix"]),
+    "kept['a'][1]": (lambda: {"a": (0, matrix())}, lambda kept: kept["a"][1]),
+    "kept[0].weight": (lambda: [layer()], lambda kept: kept[0]),
+    "kept['a'][0].weight": (lambda: {"a": [layer()]}, lambda kept: kept["a"][0]),
+}
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "dfa"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_A07_a_matrix_in_a_plain_list_or_dict_is_refused_by_name(rule, name):
+    x = randn(3, 6)
+    with pytest.raises(fa.UserError, match=rf"{re.escape(name)} \(Hides: trained.*skip="):
+        fa.convert(Hides(*HIDDEN[name]).double(), rule)
+    for skip in (name, "kept"):
+        net = fa.convert(Hides(*HIDDEN[name]).double(), rule, skip=[skip])
+        net(x).square().sum().backward()
+    with pytest.raises(fa.UserError, match="skip names no module and no parameter: kep$"):
+        fa.convert(Hides(*HIDDEN[name]).double(), rule, skip=["kep"])
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_what_else_lies_in_plain_lists_is_no_matrix(rule):
+    """A frozen teacher, data, the network's own layers and parameters once more, and a module around the network."""
+    net = Hides(lambda: [], lambda kept: torch.eye(8).double()).double()
+    teacher = nn.Linear(6, 3).double().requires_grad_(False)
+    around = nn.Sequential(net, nn.Linear(3, 3).double())
+    net.kept += [teacher, randn(5, 6), {"layers": [net.first, net.last]}, (around,), list(net.parameters())]
+    x = randn(4, 6)
+    fa.convert(net, rule)
+    for whole in (net, around):
+        (whole(x) - teacher(x)).square().sum().backward()
+    assert all(p.grad is not None for p in (net.first.weight, net.last.weight))
 
 
 def test_A07_what_is_looked_up_or_added_and_then_multiplied_is_no_matrix():

@@ -37,7 +37,7 @@ def test_quick_mode_trains_every_rule_at_three_densities(rule: str) -> None:
 def test_angles_of_masked_feedback_are_those_of_the_notebook(density: float) -> None:
     """KP's copy of W ends at arccos sqrt(d), PFA's path at the formula of notebooks 33 and 36; R at its fixed point."""
     n, λ = 400, 10
-    for rule, expected in (("kp", theory.masked_angle(density)), ("pfa", theory.path_angle(λ, density, n))):
+    for rule, expected in (("kp", p3_sparse.masked_angle(density)), ("pfa", theory.path_angle(λ, density, n))):
         net = nn.Sequential(nn.Linear(500, n))
         nn.init.xavier_uniform_(net[0].weight, generator=torch.Generator().manual_seed(1))
         fb = fa.convert(net, rule, density=density, seed=0)[0].feedback

@@ -10,6 +10,7 @@ import torch
 
 import fa
 from fa import theory
+from fa.experiments import p3_sparse
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_the_angle_of_a_masked_copy() -> None:
     for density in (0.05, 0.3, 1.0):
         copy = W * (rng.random(W.shape) < density)
         cosine = min((copy * W).sum() / np.linalg.norm(copy) / np.linalg.norm(W), 1)
-        assert theory.masked_angle(density) == pytest.approx(math.degrees(math.acos(cosine)), abs=0.2)
+        assert p3_sparse.masked_angle(density) == pytest.approx(math.degrees(math.acos(cosine)), abs=0.2)
 
 
 def test_what_is_left_of_the_mismatch_is_what_sgd_leaves_of_a_weight_without_gradient() -> None:

@@ -51,6 +51,14 @@ layer's W and its feedback after the last epoch: mean over seeds and layers, bar
 highest; dotted: theory. c: as a, against feedback connections for each forward one."""
 
 
+def masked_angle(density: float | np.ndarray) -> np.ndarray:
+    r"""Angle in degrees between W and m ∘ W, for a mask m of density d that is independent of W: arccos(sqrt(d)).
+
+    It is the angle at which Kolen and Pollack's rule ends under sparse feedback. Source: our derivation.
+    """
+    return np.degrees(np.arccos(np.sqrt(np.asarray(density, dtype=float))))
+
+
 def best(table: pd.DataFrame) -> pd.DataFrame:
     """Best test accuracy over the epochs of each run: columns rule, density, seed, value."""
     accuracy = table[table.metric == "test_accuracy"]
@@ -113,7 +121,7 @@ def draw(page: Page) -> Figure:
     ticks = sorted(ours.density.unique()) or DENSITIES
     d = np.geomspace(ticks[0], 1, 100)
     ax["b"].plot(d, theory.path_angle(10, d, layers["fc2"][1]), ":", color=plot.look("pfa").color, lw=1)
-    ax["b"].plot(d, theory.masked_angle(d), ":", color=plot.look("kp").color, lw=1)
+    ax["b"].plot(d, masked_angle(d), ":", color=plot.look("kp").color, lw=1)
     for panel in "ab":
         ax[panel].set(xscale="log", xlim=(0.87 * ticks[0], 1.15), xlabel=plot.LABELS["density"])
         ax[panel].set(xticks=ticks, xticklabels=[f"{t:g}" for t in ticks])
@@ -155,6 +163,6 @@ def alignment(page: Page) -> str:
         told = [tables.shown(shown.loc[order].sort_index(axis=1), float_format="{:.1f}".format, na_rep="-"), ""]
     ds = np.array(sorted(ours.density.unique()) or DENSITIES)
     lines = {f"pfa {layer}": theory.path_angle(10, ds, n) for layer, (_, n) in layers.items()}
-    lines["kp"] = theory.masked_angle(ds)
+    lines["kp"] = masked_angle(ds)
     theirs = pd.DataFrame(lines, index=pd.Index(ds, name="density")).T.rename_axis("theory")
     return tables.several(*told, tables.shown(theirs, float_format="{:.1f}".format))

@@ -127,8 +127,7 @@ class FeedbackAttention(Watched, nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         if need_weights:
             scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5  # (n, heads, queries, keys)
-            weights = torch.softmax(scores if mask is None else scores + mask, -1)
-            weights = F.dropout(weights, dropout)
+            weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, -1), dropout)
             out = weights @ v  # (n, heads, queries, embed / heads)
             weights = weights.mean(1) if average_attn_weights else weights  # (n, queries, keys), or for each head
         else:

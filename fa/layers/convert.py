@@ -1,4 +1,4 @@
-"""Put a learning rule on a network: ``convert``, and the classes of converted layers.
+"""Put a learning rule on a network, and its learned feedback into an optimizer.
 
 Conversion changes a layer's class in place and adds one submodule, ``layer.feedback``, that holds the rule and its
 tensors. The parameters, their names, hooks, device, dtype and mode stay; an optimizer made before still holds the live
@@ -7,20 +7,21 @@ weights.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fa import rules
 from fa.errors import UserError
 from fa.layers.feedback import Feedback, NoisyFeedback
-from fa.layers.hooks import Converted, converted, unwatch, watch_other
+from fa.layers.hooks import converted, explicit_padding, know, unwatch, watch_other
 from fa.layers.maps import ConvMap, LinearMap
+from fa.layers.steps import groups_of, leader, learned
 from fa.layers.targets import targets
 from fa.rules import Rule
 
@@ -28,53 +29,13 @@ Sizes = tuple[torch.Size, torch.Size]
 """Sizes of one sample's input and output of a layer."""
 
 
-class FeedbackLinear(Converted, nn.Linear):
-    """``nn.Linear`` whose error goes down through ``self.feedback``; made by :func:`fa.convert`, never constructed."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Shapes: input (..., in) -> (..., out), as ``nn.Linear``."""
-        if self.feedback.bypassed():
-            return super().forward(input)
-        W = self.weight
-        if not (torch.compiler.is_compiling() or W._backward_hooks):  # computed, or put here past register_parameter
-            self.rewatch()
-        return self.feedback.forward(input, W, self.bias)
-
-
-class FeedbackConv2d(Converted, nn.Conv2d):
-    """``nn.Conv2d`` whose error goes down through ``self.feedback``; made by :func:`fa.convert`, never constructed."""
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Shapes: x (n, in, h, w) or (in, h, w) -> (n, out, h', w') or (out, h', w'), as ``nn.Conv2d``."""
-        if self.feedback.bypassed():
-            return super()._conv_forward(x, weight, bias)
-        if not (torch.compiler.is_compiling() or weight._backward_hooks):
-            self.rewatch()
-        pad = _explicit_padding(self)
-        if pad:  # an ordinary operation before the layer's linear map; autograd carries the error through it exactly
-            x = F.pad(x, pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-        if x.dim() == 3:
-            return self.feedback.forward(x.unsqueeze(0), weight, bias).squeeze(0)
-        return self.feedback.forward(x, weight, bias)
-
-
-def _explicit_padding(layer: nn.Conv2d) -> list[int]:
-    """Padding before the convolution, (left, right, top, bottom): of another mode than zeros, or uneven; else []."""
-    sides = layer._reversed_padding_repeated_twice
-    uneven = isinstance(layer.padding, str) and sides[0::2] != sides[1::2]
-    return sides if layer.padding_mode != "zeros" or uneven else []
-
-
 def _linear_map(layer: nn.Module, sizes: Sizes | None = None) -> LinearMap | ConvMap:
     if not isinstance(layer, nn.Conv2d):
         return LinearMap(sizes=sizes)
     # even sides; the list runs from the last axis
     padding = (layer._reversed_padding_repeated_twice[2], layer._reversed_padding_repeated_twice[0])
-    pad = tuple(_explicit_padding(layer))
+    pad = tuple(explicit_padding(layer))
     return ConvMap(layer.stride, (0, 0) if pad else padding, layer.dilation, layer.groups, sizes=sizes, pad=pad)
-
-
-Feedback.classes = {nn.Linear: FeedbackLinear, nn.Conv2d: FeedbackConv2d}
 
 
 @torch.inference_mode(False)  # whose tensors cannot be trained with
@@ -131,7 +92,7 @@ def convert(
         raise UserError(
             "DistributedDataParallel averages the parameters it was given: convert the network first, then wrap it"
         )
-    layers, others = targets(net, skip, treat_as_base)
+    layers, others, left = targets(net, skip, treat_as_base)
     sizes = {} if sample is None else _sizes(net, sample)
     # all feedback is drawn before anything is changed
     own = hasattr(r, "draw_feedback")
@@ -141,6 +102,7 @@ def convert(
         put_on(layer, feedback[name])
     for other in others:
         watch_other(*other)
+    know(net, left)
     for tape in _tapes(feedback.values()):
         tape.put_on()
     if "torch._dynamo" in sys.modules:  # a graph compiled before does not notice the rule
@@ -250,3 +212,79 @@ def param_groups(
         feedback_lr = lr if feedback_lr is None else feedback_lr
         groups.append({"params": rest, "lr": feedback_lr, "weight_decay": 0.0, "own_decay": True})
     return groups
+
+
+# What PyTorch's schedulers keep for every group of their optimizer.
+_BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
+
+
+def add_feedback(optimizer: torch.optim.Optimizer, net: nn.Module) -> torch.optim.Optimizer:
+    """Put the learned feedback of a converted network into an optimizer that holds its weights.
+
+    Feedback that follows W's own update (kp, pfa, pfa_o) joins W's parameter group, so that both share learning rate,
+    decay and schedules from now on. Feedback whose gradient holds a decay (wm, ia, sa, aa) gets a group of its own with
+    W's options as they are now and no weight decay; PyTorch's schedulers made before follow it as they follow W's
+    group. Feedback that the optimizer holds already stays where it is, so that a second call changes nothing. An
+    optimizer made after the conversion needs no such call: :func:`fa.param_groups`.
+
+    Args:
+        optimizer: one of ``torch.optim``, or of its kind; changed in place.
+        net: the converted network, or a part of it.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        UserError: the optimizer holds no weight of the network's learned feedback; a scheduler of another kind was made
+            for the optimizer before, and would leave the new group out. Nothing is changed then.
+
+    Example:
+        >>> net = torch.nn.Linear(4, 2)
+        >>> opt = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> opt = fa.add_feedback(opt, fa.convert(net, "kp"))
+    """
+    held, names = groups_of(optimizer), {id(p): name for name, p in net.named_parameters()}
+    layers = [layer for layer in converted(net).values() if learned(layer)]
+    mine = [layer for layer in layers if id(leader(layer)) in held]
+    if layers and not mine:
+        raise UserError(
+            "this optimizer holds no weight of the network whose feedback learns, so that there is no learning rate to "
+            "take over; call fa.add_feedback with the optimizer of the weights"
+        )
+    new: dict[tuple[int, bool], list[nn.Parameter]] = {}  # (W's group, own decay) -> feedback
+    for layer in mine:
+        key = held[id(leader(layer))], layer.feedback.rule.own_decay
+        new.setdefault(key, []).extend(p for p in learned(layer) if id(p) not in held)
+    new = {key: list({id(p): p for p in feedback}.values()) for key, feedback in new.items() if feedback}
+    schedulers = _schedulers(optimizer) if any(own for _, own in new) else []
+    for (i, own), feedback in new.items():
+        group = optimizer.param_groups[i]
+        named = {"param_names": [names[id(p)] for p in feedback]} if "param_names" in group else {}
+        if not own:
+            group["params"] += feedback
+            group.get("param_names", []).extend(named.get("param_names", []))
+            continue
+        n = len(optimizer.param_groups)
+        optimizer.add_param_group({**group, **named, "params": feedback, "weight_decay": 0.0, "own_decay": True})
+        for scheduler in schedulers:
+            for key, value in vars(scheduler).items():
+                if key in _BY_GROUP and isinstance(value, list) and len(value) == n:
+                    value.append(value[i])
+    return optimizer
+
+
+def _schedulers(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The schedulers made for an optimizer, which knows none of them.
+
+    Raises:
+        UserError: a scheduler that is not PyTorch's.
+    """
+    kinds = {kind for kind in map(type, gc.get_objects()) if any("Scheduler" in base.__name__ for base in kind.__mro__)}
+    found = [o for o in gc.get_objects() if type(o) in kinds and getattr(o, "optimizer", None) is optimizer]
+    for o in found:
+        if not type(o).__module__.startswith("torch.optim."):
+            raise UserError(
+                f"a {type(o).__name__} was made for this optimizer before its feedback was added, and would leave the "
+                "feedback's group out; make the scheduler after fa.add_feedback"
+            )
+    return found

@@ -127,6 +127,8 @@ class DirectFeedback(nn.Module):
     B is a fixed random matrix (classes, in), kernel (classes, in, kh, kw), or column a unit (classes, in, h, w).
     """
 
+    acts = False  # after optimizer steps
+
     def __init__(self, rule: DFA, name: str, B: Tensor, tape: Tape) -> None:
         super().__init__()
         self.rule, self.layer_name, self.tape = rule, name, tape
@@ -152,8 +154,7 @@ class DirectFeedback(nn.Module):
             return traced_effect(self._tap, x, layer)
         if layer and not getattr(layer._parameters.get("weight"), "_backward_hooks", None):
             layer.rewatch()
-        if not self.traced:
-            self.traced = True
+        vars(self)["traced"] = True  # a module's own setattr takes ten times as long
         return self._tap(x, layer)
 
     def _tap(self, x: Tensor, layer: nn.Module | None) -> Tensor:
@@ -216,20 +217,20 @@ class DirectFeedback(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-class DirectLinear(Converted, nn.Linear):
+class Direct(Converted):
+    """A layer under DFA: the stock layer on an input that is cut."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Shapes: input (..., in) -> (..., out), or (n, in, h, w) -> (n, out, h', w')."""
+        return super().forward(self.feedback.tap(input, self))
+
+
+class DirectLinear(Direct, nn.Linear):
     """``nn.Linear`` under DFA; made by ``convert``, never constructed."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Shapes: input (..., in) -> (..., out)."""
-        return super().forward(self.feedback.tap(input, self))
 
-
-class DirectConv2d(Converted, nn.Conv2d):
+class DirectConv2d(Direct, nn.Conv2d):
     """``nn.Conv2d`` under DFA; made by ``convert``, never constructed."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Shapes: input (n, in, h, w), as ``nn.Conv2d``."""
-        return super().forward(self.feedback.tap(input, self))
 
 
 DirectFeedback.classes = {nn.Linear: DirectLinear, nn.Conv2d: DirectConv2d}

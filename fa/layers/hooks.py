@@ -1,4 +1,4 @@
-"""What a converted layer checks without a call in the user's loop.
+"""Converted layers, and what they check without a call in the user's loop.
 
 A hook on its weight raises when another module reads the weight, because errors would then pass W. What a layer checks
 and does at optimizer steps is in :mod:`fa.layers.steps`.
@@ -7,19 +7,23 @@ and does at optimizer steps is in :mod:`fa.layers.steps`.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as registry
 from torch.utils.hooks import unserializable_hook
 
 from fa.layers.feedback import Feedback
 from fa.layers.passes import NO_TRACE
 from fa.layers.reads import evidence
-from fa.layers.steps import act, acts, join, leave
+from fa.layers.steps import act, join, leave
 
 _watches = weakref.WeakKeyDictionary[Any, list[tuple[Tensor, Any]]]()  # module -> hooks on its weights
+_arrivals: list[Any] = []  # hooks on whatever any module gets
 
 
 class Watched:
@@ -34,10 +38,6 @@ class Watched:
         super()._apply(*args, **kwargs)
         self.rewatch()  # some devices have new parameters
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.rewatch()  # assign=True has new parameters
 
 
 class Converted(Watched):
@@ -70,8 +70,7 @@ class Converted(Watched):
         The first one sets the weight's size in weight norm, and is the weight before its mask in pruning.
         """
         module, name = self.place
-        W = module._parameters.get(name)
-        if W is not None:
+        if (W := module._parameters.get(name)) is not None:
             return [W]
         if nn.utils.parametrize.is_parametrized(module, name):
             return list(module.parametrizations[name].parameters())
@@ -115,14 +114,86 @@ class Converted(Watched):
         return ", ".join(filter(None, [super().extra_repr(), f"rule={rule.name}{given}"]))
 
 
+class FeedbackLinear(Converted, nn.Linear):
+    """``nn.Linear`` whose error goes down through ``self.feedback``; made by :func:`fa.convert`, never constructed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Shapes: input (..., in) -> (..., out), as ``nn.Linear``."""
+        if self.feedback.bypassed():
+            return super().forward(input)
+        W = self.weight
+        if not (torch.compiler.is_compiling() or W._backward_hooks):  # computed, or put here past register_parameter
+            self.rewatch()
+        return self.feedback.forward(input, W, self.bias)
+
+
+class FeedbackConv2d(Converted, nn.Conv2d):
+    """``nn.Conv2d`` whose error goes down through ``self.feedback``; made by :func:`fa.convert`, never constructed."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Shapes: x (n, in, h, w) or (in, h, w) -> (n, out, h', w') or (out, h', w'), as ``nn.Conv2d``."""
+        if self.feedback.bypassed():
+            return super()._conv_forward(x, weight, bias)
+        if not (torch.compiler.is_compiling() or weight._backward_hooks):
+            self.rewatch()
+        pad = explicit_padding(self)
+        if pad:  # an ordinary operation before the layer's linear map; autograd carries the error through it exactly
+            x = F.pad(x, pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        if x.dim() == 3:
+            return self.feedback.forward(x.unsqueeze(0), weight, bias).squeeze(0)
+        return self.feedback.forward(x, weight, bias)
+
+
+def explicit_padding(layer: nn.Conv2d) -> list[int]:
+    """Padding before the convolution, (left, right, top, bottom): of another mode than zeros, or uneven; else []."""
+    sides = layer._reversed_padding_repeated_twice
+    uneven = isinstance(layer.padding, str) and sides[0::2] != sides[1::2]
+    return sides if layer.padding_mode != "zeros" or uneven else []
+
+
+Feedback.classes = {nn.Linear: FeedbackLinear, nn.Conv2d: FeedbackConv2d}
+
+
 def converted(net: nn.Module) -> dict[str, nn.Module]:
     """Qualified name -> converted layer, in the order of the network's modules."""
     return {name: m for name, m in net.named_modules() if isinstance(m, Converted)}
 
 
-def watch_other(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make a tensor that is no layer's weight, such as an embedding, raise when activity is multiplied by it."""
-    _watches.setdefault(module, []).append((tensor, _hook(tensor, module, name)))
+def watch_other(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    """Make a tensor without a rule, such as an embedding, raise when activity is multiplied by it; but not one that is
+    never trained, or that has fewer than two axes above 1."""
+    if tensor is not None and tensor.is_leaf and sum(n > 1 for n in tensor.shape) > 1:
+        if tensor.requires_grad or isinstance(tensor, nn.Parameter):
+            _watches.setdefault(module, []).append((tensor, _hook(tensor, module, name)))
+
+
+def know(net: nn.Module, skip: set[str]) -> None:
+    """Note in the modules of a converted network, and so in their copies, how they are called, so that what comes to
+    them later is watched; but not what comes to a place in ``skip``."""
+    if not _arrivals:
+        _arrivals.append(registry.register_module_module_registration_hook(_arrived))
+        _arrivals.append(registry.register_module_parameter_registration_hook(_arrived))
+    for name, module in net.named_modules():
+        vars(module)["_place"] = name, skip
+
+
+def _arrived(parent: nn.Module, name: str, new: nn.Module | Tensor | None) -> None:
+    """Watch what a module of a converted network gets: a layer, a module with layers, or a parameter."""
+    prefix, skip = vars(parent).get("_place", ("", None))
+    name = f"{prefix}.{name}".lstrip(".")
+    if skip is None or isinstance(parent, Watched) or within(name, skip):
+        return
+    if not isinstance(new, nn.Module):
+        return watch_other(parent, name, new)
+    for inner, module in new.named_modules(prefix=name):
+        vars(module)["_place"] = inner, skip
+        for key, p in module._parameters.items() if not isinstance(module, Watched) else ():
+            watch_other(module, f"{inner}.{key}", p)
+
+
+def within(name: str, places: Iterable[str]) -> bool:
+    """Whether a qualified name is one of these, or lies in one of them; ``[`` follows the name of a list or dict."""
+    return any(name == place or name.startswith((f"{place}.", f"{place}[")) for place in places)
 
 
 def _hook(parameter: Tensor, layer: nn.Module, name: str = "") -> Any:
@@ -150,8 +221,9 @@ def _hook(parameter: Tensor, layer: nn.Module, name: str = "") -> Any:
         unmarked *= not why  # the next one is looked at again
         if why and fb is None:
             raise RuntimeError(
-                f"activity is multiplied by {name!r}, a matrix of no nn.Linear or nn.Conv2d, so that errors would pass "
-                f"it by backprop: make it such a layer, or leave it out with convert(..., skip=[{name!r}])"
+                f"activity is multiplied by {name!r}, which has no rule, so that errors would pass it by backprop: "
+                "make it an nn.Linear or nn.Conv2d, call fa.convert after it is put in, or leave it out with "
+                f"convert(..., skip=[{name!r}])"
             )
         if why:
             raise RuntimeError(
@@ -169,14 +241,10 @@ def _hook(parameter: Tensor, layer: nn.Module, name: str = "") -> Any:
 
 def unwatch(layer: nn.Module) -> None:
     """Remove the hooks of a layer that is about to lose its feedback."""
+    vars(layer).pop("_place", None)
     for _, handle in _watches.pop(layer, []):
         handle.remove()
     leave(layer)
-
-
-def acts_between_steps(net: nn.Module) -> bool:
-    """Whether a rule of this network acts after every optimizer step; a captured CUDA graph would leave that out."""
-    return any(acts(layer) for layer in converted(net).values())
 
 
 def after_step(net: nn.Module) -> None:
@@ -185,5 +253,5 @@ def after_step(net: nn.Module) -> None:
     An ordinary ``torch.optim`` optimizer needs no such call: its steps run the same function through a hook.
     """
     for layer in converted(net).values():
-        if acts(layer):
+        if layer.feedback.acts:
             act(layer)

@@ -38,7 +38,7 @@ def join(layer: nn.Module) -> None:
         (_unheld, rule.learned),
         (_local, rule.learned and not fb.follows_error),
         (_implicit, rule.needs_sgd),
-        (_stepping, rule.clamp_forward or hasattr(rule, "after_step")),
+        (_stepping, fb.acts),
     ):
         if needed:
             layers.add(layer)
@@ -54,11 +54,6 @@ def leave(layer: nn.Module) -> None:
     """Undo :func:`join`."""
     for layers in (_unheld, _local, _implicit, _stepping):
         layers.discard(layer)
-
-
-def acts(layer: nn.Module) -> bool:
-    """Whether the layer's rule does something after every optimizer step."""
-    return layer in _stepping
 
 
 def _enclosing(frame: Any) -> list[torch.optim.Optimizer]:
@@ -220,9 +215,8 @@ def weight_now(layer: nn.Module) -> Tensor:
     if not layer.computed:
         return layer.weight
     module, name = layer.place
-    parts = [module, *(module.parametrizations.modules() if hasattr(module, "parametrizations") else ())]
     with ExitStack() as after:  # puts back what was there
-        for m in parts:
+        for m in module.modules():  # with those of its parametrizations
             after.callback(setattr, m, "training", m.training)
             m.training = False  # spectral norm takes a step of its own whenever it is asked in training
         if name in vars(module):

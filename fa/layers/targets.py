@@ -7,24 +7,21 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from fa.errors import UserError
 from fa.layers import attention
-from fa.layers.hooks import Converted
+from fa.layers.hooks import Converted, within
 
-_REFUSED = (  # layers whose matrix carries errors, and for which there is no feedback here
-    nn.modules.conv._ConvNd,
-    nn.Bilinear,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.modules.lazy.LazyModuleMixin,
-)
+# layers whose matrix carries errors, and for which there is no feedback here
+_REFUSED = (nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.modules.lazy.LazyModuleMixin)
 # torchvision's: Swin's attention reads its layers' weights itself; a deformable convolution is not torch's nn.Conv2d
 _REFUSED_NAMES = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2", "DeformConv2d")
 # Names of tensors that are added to activity; and, if their shape repeats them over samples, of tokens and of scales.
 _ADDED = re.compile(r"(^|_)(pos(_|$|emb|ition)|bias)")
 _TOKEN, _SCALE = re.compile("token|emb"), re.compile("norm|scale|gamma|alpha|beta|temperature")
-Found = tuple[dict[str, nn.Module], list[tuple[nn.Module, str, Tensor]]]  # list: (module, qualified name, matrix)
+_INTERNAL = vars(nn.Module()).keys()  # attributes that every module has
+Found = tuple[dict[str, nn.Module], list[tuple[nn.Module, str, Tensor]], set[str]]
 
 
 def _may_multiply(m: nn.Module, key: str, p: Tensor) -> bool:
@@ -40,6 +37,19 @@ def _may_multiply(m: nn.Module, key: str, p: Tensor) -> bool:
     token = p.shape[0] == 1 and p.dim() > 2 and _TOKEN.search(key)
     scale = sum(n > 1 for n in p.shape) < 2 and _SCALE.search(f"{type(m).__name__}.{key}".lower())
     return not (token or scale)
+
+
+def _own(m: nn.Module, known: set[int]) -> dict[str, Tensor]:
+    """A module's tensors by name: parameters, plain attributes, and what its lists and dicts hold unseen by PyTorch,
+    also in modules; but no tensor there whose id is ``known``, and no module around ``m``."""
+    found = {}
+    for name, value in (vars(m) | m._parameters).items():
+        for path, leaf in tree_flatten_with_path(value)[0] if name not in _INTERNAL else ():
+            hidden = isinstance(leaf, nn.Module) and path and m not in leaf.modules()
+            for key, t in leaf.named_parameters() if hidden else [("", leaf)]:
+                if isinstance(t, Tensor) and not (path and id(t) in known):
+                    found[f"{name}{keystr(path)}{'.' * bool(key)}{key}"] = t
+    return found
 
 
 def _refusal(m: nn.Module, as_base: set[type], holders: dict[int, list[str]]) -> str:
@@ -70,7 +80,8 @@ def _refusal(m: nn.Module, as_base: set[type], holders: dict[int, list[str]]) ->
 
 
 def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[type]) -> Found:
-    """Qualified name -> layer to convert, in order from the input; and the matrices that nothing should multiply by.
+    """Qualified name -> layer to convert, in order from the input; the matrices that nothing should multiply by,
+    (module, qualified name, matrix); and the names that are left out.
 
     Raises:
         UserError: names every layer that cannot be converted, and every trained matrix that no layer here holds.
@@ -79,34 +90,32 @@ def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[
     as_base = {as_base} if isinstance(as_base, type) else set(as_base)
     own: dict[str, dict[str, Tensor]] = {}  # module -> its parameters, and tensors that were set as plain attributes
     holders: dict[int, list[str]] = {}  # id of a parameter -> modules
+    known = set(map(id, net.parameters()))
     for name, m in net.named_modules():
-        tensors = [*vars(m).items(), *m._parameters.items()]
-        own[name] = {f"{name}.{key}" if name else key: t for key, t in tensors if isinstance(t, Tensor)}
+        own[name] = {f"{name}.{key}" if name else key: t for key, t in _own(m, known).items()}
         for p in m.parameters(recurse=False):
             holders.setdefault(id(p), []).append(name)
-    if unknown := skip - own.keys() - {key for tensors in own.values() for key in tensors}:
+    names = [*own, *(key for tensors in own.values() for key in tensors)]
+    if unknown := {s for s in skip if not any(within(name, [s]) for name in names)}:
         raise UserError(f"skip names no module and no parameter: {', '.join(sorted(unknown))}")
     if wrong := [c for c in as_base if not (isinstance(c, type) and issubclass(c, (nn.Linear, nn.Conv2d)))]:
         raise UserError(f"treat_as_base takes subclasses of nn.Linear and nn.Conv2d, not {wrong[0]!r}")
-
-    def skipped(name: str) -> bool:
-        return any(name == s or name.startswith(s + ".") for s in skip)
 
     found, problems, others = {}, [], []
     loose: dict[str, list[str]] = {}  # class of a module -> names of its matrices that no layer here holds
     feedback = {m.feedback for m in net.modules() if isinstance(m, Converted)}
     for name, m in net.named_modules():
         layer = isinstance(m, (nn.Linear, nn.Conv2d, nn.MultiheadAttention))
-        if layer and any(map(skipped, own[name])):
+        if layer and any(within(key, skip) for key in own[name]):
             skip.add(name)
-        if skipped(name) or m in feedback or name in found:  # the last: the output projection of an attention
+        if within(name, skip) or m in feedback or name in found:  # the last: the output projection of an attention
             continue
         if why := _refusal(m, as_base, holders):
             problems.append(f"{name or 'the root'} ({why})")
         if isinstance(m, nn.MultiheadAttention):
             prefix = f"{name}." if name else ""
             found |= {prefix + key: attention.RowsLinear(m, key) for key in "qkv"}
-            if not skipped(prefix + "out_proj"):
+            if not within(prefix + "out_proj", skip):
                 found[prefix + "out_proj"] = m.out_proj
         if why or isinstance(m, nn.MultiheadAttention):
             continue
@@ -118,11 +127,11 @@ def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[
             found[name] = m
         for key, t in own[name].items():
             local = key.rpartition(".")[2]
-            if (layer and local == "weight") or skipped(key):
+            if (layer and local == "weight") or within(key, skip):
                 continue
             if _may_multiply(m, local, t):
                 loose.setdefault(type(m).__name__, []).append(key)
-            elif t.is_leaf and (t.requires_grad or isinstance(t, nn.Parameter)) and sum(n > 1 for n in t.shape) > 1:
+            else:
                 others.append((m, key, t))
     problems += [
         f"{', '.join(keys)} ({cls}: trained, of two or more axes, and in no nn.Linear or nn.Conv2d)"
@@ -132,4 +141,4 @@ def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[
         raise UserError(f"cannot convert {'; '.join(problems)}; leave them to backprop with skip=[...]")
     if not found:
         raise UserError("nothing to convert: the network has no nn.Linear and no nn.Conv2d")
-    return found, others
+    return found, others, skip

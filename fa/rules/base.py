@@ -48,7 +48,6 @@ A rule never sees the loss, another layer, or the optimizer.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,6 +55,7 @@ import torch
 from torch import Tensor
 
 from fa.errors import UserError
+from fa.provenance import memory
 
 Terms = list[tuple[Any, ...]]
 
@@ -100,18 +100,6 @@ def check_memory(shape: tuple[int, ...]) -> None:
             f"drawing feedback of {' x '.join(map(str, shape))} entries takes {need / 1e9:.0f} GB of memory, and there "
             f"are {have / 1e9:.0f} GB; leave the layer out with skip=[...], or ask for less feedback (pfa: expansion)"
         )
-
-
-def memory() -> float:
-    """Bytes of this machine's memory, or as many as the process may have; infinite where nobody says."""
-    try:
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ImportError, AttributeError, ValueError, OSError):
-        return math.inf
-    return whole if limit == resource.RLIM_INFINITY else min(limit, whole)
 
 
 def random_mask(shape: tuple[int, ...], density: float, like: Tensor, gen: torch.Generator) -> Tensor:

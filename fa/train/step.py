@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fa.layers.convert import param_groups
 from fa.layers.feedback import generator
-from fa.layers.hooks import acts_between_steps, converted
+from fa.layers.hooks import converted
 from fa.train import data
 from fa.train.config import Config
 from fa.train.ddp import ONE_PROCESS, Ranks
@@ -203,6 +203,11 @@ class Stepper:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             self._learn()
         return graph.replay
+
+
+def acts_between_steps(net: nn.Module) -> bool:
+    """Whether a rule of this network acts after every optimizer step; a captured CUDA graph would leave that out."""
+    return any(layer.feedback.acts for layer in converted(net).values())
 
 
 @contextmanager
