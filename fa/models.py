@@ -240,7 +240,7 @@ def is_cifar_resnet(name: str) -> bool:
     return name.startswith("resnet") and name[6:].isdigit() and name not in TORCHVISION
 
 
-TORCHVISION = ("resnet18", "resnet50")
+TORCHVISION = ("resnet18", "resnet50", "alexnet")
 """Networks for photographs; another ``resnet`` with a number is for CIFAR-10."""
 
 
@@ -248,11 +248,11 @@ def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] =
     """The network of that name for images of ``shape`` (channels, height, width).
 
     Raises:
-        UserError: unknown name; resnet18 or 50, torchvision's, for images that are not RGB or without torchvision.
+        UserError: unknown name; a network of torchvision without torchvision, or for images too small or not RGB.
     """
     if name in TORCHVISION:
-        if shape[0] != 3:
-            raise UserError(f"{name} takes RGB images, not images of {shape[0]} channels; resnet20 takes any")
+        if shape[0] != 3 or min(shape[1:]) < 63 * (name == "alexnet"):
+            raise UserError(f"{name} takes RGB images (alexnet: of 63x63), not {tuple(shape)}; resnet20 takes any")
         try:
             import torchvision.models as zoo
         except ImportError as error:
@@ -271,5 +271,5 @@ def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] =
     if plain := re.fullmatch(r"plain([1-9]\d?)(?:-(bn|local))?", name, re.ASCII):
         return Plain(int(plain[1]), shape, classes, plain[2] or "")
     known = "mlp, lenet, arch1, arch1-same, resnet20, resnet32, resnet56, resnet110, resnet18, resnet50, resnet50v2, "
-    known += "resnet101v2, resnet152v2, plain4, plain4-bn, ..."
+    known += "resnet101v2, resnet152v2, alexnet, plain4, plain4-bn, ..."
     raise UserError(f"unknown model {name!r}; known models: {known}")

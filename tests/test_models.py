@@ -202,7 +202,7 @@ def test_resnet18_is_torchvision_s() -> None:
     assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in net.modules()) == 21
     assert models.build("resnet18", (3, 32, 32), 20)(torch.zeros(2, 3, 32, 32)).shape == (2, 20)
     for name in ("resnet18", "resnet50"):
-        with pytest.raises(UserError, match=f"{name} takes RGB images, not images of 1 channels"):
+        with pytest.raises(UserError, match=f"{name} takes RGB images .*not .1, "):
             models.build(name, (1, 8, 8), 10)
 
 

@@ -144,7 +144,7 @@ def column(ax: Axes, ours: pd.DataFrame, theirs: pd.DataFrame, places: dict[tupl
         own = plot.look(rule)
         values = ours[(ours.rule == rule) & (ours.variant == variant)].value
         if len(values):
-            face = {"mfc": "white"} if variant == "adam" else {}
+            face = {"mfc": "white"} if variant in ("adam", "alexnet") else {}
             ax.plot([x - 0.13] * len(values), values, ".", color=own.color, ms=2.5, alpha=0.45, mew=0)
             sd = values.std() if len(values) > 1 else None
             line = {"fmt": own.marker, "color": own.color, "ms": 3.8, "elinewidth": 0.9, "capsize": 1.6}

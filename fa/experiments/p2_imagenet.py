@@ -57,12 +57,7 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
     is plain. In KP's first epoch a strong weight decay leaves a third of the mismatch. Quick: ResNet-8 on
     digits, three epochs, or the small mode's recipe on photographs.
     """
-    photographs = isinstance(SETS.get(dataset), ImageFolderSource)
-    recipe = "small" if mode == "quick" and photographs else mode
-    base = {"paper": PAPER, "small": SMALL, "quick": QUICK}[recipe]
-    n = epochs or (QUICK.epochs if mode == "quick" else base.epochs)
-    drops = ",".join(str(max(round(n * e / 90), 1)) for e in (30, 60, 80))
-    base = base.vary(epochs=n, lr_drops=drops, warmup=round(n * 5 / 90), dataset=dataset or base.dataset)
+    recipe, base = base_of(mode, epochs, dataset)
     models = [m for m in NETWORKS if m != "resnet8"] if recipe == "paper" else [base.model]
     own = OWN | {"kp": {"first_weight_decay": FIRST_DECAY[recipe]}}
     return [
@@ -71,6 +66,16 @@ def grid(mode: str, rules: tuple[str, ...], seeds: int, epochs: int, dataset: st
         for model in models
         for rule in rules
     ]
+
+
+def base_of(mode: str, epochs: int, dataset: str) -> tuple[str, Config]:
+    """The scale whose recipe a mode has (photographs are trained as "small" is), and BP's run of seed 0."""
+    photographs = isinstance(SETS.get(dataset), ImageFolderSource)
+    recipe = "small" if mode == "quick" and photographs else mode
+    base = {"paper": PAPER, "small": SMALL, "quick": QUICK}[recipe]
+    n = epochs or (QUICK.epochs if mode == "quick" else base.epochs)
+    drops = ",".join(str(max(round(n * e / 90), 1)) for e in (30, 60, 80))
+    return recipe, base.vary(epochs=n, lr_drops=drops, warmup=round(n * 5 / 90), dataset=dataset or base.dataset)
 
 
 EXPERIMENT = Experiment(
