@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from fa import plot
 from fa.errors import UserError, did_you_mean
 from fa.rules import RULES
 from fa.rules import rule as make_rule
@@ -53,6 +54,10 @@ class Experiment:
     small: bool = False
     swept: Callable[[Any], dict[str, Any]] = lambda config: {}
     labels: Mapping[str, str] = field(default_factory=dict)
+
+    def named(self, rule: str) -> str:
+        """A rule's name on this page: p1's uniform sign-concordant feedback, uSF, is p3's SF."""
+        return "uSF" if (self.paper, rule) == ("p1", "usf") else plot.look(rule).label
 
 
 def of_rules(base: Config, rules: Sequence[str], seeds: int, own: Mapping[str, Mapping[str, Any]]) -> list[Config]:

@@ -40,8 +40,8 @@ START = {"usf": 30.0, "frsf": float(np.degrees(np.arccos(0.75))), "fa": 90.0}
 TEXT = """ a: angle between the error that a layer sends down and the one that W would send, given the same error above
 (mean over 512 images); grey: the start angles that follow from uniform weights. b: angle between a layer's gradient
 dW and exact backprop's. Both by epoch, the first one step by step. c: share of equal signs of W and its feedback under
-FA by kernel, a line a layer. d, e: angle and ratio of norms between W and its feedback after training; dense feedback
-has none. f: norm of W after training over its initial norm."""
+FA by kernel, a line a layer. d, e: angle between W and its feedback, and norm of the feedback over W's, after training;
+dense feedback has neither in a convolution. f: norm of W after training over its initial norm."""
 CAPTION = f"{SET_UP}{TEXT} {BARS}"
 SMALL_CAPTION = f"{SET_UP}{SCALED}{TEXT} {BARS}"
 
@@ -59,7 +59,7 @@ def draw(page: Page) -> Figure:
         for angle in START.values():
             ax[f"a {n}"].axhline(angle, color="0.75", lw=0.6, ls=":", zorder=0)
     for n in whole:
-        by_epoch(ax[f"b {n}"], table, "grad_angle_global_deg", n)
+        by_epoch(ax[f"b {n}"], table, "grad_angle_global_deg", n, top=120)
     for panel, n, metric in ((f"a {local[0]}", local[0], "local"), (f"b {whole[0]}", whole[0], "gradient")):
         ax[panel].set_ylabel({"local": "Local error angle (°)", "gradient": "Gradient angle (°)"}[metric])
     concordance = table[(table.variant == "fa") & (table.metric == "sign_concordance")]
@@ -67,7 +67,7 @@ def draw(page: Page) -> Figure:
     plot.curves(ax["c"], concordance, "epoch", "layer", dict(zip(names, colors.values())), hue_order=names)
     logarithmic(ax["c"], table)
     ax["c"].set(ylabel="Sign concordance, FA")
-    ax["c"].margins(y=0.5)  # room for the key
+    ax["c"].margins(y=0.75)  # room for the key
     ax["c"].axhline(0.5, color="0.75", lw=0.6, ls=":", zorder=0)
     ax["c"].legend(handles=plot.key(dict(zip(names, colors.values()))), loc="upper left", ncols=2)
     end = table[table.epoch == table.epoch.max()]
@@ -85,11 +85,11 @@ def draw(page: Page) -> Figure:
     return fig
 
 
-def by_epoch(ax: Axes, table: pd.DataFrame, metric: str, layer: str) -> None:
-    """A metric of one layer by epoch, a line a variant; the title names the layer."""
+def by_epoch(ax: Axes, table: pd.DataFrame, metric: str, layer: str, top: float = 100) -> None:
+    """A metric of one layer by epoch, a line a variant, up to ``top`` degrees; the title names the layer."""
     curves(ax, table[(table.metric == metric) & (table.layer == layer)], "epoch")
     logarithmic(ax, table)
-    ax.set(ylim=(0, 100), yticks=(0, 30, 60, 90))
+    ax.set(ylim=(0, top), yticks=range(0, int(top) + 1, 30))
     ax.set_title(layer, loc="center", fontsize=7)
 
 

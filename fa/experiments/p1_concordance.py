@@ -54,8 +54,8 @@ EXPERIMENT = Experiment("Accuracy against the share of concordant signs", "p1", 
 CAPTION = f"""{SET_UP}{TEN} uSF whose feedback has the sign of W in a share of the entries, drawn once, and the
 opposite sign in the others. a: test accuracy after the epoch of the best validation accuracy; dotted: BP, and FA, whose
 signs agree by chance. b: angle between W and its feedback before training (open) and after (filled), by layer; line:
-the formula of figure a above for uniform W. c: angle between a layer's gradient dW and exact backprop's after training.
-Dots: seeds; bars: +/- 1 sd over seeds."""
+cos(angle) = (2 p - 1) cos 30 degrees, for uniform W and a share p. c: angle between a layer's gradient dW and exact
+backprop's after training. Dots: seeds; bars: +/- 1 sd over seeds."""
 
 
 @plot.style()

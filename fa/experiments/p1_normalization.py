@@ -107,8 +107,8 @@ def draw(page: Page) -> Figure:
 
 
 def name(rule: str) -> str:
-    """A rule's name in p1, whose uniform sign-concordant feedback is p3's SF."""
-    return "uSF" if rule == "usf" else plot.look(rule).label
+    """A rule's name on p1's pages."""
+    return EXPERIMENT.named(rule)
 
 
 def by_setting(ax: Axes, rows: pd.DataFrame) -> None:

@@ -42,8 +42,9 @@ EXPERIMENT = Experiment(
 
 TEXT = """ Linear CKA between the outputs of each layer and of the same layer in a backprop network, 1,000 test images,
 after training. a: a backprop network of the same seed, and so of the same initial weights. b: one of another seed, for
-which backprop itself is the ceiling. Dotted: the untrained network against the trained one. c: FA by kernel and uSF
-against the network of a, on the images that both classify right and on those that backprop alone does."""
+which backprop itself is the ceiling. Dotted: the untrained network against the trained one. c: FA by kernel, and uSF
+whose norm follows W, against the network of a, on the images that both networks classify right (full) and on the images
+that backprop alone classifies right (pale)."""
 CAPTION = f"{p1_accuracy.SET_UP}{TEXT} Hollow: Lance & Kieu's, one seed. {p1_accuracy.BARS}"
 SMALL_CAPTION = f"{p1_accuracy.SET_UP}{p1_accuracy.SCALED}{TEXT} {p1_accuracy.BARS}"
 

@@ -102,7 +102,7 @@ Adam (open), the same. c: DFA on the ResNet of b with one piece of its recipe sw
 between W and the feedback under FA after training, by depth: the first convolution of a block (circles), the second
 (squares), the network's first and last layer (diamonds). Dots: seeds; bars: +/- 1 sd over seeds."""
 SET_UP = "The rules of Moskovitz, Litwin-Kumar & Abbott (2018) on other networks, in the set-ups of BioTorch."
-CAPTION = f"""{SET_UP}{TEXT} Hollow, right of a column: BioTorch's, one run; in c also Li & Benna's (2024) DFA, on
+CAPTION = f"""{SET_UP}{TEXT} Hollow, right of a column: BioTorch's; in c also Li & Benna's (2024) DFA, on
 validation images."""
 SMALL_CAPTION = f"""{SET_UP} At the scale of two CPU cores: LeNet with 10 epochs in place of 100; ResNet-8 at 16x16
 pixels with 15 epochs.{TEXT}"""
@@ -121,7 +121,7 @@ def draw(page: Page) -> Figure:
         ours = ends[ends.network == network]
         column(ax[panel], ours, published[published.network == network] if len(paper) else paper, places)
         ax[panel].set(xticks=[i + 0.18 * (len(variants) - 1) for i in range(len(RULES))])
-        ax[panel].set_xticklabels([plot.look(r).label for r in RULES], rotation=40, ha="right", rotation_mode="anchor")
+        ax[panel].set_xticklabels([EXPERIMENT.named(r) for r in RULES], rotation=40, ha="right", rotation_mode="anchor")
         plot.note(ax[panel], f"{NETWORKS[network]}, {plot.repeats(ours, ['rule', 'variant'])} (dots)")
     pieces = ends[(ends.network == resnet) & (ends.rule == "dfa")]
     places = {("dfa", v): i for i, v in enumerate(VARIANTS)}

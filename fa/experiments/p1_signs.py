@@ -122,9 +122,9 @@ EXPERIMENT = Experiment(
 
 CAPTION = """Sign-concordant feedback before any training: the angle between a convolution's weights W (64 to 64
 channels, 5x5) and its feedback. a: all signs concordant, by the distributions of W and of the feedback's magnitudes
-(constant: uSF; random: brSF and frSF). b: uniform W, against the share of concordant signs. Markers: mean +/- 1 sd of
-independent draws (most sd are smaller than the marker); lines: theory. Hollow circles: Lance & Kieu (2026), read off
-their Figure 3."""
+(constant: uSF; random: brSF and frSF; truncated: normal, cut at two standard deviations). b: uniform W, against the
+share of concordant signs. Markers: mean +/- 1 sd of independent draws (most sd are smaller than the marker); lines:
+theory. Hollow circles: Lance & Kieu (2026), read off their Figure 3."""
 
 COLORS = {"constant": "#009E73", "uniform": "#999933", "truncated": "#56B4E9", "normal": "#882255"}
 MARKERS = {"constant": "^", "uniform": ">", "truncated": "s", "normal": "o"}

@@ -99,7 +99,7 @@ class Page(FigureTable):
                 f"Nothing was trained, and there is no {where} yet: published values only. mode quick or paper trains."
             )
         repeats = f"{rows.seed.nunique()} {'seeds' if self.datasets else 'repeats'}"
-        rules = ", ".join(plot.look(r).label for r in plot.in_order(rows.rule))
+        rules = ", ".join(map(self.about.named, plot.in_order(rows.rule)))
         what = f"{rows.run.nunique()} runs ({rules}; {repeats})" + (f"; PARTIAL: {part}" if part else "")
         what += f"; {ended}" if (ended := self.diverged()) else ""
         if self.mode == "record":

@@ -200,7 +200,7 @@ class FigureTable:
         absent = {c.rule for c in self.runs} - set(table.rule)
         there = [c for c in self.runs if c.rule not in absent]
         if absent:
-            said.append(f"without {', '.join(plot.look(r).label for r in plot.in_order(absent))}")
+            said.append(f"without {', '.join(map(self.about.named, plot.in_order(absent)))}")
         if all(hasattr(c, "seed") for c in there):
             of = {rule: len({c.seed for c in there if c.rule == rule}) for rule in {c.rule for c in there}}
             have = {rule: table[table.rule == rule].seed.nunique() for rule in of}
@@ -221,7 +221,7 @@ class FigureTable:
         """Which runs diverged, in words ("2 of 30 runs diverged: FA"); empty when none did."""
         ended = [run for run, status in self._made[1].get("status", {}).items() if status["state"] == "diverged"]
         rules = plot.in_order({c.rule for c in self.runs if c.run in ended})
-        labels = ", ".join(plot.look(rule).label for rule in rules)
+        labels = ", ".join(map(self.about.named, rules))
         return f"{len(ended)} of {len(self.runs)} runs diverged: {labels}" if ended else ""
 
     def reference(self) -> pd.DataFrame:
