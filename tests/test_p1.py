@@ -17,6 +17,7 @@ from fa import experiments
 from fa.experiments import p1_accuracy, p1_angles, p1_concordance, p1_normalization, p1_representations
 from fa.metrics import gradient_angles, linear_layers
 from fa.results import runs as campaign
+from fa.results.page import Page
 from fa.results.store import RunFolder
 from fa.train import data
 from fa.train import loop as train
@@ -360,3 +361,21 @@ def test_the_shares_of_concordant_signs():
     assert angles[0] > 75 and angles[-1] < 65, "half of the signs is chance"
     with pytest.raises(fa.UserError, match="bp, fa and usf, not kp"):
         experiments.plan("p1_concordance", "quick", rules="kp,usf")
+
+
+def test_the_gradient_angles_have_the_colours_of_the_key():
+    """The output layer has no gradient angle to show; the other layers keep their colours without it."""
+    from matplotlib import pyplot as plt
+
+    fig = p1_concordance.draw(Page("p1_concordance"))
+    *_, b, c = fig.axes
+    known = {text.get_text(): line.get_color() for text, line in zip(b.get_legend().texts, b.get_legend().get_lines())}
+    drawn = [container.lines[0].get_color() for container in c.containers]
+    plt.close(fig)
+    assert list(known) == LAYERS and drawn == [known[n] for n in LAYERS[:-1]]
+
+
+def test_the_papers_name_of_a_rule():
+    assert [experiments.find(n).named("usf") for n in ("p1_obstacles", "p3_fig2")] == ["uSF", "SF"]
+    page = Page("p1_obstacles", scale="small")
+    assert page.diverged().endswith("diverged: FA, uSF") and "(BP, FA, DFA, uSF; 3 seeds)" in str(page.banner())

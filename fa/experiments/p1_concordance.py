@@ -55,7 +55,7 @@ CAPTION = f"""{SET_UP}{TEN} uSF whose feedback has the sign of W in a share of t
 opposite sign in the others. a: test accuracy after the epoch of the best validation accuracy; dotted: BP, and FA, whose
 signs agree by chance. b: angle between W and its feedback before training (open) and after (filled), by layer; line:
 cos(angle) = (2 p - 1) cos 30 degrees, for uniform W and a share p. c: angle between a layer's gradient dW and exact
-backprop's after training. Dots: seeds; bars: +/- 1 sd over seeds."""
+backprop's after training, in the colours of b. Dots: seeds; bars: +/- 1 sd over seeds."""
 
 
 @plot.style()
@@ -78,13 +78,15 @@ def draw(page: Page) -> Figure:
     ax["a"].set(ylabel=plot.LABELS[metric].replace(", best", ",\nbest"))
     plot.note(ax["a"], plot.repeats(own, ["share"]) + " (dots)")
     signs = table[table.rule == "usf"]
-    by_share(ax["b"], signs[signs.epoch == 0], "angle_deg", filled=False)
-    colors = by_share(ax["b"], end[end.rule == "usf"], "angle_deg")
+    names = list(signs[signs.metric == "angle_deg"].sort_values("depth").layer.unique())
+    colors = dict(zip(names, plot.depth_colors(range(1, len(names) + 1)).values()))
+    by_share(ax["b"], signs[signs.epoch == 0], "angle_deg", colors, filled=False)
+    by_share(ax["b"], end[end.rule == "usf"], "angle_deg", colors)
     p = np.linspace(0.5, 1, 101)
     ax["b"].plot(p, law(p), color="0.5", lw=0.9, zorder=0)
     ax["b"].set(ylabel=plot.LABELS["angle_deg"], ylim=(20, 100), yticks=(30, 60, 90))
     ax["b"].legend(handles=plot.key(colors), loc="lower left")
-    by_share(ax["c"], end[(end.rule == "usf") & (end.depth < end.depth.max())], "grad_angle_global_deg")
+    by_share(ax["c"], end[(end.rule == "usf") & (end.depth < end.depth.max())], "grad_angle_global_deg", colors)
     ax["c"].set(ylabel=plot.LABELS["grad_angle_global_deg"], ylim=(0, None), yticks=(0, 30, 60, 90, 120, 150))
     ax["c"].axhline(90, color="0.75", lw=0.6, ls=":", zorder=0)
     for panel in "abc":
@@ -98,16 +100,13 @@ def law(share: Any) -> Any:
     return np.degrees(np.arccos((2 * np.asarray(share) - 1) * np.cos(np.radians(START))))
 
 
-def by_share(ax: Axes, rows: pd.DataFrame, metric: str, filled: bool = True) -> dict[str, Any]:
-    """A line a layer against the share, mean +/- 1 sd over seeds; layer -> colour."""
+def by_share(ax: Axes, rows: pd.DataFrame, metric: str, colors: dict[str, Any], filled: bool = True) -> None:
+    """A line a layer against the share, mean +/- 1 sd over seeds; ``colors``: layer -> colour."""
     rows = rows[rows.metric == metric]
-    names = list(rows.sort_values("depth").layer.unique())
-    colors = dict(zip(names, plot.depth_colors(range(1, len(names) + 1)).values()))
-    for name, color in colors.items():
-        line = {"color": color, "marker": "o", "ms": 2.8, "lw": 0.9, "elinewidth": 0.7}
+    for name in [n for n in colors if n in set(rows.layer)]:
+        line = {"color": colors[name], "marker": "o", "ms": 2.8, "lw": 0.9, "elinewidth": 0.7}
         line |= {} if filled else {"mfc": "none", "ms": 5, "lw": 0, "mew": 0.7}
         plot.means(ax, rows[rows.layer == name], "share", **line)
-    return colors
 
 
 def accuracies(page: Page) -> str:
