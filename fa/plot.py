@@ -269,10 +269,10 @@ def layers(
     return colors
 
 
-def rule_key(ax: Axes, rules: Sequence[str], **kwargs) -> None:
-    """Legend of the rules in one row (or `ncols=`) above the panel, in the order of every figure."""
+def rule_key(ax: Axes, rules: Sequence[str], named: Callable[[str], str] | None = None, **kwargs) -> None:
+    """Legend of the rules in one row (or `ncols=`) above the panel, in the order of every figure, under their names."""
     rules = in_order(rules)
-    handles = key({look(r).label: look(r).color for r in rules})
+    handles = key({named(r) if named else look(r).label: look(r).color for r in rules})
     above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.3, "borderpad": 0}
     tight = {"ncols": max(len(rules), 1), "handlelength": 0.9, "columnspacing": 0.8, "handletextpad": 0.3}
     ax.legend(handles=handles, **above | tight | kwargs)

@@ -612,3 +612,11 @@ def test_a_reason_gives_the_interval(criterion: str, why: str) -> None:
 def test_criteria_are_short() -> None:
     long = {c.id for c in claims.load() if len(c.criterion) > 250}
     assert long == {"p1_normalization_angle", "p1_concordance_most"}, "fixed before their runs, not to be shortened now"
+
+
+@pytest.mark.parametrize("mean, sd, shown", [
+    (-7.867, 1.2, "-7.9"), (0.4033, 0.7, "0.4"), (56.3, 12, "56"), (1234.5, 500, "1234"), (0.03, 1, "0.03"),
+    (13.7012, 0.018, "13.7"), (0.99871, 0.00042, "0.9987"), (98.04, 0, "98.04"), (5.0, math.nan, "5"), (0, 1, "0"),
+])  # fmt: skip
+def test_a_measured_number_is_shown_to_the_second_digit_of_its_sd(mean: float, sd: float, shown: str) -> None:
+    assert selection.Value(mean, sd, 3).shown() == shown

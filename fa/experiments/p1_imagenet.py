@@ -79,13 +79,13 @@ def draw(page: Page) -> Figure:
     plot.accuracy(ax["a"], shown, metric=metric)
     ax["a"].set_ylim(bottom=0)
     ax["a"].xaxis.get_major_locator().set_params(integer=True)
-    plot.rule_key(ax["a"], table.rule if len(table) else RULES)
+    plot.rule_key(ax["a"], table.rule if len(table) else RULES, EXPERIMENT.named)
     ends = gap_to_bp(page)
     ends = ends.assign(value=ends.accuracy, variant=ends.network)
     places = {(r, n): i + 0.36 * j for i, r in enumerate(RULES) for j, n in enumerate(networks)}
     column(ax["b"], ends, paper.assign(variant=paper.network) if len(paper) else paper, places)
     ax["b"].set(xticks=range(len(RULES)), ylabel=plot.LABELS[metric], ylim=(0, None))
-    ax["b"].set_xticklabels([plot.look(r).label for r in RULES])
+    ax["b"].set_xticklabels([EXPERIMENT.named(r) for r in RULES])
     for panel in "ab":
         ax[panel].axhline(chance_of(page), color="0.6", lw=0.7, ls=":", zorder=0)
     last = shown[shown.epoch == shown.epoch.max()]
@@ -94,7 +94,12 @@ def draw(page: Page) -> Figure:
         for rule in plot.in_order(rows.rule):
             plot.means(ax[panel], rows[rows.rule == rule], "depth", rule, ms=2.4)
         ax[panel].axhline(90, color="0.75", lw=0.6, ls=":", zorder=0)
-        ax[panel].set(xlabel="Layer, from the input", ylabel=plot.LABELS[of], ylim=(-3, 100), yticks=(0, 30, 60, 90))
+        ax[panel].set(
+            xlabel="Layer, from the input",
+            ylabel=plot.LABELS[of].replace("Angle", "Weight angle"),
+            ylim=(-3, 100),
+            yticks=(0, 30, 60, 90),
+        )
     plot.letters([ax[p] for p in "abcde"])
     if page.trained == "small":
         plot.stamp(fig, "stand-in: 2,000 photographs at 32x32, not ImageNet")
@@ -117,6 +122,6 @@ def listing(page: Page) -> str:
         parts[name] = last[last.metric == of].groupby(keys).value.mean()
     wide = pd.DataFrame(parts)
     wide = wide.loc[[(n, r) for n in NETWORKS for r in plot.in_order(table.rule) if (n, r) in wide.index]].reset_index()
-    wide = wide.assign(network=wide.network.map(NETWORKS), rule=[plot.look(r).label for r in wide.rule])
+    wide = wide.assign(network=wide.network.map(NETWORKS), rule=wide.rule.map(EXPERIMENT.named))
     wide["minus BP"] = wide["minus BP"].fillna("-")
     return tables.shown(wide, index=False, float_format="{:.1f}".format, na_rep="-")

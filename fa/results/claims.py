@@ -145,7 +145,7 @@ def judge(
     except Untested as reason:
         return row | {"why": str(reason)}
     return row | {
-        "measured": _join((p.label, show(p.value.mean)) for p in parts),
+        "measured": _join((p.label, p.value.shown()) for p in parts),
         "sd": _join(("", show(p.value.sd, 2)) for p in parts),
         "n": int(min(p.value.n for p in parts)),
         "verdict": verdict,

@@ -196,7 +196,7 @@ class Scope:
         spread = f" ± {show(value.sd, 2)}" if math.isfinite(value.sd) else ""
         one_sided = ("below {1}", "above {0}") if strict else ("at most {1}", "at least {0}")
         wanted = one_sided[high.mean == math.inf] if math.inf in (-low.mean, high.mean) else "{0} to {1}"
-        why = f"{show(value.mean)}{spread}, wanted {wanted.format(show(low.mean), show(high.mean))}"
+        why = f"{value.shown()}{spread}, wanted {wanted.format(show(low.mean), show(high.mean))}"
         return "partly" if excess.mean < excess.sd else "fails", [Part("", value, why)]  # an sd of nan is never near
 
     def each(self, inner: ast.expr, points: list[dict[str, object]]) -> Verdict:

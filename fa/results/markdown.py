@@ -97,7 +97,9 @@ def _verdict(of: list[str], rows: Iterable[Any]) -> str:
     """The verdict of a row; where its claims differ, or one is missed, each claim's with its reason."""
     told = []
     for name, r in zip(of, rows):
-        first, *more = r.why.removeprefix(f"{r.ours}, ").split("; ")  # the value is in the row already
+        first, *more = r.why.split("; ")
+        if len(r.ours.split("; ")) <= LISTED:  # the value is in the row already
+            first = re.sub(r"(^| )\S+( ± \S+)?, wanted", ", wanted", first, count=1).removeprefix(", ")
         why = f" ({first}{f', and {len(more)} more' if more else ''})" if first else ""
         told.append((name, f"{r.verdict}{why}"))
     verdicts = list(dict.fromkeys(text for _, text in told))

@@ -64,6 +64,13 @@ class Value:
         root = math.sqrt(self.mean)
         return Value(root, self.sd and self.sd / (2 * root), self.n)
 
+    def shown(self) -> str:
+        """The mean as the tables print it: to the second digit of its sd, but with at most four digits."""
+        if not (0 < self.sd < math.inf and self.mean):
+            return show(self.mean)
+        size, spread = (math.floor(math.log10(abs(x))) for x in (self.mean, self.sd))
+        return show(self.mean, min(max(size - spread + 2, size + 1, 1), 4))
+
 
 def show(x: float, digits: int = 4) -> str:
     """A number as the tables print it."""
