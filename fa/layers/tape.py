@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fa.errors import UserError
 from fa.layers.hooks import Converted
 from fa.layers.maps import flat, nested
-from fa.layers.passes import unless_functorch
+from fa.layers.passes import NO_FUNCTORCH, once_differentiable
 
 Spread = tuple[Tensor, Tensor | None, Tensor | None]
 """What sends an error to a tap: S (classes, in, ...) and, for a map, two index vectors. Positions inside a map are
@@ -129,21 +128,22 @@ class Tape:
             handle.remove()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's forward pass; see :meth:`close` for what it raises."""
+        """The network's forward pass; see :meth:`close` for what it raises. A network may call itself."""
+        around = self.taps, self.names
         self.taps, self.names = [], []
         try:
             own = self.own or partial(type(self.net).forward, self.net)
             return self.close(own(*args, **kwargs))
-        except RuntimeError as error:
-            raise unless_functorch(error) from None
         finally:  # a pass that failed, or that a checkpoint ran only in part, leaves nothing behind
-            self.taps = None
+            self.taps, self.names = around
 
     def add(self, x: Tensor, spread: Spread, name: str) -> None:
         """Tap ``x``, ``(*rows, in)`` or ``(*rows, in, h, w)``: its gradient will be the output error, spread.
 
         The end of the pass shows whether the output has an error for each row or for each sample; both are prepared.
         """
+        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+            raise RuntimeError(NO_FUNCTORCH)
         rows = x.dim() - spread[0].dim() + 1  # number of leading axes
         self.names.append(name)
         taps = [Tap.apply(x, leading, spread) for leading in ((rows,) if rows < 2 else (rows, 1))]
