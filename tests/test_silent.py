@@ -160,6 +160,13 @@ def test_A27_exact_backprop_around_the_backward_pass_alone(rule):
     assert all(p.grad is None for p in fa.feedback_parameters(net))
 
 
+def test_A27_exact_backprop_around_the_backward_pass_alone_is_refused_where_the_graph_is_cut():
+    net = fa.convert(mlp(), "dfa")
+    loss = F.cross_entropy(net(X), Y)
+    with fa.exact_backprop(net), pytest.raises(RuntimeError, match="forward pass within fa.exact_backprop"):
+        loss.backward()
+
+
 # ------------------------------------------------------------------------------------------ A12: who calls the network
 
 

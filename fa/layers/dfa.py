@@ -175,7 +175,7 @@ class DirectFeedback(nn.Module):
             self.exact = False
         if x.requires_grad:
             kernel = isinstance(layer, nn.Conv2d) and self.rule.form == "kernel"
-            self.tape.add(x, self.spread(layer, x) if kernel else (self.B, None, None), self.layer_name)
+            self.tape.add(x, self.spread(layer, x) if kernel else (self.B, None, None), self)
         return x.detach()
 
     def bypassed(self) -> bool:

@@ -69,14 +69,16 @@ class Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, leading: int, spread: Spread) -> Tensor:
-        ctx.shape, ctx.spread = x.shape, spread
+    def forward(ctx: Any, x: Tensor, leading: int, spread: Spread, feedback: Any) -> Tensor:
+        ctx.shape, ctx.spread, ctx.feedback = x.shape, spread, feedback
         return x.new_zeros(()).expand(*x.shape[:leading], spread[0].shape[0])  # (n, classes), (n, tokens, classes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
-        return send(e, ctx.spread, ctx.shape), None, None  # e (..., classes) -> shape of x
+        if ctx.feedback.use_backprop:
+            raise RuntimeError("dfa cut the graph before this block: run the forward pass within fa.exact_backprop too")
+        return send(e, ctx.spread, ctx.shape), None, None, None  # e (..., classes) -> shape of x
 
 
 class Close(torch.autograd.Function):
@@ -137,7 +139,7 @@ class Tape:
         finally:  # a pass that failed, or that a checkpoint ran only in part, leaves nothing behind
             self.taps, self.names = around
 
-    def add(self, x: Tensor, spread: Spread, name: str) -> None:
+    def add(self, x: Tensor, spread: Spread, feedback: Any) -> None:
         """Tap ``x``, ``(*rows, in)`` or ``(*rows, in, h, w)``: its gradient will be the output error, spread.
 
         The end of the pass shows whether the output has an error for each row or for each sample; both are prepared.
@@ -145,8 +147,8 @@ class Tape:
         if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
             raise RuntimeError(NO_FUNCTORCH)
         rows = x.dim() - spread[0].dim() + 1  # number of leading axes
-        self.names.append(name)
-        taps = [Tap.apply(x, leading, spread) for leading in ((rows,) if rows < 2 else (rows, 1))]
+        self.names.append(feedback.layer_name)
+        taps = [Tap.apply(x, leading, spread, feedback) for leading in ((rows,) if rows < 2 else (rows, 1))]
         # within a gradient checkpoint the compiler hands out what operations make, and not what a Function makes
         self.taps.append([tap.view(tap.shape) for tap in taps] if torch.compiler.is_compiling() else taps)
 
