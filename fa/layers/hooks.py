@@ -139,8 +139,7 @@ class FeedbackConv2d(Converted, nn.Conv2d):
             self.rewatch()
         op = self.feedback.op
         if op.told != (self.stride, self.padding, self.dilation):  # set since, as networks for dense predictions do
-            for key, value in geometry(self).items():
-                setattr(op, key, value)
+            op.__init__(**geometry(self), sizes=op.sizes, gen=op.gen)
         if op.pad:  # an ordinary operation before the linear map; autograd carries the error through it exactly
             x = F.pad(x, op.pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         if x.dim() == 3:

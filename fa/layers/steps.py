@@ -110,8 +110,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         if feedback and all(id(p) in group_of for p in feedback):
             _unheld.discard(layer)
             if fb.rule.own_decay and any(optimizer.param_groups[group_of[id(p)]].get("weight_decay") for p in feedback):
-                own = f"the feedback of rule {fb.rule.name!r} has a decay of its own, and its optimizer adds"
-                warnings.warn(f"{own} a weight decay: make it of fa.param_groups(net, lr, weight_decay)", stacklevel=3)
+                warnings.warn(f"{fb.rule.name}: feedback has a decay of its own; use fa.param_groups", stacklevel=3)
         elif feedback and id(leader(layer)) in group_of:
             without += [layer] * (fb.steps_alone > 0)
             fb.steps_alone += 1

@@ -108,8 +108,7 @@ class Tape:
     def __init__(self, net: nn.Module, blocks: list[nn.Module]) -> None:
         self.net, self.blocks, self.own, self.wrapper = net, blocks, None, None
         self.handles: list[Any] = []
-        self.taps: list[list[Tensor]] | None = None  # None: no pass is under way
-        self.names: list[str] = []  # of the tapped layers
+        self.taps: list[tuple[str, list[Tensor]]] | None = None  # of each layer; None: no pass is under way
 
     def put_on(self) -> None:
         """Stand between the network, whose layers are converted, and its ``forward``."""
@@ -130,14 +129,17 @@ class Tape:
             handle.remove()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's forward pass; see :meth:`close` for what it raises. A network may call itself."""
-        around = self.taps, self.names
-        self.taps, self.names = [], []
+        """The network's forward pass; see :meth:`close` for what it raises."""
+        own = self.own or partial(type(self.net).forward, self.net)
+        if not torch.is_grad_enabled():
+            return own(*args, **kwargs)  # nothing is tapped
+        if self.taps is not None:
+            raise RuntimeError("dfa: a pass of this network is under way; it calls itself, or another thread runs it")
+        self.taps = []
         try:
-            own = self.own or partial(type(self.net).forward, self.net)
             return self.close(own(*args, **kwargs))
         finally:  # a pass that failed, or that a checkpoint ran only in part, leaves nothing behind
-            self.taps, self.names = around
+            self.taps = None
 
     def add(self, x: Tensor, spread: Spread, feedback: Any) -> None:
         """Tap ``x``, ``(*rows, in)`` or ``(*rows, in, h, w)``: its gradient will be the output error, spread.
@@ -147,10 +149,10 @@ class Tape:
         if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
             raise RuntimeError(NO_FUNCTORCH)
         rows = x.dim() - spread[0].dim() + 1  # number of leading axes
-        self.names.append(feedback.layer_name)
         taps = [Tap.apply(x, leading, spread, feedback) for leading in ((rows,) if rows < 2 else (rows, 1))]
         # within a gradient checkpoint the compiler hands out what operations make, and not what a Function makes
-        self.taps.append([tap.view(tap.shape) for tap in taps] if torch.compiler.is_compiling() else taps)
+        taps = [tap.view(tap.shape) for tap in taps] if torch.compiler.is_compiling() else taps
+        self.taps.append((feedback.layer_name, taps))
 
     def close(self, out: Any) -> Any:
         """The network's output, whose error will go to every tap: (n, classes), (n, tokens, classes), or (n,).
@@ -171,7 +173,7 @@ class Tape:
         strides, chosen = [stride for stride, n in zip(out.stride(), out.shape) if n != 1], []
         # axes that lie in memory in another order than a layer makes them have been exchanged
         exchanged = len(strides) > 2 and strides != sorted(strides, reverse=True)
-        for name, taps in zip(self.names, self.taps):
+        for name, taps in self.taps:
             fitting = [tap for tap in taps if tap.shape == out.shape]
             fitting = fitting or [tap.view(out.shape) for tap in taps if _long(tap) == _long(out)]
             if exchanged or not fitting:
