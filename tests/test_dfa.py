@@ -652,7 +652,7 @@ def test_a_tap_takes_no_memory(compiled):
     close = net.one[0].feedback.tape.close
 
     def spy(out):
-        seen.extend(tap for taps in net.one[0].feedback.tape.taps for tap in taps)
+        seen.extend(tap for _, taps in net.one[0].feedback.tape.taps for tap in taps)
         return close(out)
 
     net.one[0].feedback.tape.close = spy

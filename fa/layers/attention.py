@@ -117,10 +117,10 @@ class FeedbackAttention(Watched, nn.MultiheadAttention):
         n, heads = query.shape[0], self.num_heads
         # (n, tokens, embed) -> (n, heads, tokens, embed / heads)
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
-        mask = _additive(attn_mask, q.dtype)
+        mask = F._canonical_mask(attn_mask, "attn_mask", None, "", q.dtype, check_other=False)  # to add to the scores
+        padding = F._canonical_mask(key_padding_mask, "key_padding_mask", None, "", q.dtype, check_other=False)
         if mask is not None and mask.dim() == 3:
             mask = mask.view(n, heads, *mask.shape[1:])  # (n * heads, queries, keys) -> (n, heads, queries, keys)
-        padding = _additive(key_padding_mask, q.dtype)
         if padding is not None:
             padding = padding[:, None, None, :]  # (n, 1, 1, keys)
             mask = padding if mask is None else mask + padding
@@ -136,12 +136,3 @@ class FeedbackAttention(Watched, nn.MultiheadAttention):
         if not batched:
             return self.out_proj(out.squeeze(0)), None if weights is None else weights.squeeze(0)
         return self.out_proj(out if self.batch_first else out.transpose(0, 1)), weights
-
-
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask to add to the scores; True in a boolean one means "not allowed"."""
-    if mask is None or mask.is_floating_point():
-        return mask
-    if mask.dtype != torch.bool:
-        raise RuntimeError(f"attention: a mask is boolean or floating point, not {mask.dtype}")
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))

@@ -19,23 +19,11 @@ from torch import Tensor, nn
 from fa import rules
 from fa.errors import UserError
 from fa.layers.feedback import Feedback, NoisyFeedback
-from fa.layers.hooks import converted, explicit_padding, know, unwatch, watch_other
-from fa.layers.maps import ConvMap, LinearMap
+from fa.layers.hooks import converted, know, unwatch, watch_other
+from fa.layers.maps import ConvMap, LinearMap, geometry
 from fa.layers.steps import groups_of, leader, learned
 from fa.layers.targets import targets
 from fa.rules import Rule
-
-Sizes = tuple[torch.Size, torch.Size]
-"""Sizes of one sample's input and output of a layer."""
-
-
-def _linear_map(layer: nn.Module, sizes: Sizes | None = None) -> LinearMap | ConvMap:
-    if not isinstance(layer, nn.Conv2d):
-        return LinearMap(sizes=sizes)
-    # even sides; the list runs from the last axis
-    padding = (layer._reversed_padding_repeated_twice[2], layer._reversed_padding_repeated_twice[0])
-    pad = tuple(explicit_padding(layer))
-    return ConvMap(layer.stride, (0, 0) if pad else padding, layer.dilation, layer.groups, sizes=sizes, pad=pad)
 
 
 @torch.inference_mode(False)  # whose tensors cannot be trained with
@@ -110,13 +98,15 @@ def convert(
     return net
 
 
-def _draw(rule: Rule, layers: dict[str, nn.Module], sizes: dict[str, Sizes], seed: int) -> dict[str, Feedback]:
+def _draw(rule: Rule, layers: dict[str, nn.Module], sizes: dict[str, Any], seed: int) -> dict[str, Feedback]:
     """Layer name -> its feedback, under a layer-wise rule."""
     feedback = {}
     for i, (name, layer) in enumerate(layers.items()):
         own = rule.at(i)
         kind = NoisyFeedback if own.draws_noise else Feedback
-        feedback[name] = kind(own, _linear_map(layer, sizes.get(name)), layer, name, seed)
+        op = ConvMap(**geometry(layer)) if isinstance(layer, nn.Conv2d) else LinearMap()
+        op.sizes = sizes.get(name)
+        feedback[name] = kind(own, op, layer, name, seed)
     return feedback
 
 
@@ -126,7 +116,7 @@ def _tapes(feedback: Iterable[nn.Module]) -> set[Any]:
 
 
 @torch.no_grad()
-def _sizes(net: nn.Module, sample: Tensor) -> dict[str, Sizes]:
+def _sizes(net: nn.Module, sample: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
     """Qualified name of a layer -> sizes of one sample's input and output, from one pass in eval mode."""
     sizes = {}
     with ExitStack() as after:  # removes the hooks, and puts the modes back

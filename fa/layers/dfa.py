@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fa.errors import UserError
 from fa.layers.feedback import generator
 from fa.layers.hooks import Converted
-from fa.layers.maps import flat, nested
+from fa.layers.maps import flat, geometry, nested
 from fa.layers.passes import note_trace, saved_elsewhere, traced_effect
 from fa.layers.tape import Spread, Tape, patterns
 from fa.rules import RULES, Rule, random_mask, rms, uniform
@@ -136,7 +136,7 @@ class DirectFeedback(nn.Module):
         self.use_backprop = False
         self.traced = False  # whether a forward pass of the layer ran
         self.exact = False  # whether the last pass with a graph was one of exact backprop
-        self._spread: dict[tuple[int, int, bool], Spread] = {}
+        self._spread: dict[tuple[Any, ...], Spread] = {}
 
     def tap(self, x: Tensor, layer: nn.Module | None = None) -> Tensor:
         """``x`` cut from the graph below it, which will get B_l^T e when the output error is known.
@@ -175,7 +175,7 @@ class DirectFeedback(nn.Module):
             self.exact = False
         if x.requires_grad:
             kernel = isinstance(layer, nn.Conv2d) and self.rule.form == "kernel"
-            self.tape.add(x, self.spread(layer, x) if kernel else (self.B, None, None), self.layer_name)
+            self.tape.add(x, self.spread(layer, x) if kernel else (self.B, None, None), self)
         return x.detach()
 
     def bypassed(self) -> bool:
@@ -196,15 +196,17 @@ class DirectFeedback(nn.Module):
         An error that is the same everywhere on the output map reaches an input position through all entries of B that
         cover the position.
         """
-        key = (*x.shape[-2:], torch.compiler.is_compiling() or not x.is_contiguous())
+        last = torch.compiler.is_compiling() or not x.is_contiguous()
+        key = (*x.shape[-2:], last, layer.stride, layer.padding, layer.dilation)
         if key not in self._spread:
-            left, right, top, bottom = layer._reversed_padding_repeated_twice
-            axes = zip(x.shape[-2:], ((top, bottom), (left, right)), self.B.shape[2:], layer.stride, layer.dilation)
+            now = geometry(layer)
+            left, right, top, bottom = now["pad"] or [n for n in reversed(now["padding"]) for _ in range(2)]
+            axes = zip(x.shape[-2:], ((top, bottom), (left, right)), self.B.shape[2:], now["stride"], now["dilation"])
             covered, indices = zip(*(patterns(*axis) for axis in axes))
             like = {"dtype": self.B.dtype, "device": x.device}
             tables = (torch.tensor(c, **like) for c in covered)  # (rows, kh), (columns, kw)
             S = torch.einsum("cihw,rh,qw->cirq", self.B, *tables)  # (classes, in, rows, columns)
-            S = S.contiguous(memory_format=torch.channels_last if key[-1] else torch.contiguous_format)
+            S = S.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
             self._spread[key] = S, *(torch.tensor(index, device=x.device) for index in indices)  # (h,), (w,)
         return self._spread[key]
 

@@ -97,7 +97,7 @@ class Feedback(nn.Module):
         """
         if x.is_nested and isinstance(self.op, LinearMap):
             return nested(self.forward(flat(x), W, b), x)
-        if compiling := torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             passes.note_trace(self)
             # Dynamo makes inputs of floats that differ between two rules in the forward pass alone: use each once.
             for option in self.numbers:
@@ -110,15 +110,9 @@ class Feedback(nn.Module):
         if dtype := passes.autocast_dtype(x.device):
             x, b = passes.lowered(x, dtype), b if b is None else passes.lowered(b, dtype)
         function = passes.ExactBackward if self.use_backprop else passes.LocalBackward
-        state = [getattr(self, n) for n in self.names]
-        if compiling:
-            if torch._C._are_functorch_transforms_active():  # upper layers and feedback would get gradients of zero
-                raise RuntimeError(passes.NO_FUNCTORCH)
-            return function.apply(x, W, b, self, *state)
-        try:
-            return function.apply(x, W, b, self, *state)
-        except RuntimeError as error:
-            raise passes.unless_functorch(error) from None
+        if torch._C._are_functorch_transforms_active():  # compiled, upper layers would get gradients of zero
+            raise RuntimeError(passes.NO_FUNCTORCH)
+        return function.apply(x, W, b, self, *[getattr(self, n) for n in self.names])
 
     def tensors(self, W: Tensor) -> dict[str, Any]:
         """The rule's tensors and the weight, by the names that the rule's methods know."""
@@ -147,14 +141,12 @@ class Feedback(nn.Module):
     def send(self, known: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
         """(dx, W), or (None, K) where the error is to go through the kernel K."""
         op, x, dy, W = known["op"], known["x"], known["dy"], known["W"]
-        if self.send_args:
-            dx = self.rule.send_error(**{n: known[n] for n in self.send_args})
-            if dx is not None:
-                return dx, W
+        dx = self.rule.send_error(**{n: known[n] for n in self.send_args}) if self.send_args else None
+        if dx is not None:
+            return dx, W
         terms = self.terms(known)
         if terms[0][0] is None or (self.rule.norm, self.rule.gain) != ("fixed", 1) or not self.few(dy, W):
             return None, self.product(terms, W)
-        dx = None
         for A, M, *c in terms:
             e = (dy * c[0].flatten()).to(dy.dtype) if c else dy  # (n, out) (1,)
             if A is not None:

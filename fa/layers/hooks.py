@@ -18,6 +18,7 @@ from torch.nn.modules import module as registry
 from torch.utils.hooks import unserializable_hook
 
 from fa.layers.feedback import Feedback
+from fa.layers.maps import geometry
 from fa.layers.passes import NO_TRACE
 from fa.layers.reads import evidence
 from fa.layers.steps import act, join, leave
@@ -136,19 +137,14 @@ class FeedbackConv2d(Converted, nn.Conv2d):
             return super()._conv_forward(x, weight, bias)
         if not (torch.compiler.is_compiling() or weight._backward_hooks):
             self.rewatch()
-        pad = explicit_padding(self)
-        if pad:  # an ordinary operation before the layer's linear map; autograd carries the error through it exactly
-            x = F.pad(x, pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        op = self.feedback.op
+        if op.told != (self.stride, self.padding, self.dilation):  # set since, as networks for dense predictions do
+            op.__init__(**geometry(self), sizes=op.sizes, gen=op.gen)
+        if op.pad:  # an ordinary operation before the linear map; autograd carries the error through it exactly
+            x = F.pad(x, op.pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         if x.dim() == 3:
             return self.feedback.forward(x.unsqueeze(0), weight, bias).squeeze(0)
         return self.feedback.forward(x, weight, bias)
-
-
-def explicit_padding(layer: nn.Conv2d) -> list[int]:
-    """Padding before the convolution, (left, right, top, bottom): of another mode than zeros, or uneven; else []."""
-    sides = layer._reversed_padding_repeated_twice
-    uneven = isinstance(layer.padding, str) and sides[0::2] != sides[1::2]
-    return sides if layer.padding_mode != "zeros" or uneven else []
 
 
 Feedback.classes = {nn.Linear: FeedbackLinear, nn.Conv2d: FeedbackConv2d}

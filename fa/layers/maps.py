@@ -7,10 +7,12 @@ shape.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from fa.errors import UserError
 
@@ -86,6 +88,20 @@ def nested(rows: Tensor, like: Tensor) -> Tensor:
     return torch.nested.nested_tensor_from_jagged(rows, like.offsets(), like.lengths(), like._ragged_idx)
 
 
+def geometry(layer: nn.Conv2d) -> dict[str, Any]:
+    """Fields of a layer's :class:`ConvMap`, of its attributes as they are now: anybody may set them. Padding of another
+    mode than zeros, or uneven, is ``pad`` (left, right, top, bottom)."""
+    same = [d * (k - 1) for d, k in zip(_pair(layer.dilation), layer.kernel_size)]  # of both sides of each axis
+    words = {"same": same, "valid": (0, 0)}
+    whole = words[layer.padding] if isinstance(layer.padding, str) else [2 * n for n in _pair(layer.padding)]
+    sides = [side for n in reversed(whole) for side in (n // 2, n - n // 2)]
+    pad = tuple(sides if layer.padding_mode == "zeros" else layer._reversed_padding_repeated_twice)
+    even = layer.padding_mode == "zeros" and pad[::2] == pad[1::2]
+    now = {"padding": pad[2::-2] if even else (0, 0), "pad": () if even else pad, "groups": layer.groups}
+    now |= {"stride": _pair(layer.stride), "dilation": _pair(layer.dilation)}
+    return now | {"told": (layer.stride, layer.padding, layer.dilation)}
+
+
 @dataclass
 class ConvMap(_Map):
     """y = K * x, a 2-D cross-correlation. Shapes: x (n, in, h, w), y (n, out, h', w'), K (out, in / groups, kh, kw)."""
@@ -94,6 +110,7 @@ class ConvMap(_Map):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    told: tuple[Any, ...] = ()  # the layer's attributes that these are made of
 
     def forward(self, x: Tensor, K: Tensor, bias: Tensor | None = None) -> Tensor:
         """K * x (+ bias)."""

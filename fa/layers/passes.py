@@ -8,15 +8,11 @@ autocast, hooks for saved tensors, a compiler or a transformation of ``torch.fun
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-if TYPE_CHECKING:
-    from fa.layers.feedback import Feedback
 
 
 def cast(x: Tensor, like: Tensor) -> Tensor:
@@ -39,11 +35,7 @@ def lowered(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def saved_elsewhere() -> bool:
     """Whether hooks for saved tensors are in use, as in a gradient checkpoint of the non-reentrant kind."""
-    try:
-        with torch.autograd.graph.disable_saved_tensors_hooks("hooks for saved tensors are in use"):
-            return False
-    except RuntimeError:
-        return True
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def traced_effect(call: Callable[..., Any], *args: Any) -> Any:
@@ -55,6 +47,8 @@ NO_FUNCTORCH = (
     "torch.func (grad, vmap, jvp) does not pass through a learning rule: call loss.backward() or torch.autograd.grad, "
     "or differentiate plain backprop, fa.convert(net, 'bp')"
 )
+
+NO_SECOND = b"a rule's gradient has no derivative (penalty, Hessian): run both its passes within fa.exact_backprop(net)"
 
 NO_TRACE = (
     "{} keeps no learning rule, and layer {!r} has one: trace under torch.no_grad() to look at the network or to "
@@ -69,12 +63,24 @@ def note_trace(feedback: Any) -> None:
     traced_effect(setattr, feedback, "traced", True)
 
 
-def unless_functorch(error: RuntimeError) -> RuntimeError:
-    """The error, or a sentence that says what to do where a transformation of ``torch.func`` raised it."""
-    return RuntimeError(NO_FUNCTORCH) if "functorch" in str(error) else error
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward pass whose results raise where they are differentiated; PyTorch's own decorator has them
+    pass for constants where the error at the output is a constant, and a gradient penalty is without effect."""
+
+    @wraps(backward)
+    def once(ctx: Any, *errors: Tensor) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *errors)
+        if not torch.is_grad_enabled():
+            return found
+        # with the errors, so that a derivative by anything that they depend on arrives here
+        raises = torch._C._functions.DelayedError(NO_SECOND, len(found) + len(errors))
+        return raises(*(t if t is None else t.detach().requires_grad_() for t in found), *errors)[: len(found)]
+
+    return once
 
 
-def marked(feedback: Feedback, dW: Tensor) -> Tensor:
+def marked(feedback: Any, dW: Tensor) -> Tensor:
     """A gradient of the weight, with a mark that :meth:`fa.layers.feedback.Feedback.own_gradient` reads."""
     if not torch.compiler.is_compiling():
         (last, made), task = feedback.made, torch._C._current_graph_task_id()
@@ -92,7 +98,7 @@ class LocalBackward(torch.autograd.Function):
     """Forward y = W x + b; backward through the rule's kernel. State tensors come last and get the rule's gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, feedback: Feedback, *state: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, feedback: Any, *state: Tensor) -> Tensor:
         # without autocast the stock operation refuses an x of another dtype
         K = W if W.dtype == x.dtype else lowered(W, autocast_dtype(W.device))
         out = feedback.op.forward(x, K, b)  # (..., out), or (n, out, h', w')
@@ -116,12 +122,12 @@ class LocalBackward(torch.autograd.Function):
         x, W, b, out, *state = ctx.saved_tensors
         need_x, need_W, need_b, _, *need_state = ctx.needs_input_grad
         known = dict(zip(fb.names, state), W=W, op=op, x=x, y=None, dy=dy)
-        sent, K = fb.send(known) if need_x else (None, W)
+        sent, K = fb.send(known) if need_x and not fb.use_backprop else (None, W)  # this pass alone is in the block
         dx, dW, db = op.backward(dy, x, cast(K, dy), [need_x and sent is None, need_W, need_b])
         if dW is not None:
             known["dW"] = dW = marked(fb, cast(dW, W))
         # Feedback that follows W's own update rests while W is frozen.
-        learns = any(need_state) and (need_W or "dW" not in fb.grad_args)
+        learns = any(need_state) and not fb.use_backprop and (need_W or "dW" not in fb.grad_args)
         if learns and fb.keeps_y:
             if ctx.version and ctx.version[0]._version != ctx.version[1]:  # overwritten: W x is made again
                 out = op.forward(x, W.to(x.dtype), b)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import inspect
 import sys
+import warnings
 import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -103,14 +104,16 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             _check_implicit(layer, optimizer, group_of)
     without = []  # layers whose weight steps for the second time without its feedback
     for layer in list(_unheld):
-        feedback = learned(layer)
+        fb, feedback = layer.feedback, learned(layer)
         if id(leader(layer)) in group_of:
-            layer.feedback.waits = layer.feedback.acts
+            fb.waits = fb.acts
         if feedback and all(id(p) in group_of for p in feedback):
             _unheld.discard(layer)
+            if fb.rule.own_decay and any(optimizer.param_groups[group_of[id(p)]].get("weight_decay") for p in feedback):
+                warnings.warn(f"{fb.rule.name}: feedback has a decay of its own; use fa.param_groups", stacklevel=3)
         elif feedback and id(leader(layer)) in group_of:
-            without += [layer] * (layer.feedback.steps_alone > 0)
-            layer.feedback.steps_alone += 1
+            without += [layer] * (fb.steps_alone > 0)
+            fb.steps_alone += 1
     if without:  # an optimizer of the feedback alone may step more rarely
         held = {i for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer) for i in groups_of(o)}
         _unheld.difference_update([layer for layer in without if held.issuperset(map(id, learned(layer)))])

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fa.errors import UserError
 from fa.layers.hooks import Converted
 from fa.layers.maps import flat, nested
-from fa.layers.passes import unless_functorch
+from fa.layers.passes import NO_FUNCTORCH, once_differentiable
 
 Spread = tuple[Tensor, Tensor | None, Tensor | None]
 """What sends an error to a tap: S (classes, in, ...) and, for a map, two index vectors. Positions inside a map are
@@ -70,14 +69,16 @@ class Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, leading: int, spread: Spread) -> Tensor:
-        ctx.shape, ctx.spread = x.shape, spread
+    def forward(ctx: Any, x: Tensor, leading: int, spread: Spread, feedback: Any) -> Tensor:
+        ctx.shape, ctx.spread, ctx.feedback = x.shape, spread, feedback
         return x.new_zeros(()).expand(*x.shape[:leading], spread[0].shape[0])  # (n, classes), (n, tokens, classes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
-        return send(e, ctx.spread, ctx.shape), None, None  # e (..., classes) -> shape of x
+        if ctx.feedback.use_backprop:
+            raise RuntimeError("dfa cut the graph before this block: run the forward pass within fa.exact_backprop too")
+        return send(e, ctx.spread, ctx.shape), None, None, None  # e (..., classes) -> shape of x
 
 
 class Close(torch.autograd.Function):
@@ -107,8 +108,7 @@ class Tape:
     def __init__(self, net: nn.Module, blocks: list[nn.Module]) -> None:
         self.net, self.blocks, self.own, self.wrapper = net, blocks, None, None
         self.handles: list[Any] = []
-        self.taps: list[list[Tensor]] | None = None  # None: no pass is under way
-        self.names: list[str] = []  # of the tapped layers
+        self.taps: list[tuple[str, list[Tensor]]] | None = None  # of each layer; None: no pass is under way
 
     def put_on(self) -> None:
         """Stand between the network, whose layers are converted, and its ``forward``."""
@@ -130,25 +130,29 @@ class Tape:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's forward pass; see :meth:`close` for what it raises."""
-        self.taps, self.names = [], []
+        own = self.own or partial(type(self.net).forward, self.net)
+        if not torch.is_grad_enabled():
+            return own(*args, **kwargs)  # nothing is tapped
+        if self.taps is not None:
+            raise RuntimeError("dfa: a pass of this network is under way; it calls itself, or another thread runs it")
+        self.taps = []
         try:
-            own = self.own or partial(type(self.net).forward, self.net)
             return self.close(own(*args, **kwargs))
-        except RuntimeError as error:
-            raise unless_functorch(error) from None
         finally:  # a pass that failed, or that a checkpoint ran only in part, leaves nothing behind
             self.taps = None
 
-    def add(self, x: Tensor, spread: Spread, name: str) -> None:
+    def add(self, x: Tensor, spread: Spread, feedback: Any) -> None:
         """Tap ``x``, ``(*rows, in)`` or ``(*rows, in, h, w)``: its gradient will be the output error, spread.
 
         The end of the pass shows whether the output has an error for each row or for each sample; both are prepared.
         """
+        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+            raise RuntimeError(NO_FUNCTORCH)
         rows = x.dim() - spread[0].dim() + 1  # number of leading axes
-        self.names.append(name)
-        taps = [Tap.apply(x, leading, spread) for leading in ((rows,) if rows < 2 else (rows, 1))]
+        taps = [Tap.apply(x, leading, spread, feedback) for leading in ((rows,) if rows < 2 else (rows, 1))]
         # within a gradient checkpoint the compiler hands out what operations make, and not what a Function makes
-        self.taps.append([tap.view(tap.shape) for tap in taps] if torch.compiler.is_compiling() else taps)
+        taps = [tap.view(tap.shape) for tap in taps] if torch.compiler.is_compiling() else taps
+        self.taps.append((feedback.layer_name, taps))
 
     def close(self, out: Any) -> Any:
         """The network's output, whose error will go to every tap: (n, classes), (n, tokens, classes), or (n,).
@@ -169,7 +173,7 @@ class Tape:
         strides, chosen = [stride for stride, n in zip(out.stride(), out.shape) if n != 1], []
         # axes that lie in memory in another order than a layer makes them have been exchanged
         exchanged = len(strides) > 2 and strides != sorted(strides, reverse=True)
-        for name, taps in zip(self.names, self.taps):
+        for name, taps in self.taps:
             fitting = [tap for tap in taps if tap.shape == out.shape]
             fitting = fitting or [tap.view(out.shape) for tap in taps if _long(tap) == _long(out)]
             if exchanged or not fitting:

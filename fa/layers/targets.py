@@ -66,13 +66,13 @@ def _refusal(m: nn.Module, as_base: set[type], holders: dict[int, list[str]]) ->
     if isinstance(m, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run the network once first"
     base = nn.Conv2d if isinstance(m, nn.Conv2d) else nn.Linear
+    if not isinstance(m._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed from other parameters: prune, or parametrize, after fa.convert"
     if cls not in {base} | as_base and not isinstance(m, Converted):
         return (
             f"{cls.__name__}: a subclass of nn.{base.__name__}; if it computes what its base class computes, convert "
             f"with treat_as_base={cls.__name__}"
         )
-    if not isinstance(m._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed from other parameters"
     if m.weight.is_complex():
         return "its weight is complex"
     tied = holders[id(m.weight)]
@@ -120,10 +120,11 @@ def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[
         if why or isinstance(m, nn.MultiheadAttention):
             continue
         if layer:
-            if m.weight.is_meta:
-                raise UserError(
-                    f"the weight of {name or 'the root'} is on the meta device; load the weights, then convert"
+            if m.weight.is_meta or m.weight.is_inference():
+                why = (
+                    "on the meta device; load the weights" if m.weight.is_meta else "of inference mode; make it outside"
                 )
+                raise UserError(f"the weight of {name or 'the root'} is {why}, then convert")
             found[name] = m
         for key, t in own[name].items():
             local = key.rpartition(".")[2]

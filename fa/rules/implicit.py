@@ -18,14 +18,11 @@ needs B and D_0, since the mask acts on R.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from fa.rules.base import Rule, channel_product
-
-if TYPE_CHECKING:
-    from fa.rules.product import PFA
 
 
 @dataclass(frozen=True)
@@ -35,21 +32,22 @@ class Implicit(Rule):
     learned = ("c",)
     needs_sgd = True
 
-    explicit: PFA | None = None
+    explicit: Any = None
 
     @property
     def name(self) -> str:  # type: ignore[override]
         """The name of the rule with R."""
-        return self.explicit.name  # type: ignore[union-attr]
+        return self.explicit.name
 
     def state(self, op, W, gen):
         kept, W = self.explicit.state(op, W, gen), W.detach()
         B, R, c = kept["B"], kept.pop("R"), W.new_ones((1,) * W.dim())  # (out, mid), (mid, in), (1, 1)
-        if self.density < 1:
-            D = (R - channel_product(B.mT, W)) * kept["mask"]  # (mid, in) - (mid, out) (out, in)
-            return kept | {"D": D, "c": c}
-        BBt = self.explicit.square(B)  # (out, out)
-        BD = channel_product(B, R) - (W if BBt is None else channel_product(BBt, W))  # (out, in)
+        with torch.autocast(W.device.type, enabled=False):  # what is kept has W's precision
+            if self.density < 1:
+                D = (R - channel_product(B.mT, W)) * kept["mask"]  # (mid, in) - (mid, out) (out, in)
+                return kept | {"D": D, "c": c}
+            BBt = self.explicit.square(B)  # (out, out)
+            BD = channel_product(B, R) - (W if BBt is None else channel_product(BBt, W))  # (out, in)
         return {"BD": BD, "c": c} if BBt is None else {"BD": BD, "c": c, "BBt": BBt}
 
     def kernel(self, W, c, BD=None, BBt=None, B=None, D=None):
