@@ -477,7 +477,7 @@ def test_mode_small_is_of_the_figures_that_have_it(monkeypatch):
     jobs = []
     monkeypatch.setattr(batch, "_execute", lambda job, **_: jobs.append(job.notebook.stem[:2]) or (1.0, ""))
     assert batch.reproduce(mode="small", say=lambda line: None, pool=ThreadPoolExecutor(1)) == 0
-    assert jobs == ["11", "12", "13", "16", "17", "23", "24", "26", "27", "34", "35", "38", "41"]
+    assert jobs == ["11", "12", "13", "16", "17", "18", "23", "24", "26", "27", "34", "35", "38", "41"]
 
 
 def test_the_variants_of_a_grid_keep_apart(monkeypatch, tmp_path):
