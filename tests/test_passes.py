@@ -266,6 +266,24 @@ def test_what_else_lies_in_plain_lists_is_no_matrix(rule):
     assert all(p.grad is not None for p in (net.first.weight, net.last.weight))
 
 
+def test_what_a_module_keeps_beside_its_parameters_does_not_hinder_the_conversion():
+    """A scripted module, a list that holds itself, a table of many numbers."""
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x * self.scale
+
+    net, x = nn.Sequential(nn.Linear(6, 8), torch.jit.script(Scale()), nn.Linear(8, 3)), torch.randn(2, 6)
+    net.loop, net.numbers = [], dict.fromkeys(range(100_000), 0)
+    net.loop += [net.loop, net]
+    fa.convert(net, "fa")(x).square().sum().backward()
+    assert set(converted(net)) == {"0", "2"} and net[1].scale.grad.any()
+
+
 def test_A07_what_is_looked_up_or_added_and_then_multiplied_is_no_matrix():
     class Positions(nn.Module):
         def __init__(self):

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from fa.errors import UserError
 from fa.layers import attention
@@ -42,13 +41,16 @@ def _may_multiply(m: nn.Module, key: str, p: Tensor) -> bool:
 def _own(m: nn.Module, known: set[int]) -> dict[str, Tensor]:
     """A module's tensors by name: parameters, plain attributes, and what its lists and dicts hold unseen by PyTorch,
     also in modules; but no tensor there whose id is ``known``, and no module around ``m``."""
-    found = {}
-    for name, value in (vars(m) | m._parameters).items():
-        for path, leaf in tree_flatten_with_path(value)[0] if name not in _INTERNAL else ():
-            hidden = isinstance(leaf, nn.Module) and path and m not in leaf.modules()
-            for key, t in leaf.named_parameters() if hidden else [("", leaf)]:
-                if isinstance(t, Tensor) and not (path and id(t) in known):
-                    found[f"{name}{keystr(path)}{'.' * bool(key)}{key}"] = t
+    found, own = {}, [*vars(m).items(), *m._parameters.items()]
+    todo = [(name, value, 0) for name, value in own if name not in _INTERNAL]
+    for name, value, depth in todo:
+        if isinstance(value, (list, tuple, dict)) and depth < 4:  # one may hold itself
+            inside = value.items() if isinstance(value, dict) else enumerate(value)
+            todo += [(f"{name}[{key!r}]", v, depth + 1) for key, v in inside if not isinstance(v, (int, str))]
+        hidden = isinstance(value, nn.Module) and depth and m not in value.modules()
+        for key, t in value.named_parameters(name) if hidden else [(name, value)]:
+            if isinstance(t, Tensor) and not (depth and id(t) in known):
+                found[key] = t
     return found
 
 
@@ -95,12 +97,10 @@ def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[
         own[name] = {f"{name}.{key}" if name else key: t for key, t in _own(m, known).items()}
         for p in m.parameters(recurse=False):
             holders.setdefault(id(p), []).append(name)
-    names = [*own, *(key for tensors in own.values() for key in tensors)]
-    if unknown := {s for s in skip if not any(within(name, [s]) for name in names)}:
+    if unknown := {s for s in skip if not any(within(name, [s]) for name in {*own}.union(*own.values()))}:
         raise UserError(f"skip names no module and no parameter: {', '.join(sorted(unknown))}")
     if wrong := [c for c in as_base if not (isinstance(c, type) and issubclass(c, (nn.Linear, nn.Conv2d)))]:
         raise UserError(f"treat_as_base takes subclasses of nn.Linear and nn.Conv2d, not {wrong[0]!r}")
-
     found, problems, others = {}, [], []
     loose: dict[str, list[str]] = {}  # class of a module -> names of its matrices that no layer here holds
     feedback = {m.feedback for m in net.modules() if isinstance(m, Converted)}
