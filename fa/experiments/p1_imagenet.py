@@ -9,9 +9,8 @@ import pandas as pd
 
 from fa import plot, tables
 from fa.experiments import Experiment
-from fa.experiments._ends import told
 from fa.experiments.p1_scale import column
-from fa.experiments.p2_imagenet import base_of, chance_of, gap_to_bp
+from fa.experiments.p2_imagenet import accuracy_cells, base_of, chance_of, gap_to_bp
 from fa.experiments.p3_fig5 import accuracy_of
 from fa.train.config import Config
 
@@ -112,11 +111,7 @@ def listing(page: Page) -> str:
     table = page.table()
     if table.empty:
         return tables.several("no run yet")
-    found, keys = gap_to_bp(page), ["network", "rule"]
-    parts = {
-        "accuracy": found.assign(value=found.accuracy).groupby(keys)[["value", "diverged"]].apply(told),
-        "minus BP": found[found.rule != "bp"].groupby(keys)[["value", "diverged"]].apply(told),
-    }
+    parts, keys = accuracy_cells(page), ["network", "rule"]
     last = table[(table.epoch == table.epoch.max()) & (table.depth > 0)]
     for name, of in zip(("weight angle", "local error angle", "gradient angle"), PANELS.values()):
         parts[name] = last[last.metric == of].groupby(keys).value.mean()

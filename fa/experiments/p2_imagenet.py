@@ -197,17 +197,22 @@ def gaps(ax: Axes, rows: pd.DataFrame, networks: list[str]) -> None:
     ax.set(xlabel="ResNet" if len(networks) > 1 else "", xlim=(-0.6, max(len(ticks) - 0.4, 0.6)))
 
 
+def accuracy_cells(page: Page) -> dict[str, pd.Series]:
+    """Two columns of a table, by network and rule: accuracy after the last epoch, and the gap to BP; mean ± sd."""
+    found, keys = gap_to_bp(page), ["network", "rule"]
+    return {
+        "accuracy": found.assign(value=found.accuracy).groupby(keys)[["value", "diverged"]].apply(told),
+        "minus BP": found[found.rule != "bp"].groupby(keys)[["value", "diverged"]].apply(told),
+    }
+
+
 def listing(page: Page) -> str:
     """Table: a row a network and rule: accuracy and gap to BP, and after training weight angle, norm ratio and gradient
     angle, means of the layers; of the angles those of layers whose maps have more than a pixel stand beside them."""
     table = page.table()
     if table.empty:
         return tables.several("no run yet")
-    found, keys = gap_to_bp(page), ["network", "rule"]
-    parts = {
-        "accuracy": found.assign(value=found.accuracy).groupby(keys)[["value", "diverged"]].apply(told),
-        "minus BP": found[found.rule != "bp"].groupby(keys)[["value", "diverged"]].apply(told),
-    }
+    parts, keys = accuracy_cells(page), ["network", "rule"]
     last = table[(table.epoch == table.epoch.max()) & (table.depth > 0)]
     for name, of in {"weight angle": "angle_deg", "norm ratio": "norm_ratio", "gradient angle": PANELS["e"]}.items():
         rows = last[last.metric == of]
