@@ -25,7 +25,7 @@ NETWORKS = {"resnet18": "ResNet-18", "alexnet": "AlexNet", "resnet8": "ResNet-8"
 
 OWN: dict[str, dict[str, Any]] = {"dfa": {"optimizer": "adam", "lr": 0.001, "nesterov": False}}
 """Rule -> what its recipe has of its own: BioTorch's optimizer and rate of DFA on ImageNet."""
-ALEXNET = {"model": "alexnet", "lr": 0.01}  # no batch norm: at ResNet-18's rate, 0.1, training diverges
+ALEXNET = {"model": "alexnet", "lr": 0.01}  # a tenth of ResNet-18's rate, for it has no batch norm; ours, not tried
 SEEDS = {"paper": 1, "small": 3, "quick": 1}
 
 
@@ -61,7 +61,7 @@ degrees: no relation. DFA has no feedback of W's shape. Runs that diverged count
 where they did, c, d and e leave them out. Bars and bands: +/- 1 sd over seeds."""
 CAPTION = f"""Rules of Moskovitz, Litwin-Kumar & Abbott (2018) on ImageNet; their accuracies are not known to us. a:
 top-1 accuracy of ResNet-18 on the 50,000 validation images, by epoch. b: accuracy after the last epoch; open: AlexNet;
-hollow, right of a column: BioTorch's ResNet-18, one run.{TEXT}"""
+hollow, right of a column: BioTorch's ResNet-18, of a number of runs that is not published.{TEXT}"""
 SMALL_CAPTION = f"""In place of ImageNet: ResNet-18 learns 20 classes from 2,000 photographs of 32x32 pixels in 18
 epochs, under the rules of Moskovitz, Litwin-Kumar & Abbott (2018). a: accuracy on 500 validation images, by epoch;
 dotted: chance, 5 percent. b: accuracy after the last epoch; dots: seeds.{TEXT}"""
