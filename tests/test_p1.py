@@ -181,7 +181,8 @@ def test_the_grid_is_the_sources_set_up():
         assert {c.schedule(e)["lr"] for e in range(50)} == {1e-3}
         assert c.weight_decay == (1e-4 if c.rule == "bp" else 0)  # searched for backprop alone
     small = experiments.plan("p1_accuracy", "small")
-    assert [c.vary(epochs=50, first_steps=r.first_steps) for c, r in zip(small, runs)] == runs
+    assert {c.precision for c in small} == {"float32"}
+    assert [c.vary(epochs=50, first_steps=r.first_steps, precision="bfloat16") for c, r in zip(small, runs)] == runs
     nets = [network(v) for v in VARIANTS]
     for a, b in ((linear_layers(nets[0]), linear_layers(net)) for net in nets[1:]):
         assert all(torch.equal(a[n].weight, b[n].weight) and torch.equal(a[n].bias, b[n].bias) for n in LAYERS)
@@ -209,7 +210,8 @@ def tiny(n: int, seed: int) -> data.Split:
 def test_a_run_of_paper_mode_end_to_end():
     """Two epochs on a few images: layers within the first epoch, the chosen epoch, kept weights."""
     sets = data.Data("cifar10-24", 10, tiny(32, 1), tiny(10, 2), tiny(10, 3))
-    config = p1_accuracy.recipe(p1_accuracy.PAPER, "usf_clamp", 1).vary(epochs=2, batch=8, first_steps="1,2")
+    paper = p1_accuracy.PAPER.vary(epochs=2, batch=8, first_steps="1,2", precision="float32")
+    config = p1_accuracy.recipe(paper, "usf_clamp", 1)
     run = train.Run(config, RunFolder(config))
     table = train.train_runs([run], sets=sets)[0]
     layers = table[table.metric == "grad_angle_global_deg"]

@@ -12,6 +12,7 @@ from fa import plot
 from fa.experiments import Experiment
 from fa.experiments.p1_accuracy import (
     BARS,
+    BFLOAT16,
     LABELS,
     RULES,
     SCALED,
@@ -42,7 +43,7 @@ TEXT = """ a: angle between the error that a layer sends down and the one that W
 dW and exact backprop's. Both by epoch, the first one step by step. c: share of equal signs of W and its feedback under
 FA by kernel, a line a layer. d, e: angle between W and its feedback, and norm of the feedback over W's, after training;
 dense feedback has neither in a convolution. f: norm of W after training over its initial norm."""
-CAPTION = f"{SET_UP}{TEXT} {BARS}"
+CAPTION = f"{SET_UP}{BFLOAT16}{TEXT} {BARS}"
 SMALL_CAPTION = f"{SET_UP}{SCALED}{TEXT} {BARS}"
 
 

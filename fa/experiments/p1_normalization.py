@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RULES = ("bp", "fa", "usf", "brsf", "frsf")
 
 BASES = {
-    "paper": ACCURACY.vary(epochs=10, precision="bfloat16", first_steps="", keep=False),
+    "paper": ACCURACY.vary(epochs=10, first_steps="", keep=False),
     "quick": QUICK.vary(epochs=2, first_steps="", keep=False),
 }
 SEEDS = {"paper": 3, "quick": 1}

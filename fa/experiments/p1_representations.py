@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fa import plot
 from fa.experiments import Experiment, p1_accuracy
+from fa.experiments.p1_accuracy import BARS, BFLOAT16, SCALED, SET_UP
 from fa.train.config import Config, canonical
 from fa.train.similarity import Similarity
 
@@ -45,8 +46,8 @@ after training. a: a backprop network of the same seed, and so of the same initi
 which backprop itself is the ceiling. Dotted: the untrained network against the trained one. c: FA by kernel, and uSF
 whose norm follows W, against the network of a, on the images that both networks classify right (full) and on the images
 that backprop alone classifies right (pale)."""
-CAPTION = f"{p1_accuracy.SET_UP}{TEXT} Hollow: Lance & Kieu's, one seed. {p1_accuracy.BARS}"
-SMALL_CAPTION = f"{p1_accuracy.SET_UP}{p1_accuracy.SCALED}{TEXT} {p1_accuracy.BARS}"
+CAPTION = f"{SET_UP}{BFLOAT16}{TEXT} Hollow: Lance & Kieu's, one seed. {BARS}"
+SMALL_CAPTION = f"{SET_UP}{SCALED}{TEXT} {BARS}"
 
 
 @plot.style()
