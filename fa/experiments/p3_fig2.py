@@ -117,6 +117,7 @@ def layer_grid(
             if not bottom:
                 ax.set_title(plot.look(rule).label, color=plot.look(rule).color, fontweight="bold")
     if rules:
-        shown = dict(list(colors.items())[:: max(len(colors) // 4, 1)]) if len(colors) > 6 else colors
+        named = [list(colors)[round(i * (len(colors) - 1) / 4)] for i in range(5)] if len(colors) > 6 else colors
+        shown = {layer: colors[layer] for layer in named}  # from the first to the last
         paper = reference is not None and len(reference) > 0
         axes[f"norm_ratio {rules[-1]}"].legend(handles=plot.key(shown, paper), loc="upper right")

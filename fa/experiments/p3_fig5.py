@@ -1,5 +1,5 @@
 """p3, Figure 5: ResNet-18 on ImageNet, for whoever has ImageNet and a GPU; its small mode is a stand-in that a CPU
-trains in half an hour."""
+trains within an hour."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def draw(page: Page) -> Figure:
     ax["a"].set(xlim=(0, 1.04 * (table.epoch.max() if len(table) else 75)))
     plot.finals(ax["b"], table, paper, metric)
     ax["b"].set_ylabel(plot.LABELS[metric])
-    plot.note(ax["b"], f"last epoch, n = {table.seed.nunique()} seed(s)" if len(table) else "last epoch, n = 1 seed")
+    n = table.seed.nunique() or 1
+    plot.note(ax["b"], f"last epoch, n = {n} seed{'s' * (n > 1)}")
     layer_grid(ax, table, rules, paper)
     names = list(linear_layers(models.build("resnet18", (3, 224, 224), 1000)))
     for panel, of in (("d", "angle_deg"), ("e", "norm_ratio")):

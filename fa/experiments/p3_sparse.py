@@ -46,9 +46,10 @@ EXPERIMENT = Experiment(
 CAPTION = """Li & Benna (2024), sparse-feedback figure, replicated. A 784-512-512-10 ReLU network learns MNIST with
 feedback of connection density d. a: best test accuracy over 40 epochs; lines and markers: ours, mean +/- 1 sd over
 seeds; BP: solid line and band, ours, dashed, the paper's (mean +/- 1 sd of 5 seeds). The paper's other values are
-unknown; the axis is close to the authors', and numbers with an arrow are means below it. b: angle between each
-layer's W and its feedback after the last epoch: mean over seeds and layers, bars from the lowest layer to the
-highest; dotted: theory. c: as a, against feedback connections for each forward one."""
+unknown; the axis is close to the authors', and numbers with an arrow are means below it. b: angle between the
+W of each hidden layer and its feedback after the last epoch: mean over seeds and both layers, bars from the lower
+angle to the higher; dotted: theory; DFA has no such angle. c: as a, against feedback connections for each
+forward one."""
 
 
 def masked_angle(density: float | np.ndarray) -> np.ndarray:
@@ -109,7 +110,8 @@ def draw(page: Page) -> Figure:
         plot.means(ax["a"], rows, "density", rule, lambda d: d * shift, label=look.label)
         plot.means(ax["c"], rows, "density", rule, lambda ds: [synapses(rule, d, layers) for d in ds])
         if rule in set(angle.rule):
-            plot.ranges(ax["b"], angle[angle.rule == rule], "density", rule, lambda d: d * shift)
+            hidden = angle[(angle.rule == rule) & (angle.layer != "fc")]  # the theory is about them
+            plot.ranges(ax["b"], hidden, "density", rule, lambda d: d * shift)
     for panel in "ac":
         for values, dash, ddof in ((ours[ours.rule == "bp"].value, "-", 1), (page.reference().value, "--", 0)):
             if len(values):
@@ -132,7 +134,7 @@ def draw(page: Page) -> Figure:
     ax["c"].xaxis.set_major_formatter("{x:g}")
     ax["c"].legend(*ax["a"].get_legend_handles_labels(), loc="lower left", handlelength=1.4)
     plot.note(ax["a"], plot.repeats(ours[ours.rule != "bp"], ["rule", "density"]))
-    plot.note(ax["b"], "bars: range of the layers")
+    plot.note(ax["b"], "hidden layers; bars: range")
     plot.letters(list(ax.values()))
     return fig
 

@@ -120,10 +120,10 @@ EXPERIMENT = Experiment(
 
 # ------------------------------------------------------------------------------------------------------------- figure
 
-TEXT = """ a, b: test accuracy after the last epoch below backprop's, seed by seed, against the angle between the
-gradient of each layer below the output and exact backprop's, mean of the layers; in words: rules whose gradients
-there are zero or not finite, and rules that diverged, which have no point for those seeds. c: CPU time of a training
-step over the time of a step of backprop. Bars: +/- 1 sd over seeds."""
+TEXT = """ a, b: test accuracy after the last epoch minus backprop's, seed by seed, against the angle between the
+gradient of each layer below the output and exact backprop's, mean of the layers; in words: rules without an
+angle, and rules that diverged, with the number of their seeds. c: CPU time of a training step over the time of a step
+of backprop, median and range of seeds. Bars in a, b: +/- 1 sd over seeds."""
 CAPTION = f"""Every rule of the three papers with p3's recipes: the network of Figure 2 on MNIST (a), ResNet-20 on
 CIFAR-10 (b).{TEXT}"""
 SMALL_CAPTION = f"""Every rule of the three papers with one recipe for each network: the network of p3's Figure 2 on
@@ -138,7 +138,7 @@ def draw(page: Page) -> Figure:
     fig, ax = plot.figure([["a", "b"], ["c", "c"]], height=5.2)
     for panel, network in zip("ab", networks):
         points(ax[panel], summary(table[table.network == network]))
-        ax[panel].set(xlabel="Gradient angle, mean of layers (°)", ylabel="Test accuracy below BP (points)")
+        ax[panel].set(xlabel="Gradient angle, mean of layers (°)", ylabel="Test accuracy minus BP's (points)")
         plot.note(ax[panel], f"{NETWORKS[network]}, {plot.repeats(table[table.network == network])}")
     costs(ax["c"], table[table.metric == "step_cost"], networks)
     plot.letters([ax[p] for p in "abc"])
