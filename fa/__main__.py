@@ -193,8 +193,11 @@ def _collect(args: argparse.Namespace) -> int:
     from fa.results import records
 
     for name, configs in _planned(args).items():
+        held = len(records.holders())
         path, new = records.collect(name, args.mode, configs, args.partial, _given(args))
-        print(f"{relative(path)}: {new} new runs" if new else f"nothing new: {relative(path)} is unchanged")
+        anew = held + new - len(records.holders()) if path.parent == records.folder_of("paper") else 0
+        place = f", {anew} of them in place of others of the same recipes" if anew else ""
+        print(f"{relative(path)}: {new} new runs{place}" if new else f"nothing new: {relative(path)} is unchanged")
     return 0
 
 

@@ -433,6 +433,56 @@ def test_a_record_holds_the_figures_own_runs_and_loses_none(monkeypatch):
     }
 
 
+def test_a_run_that_is_trained_again_takes_the_place_of_the_records(monkeypatch, tmp_path):
+    """Who trains a figure sees his own numbers: in its record, and in another figure's that holds a run of it."""
+    shared, own = plan("bp"), plan("bp,fa")
+    plans = {"p3_fig2": shared, "p3_sparse": own}
+    monkeypatch.setattr(experiments, "plan", lambda name, *args: plans[name])
+    run(own)
+    records.collect("p3_fig2", "paper", shared)
+    records.collect("p3_sparse", "paper", own)
+    assert records.holders() == {shared[0].run: "p3_fig2", own[1].run: "p3_sparse"}
+    first = {name: (records.read(name), records.sidecar(name)) for name in plans}
+
+    monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs of another machine"))
+    assert records.collect("p3_sparse", "paper", own, partial=True)[1] == 0, "nothing was trained there"
+    run(own)
+    for config in own:  # numbers that tell the two apart
+        folder = RunFolder(config)
+        folder.finish(folder.table().assign(value=-1.0), folder.status | {"seconds": 5.0})
+    assert records.collect("p3_sparse", "paper", []) == (records.record_path("p3_sparse"), 0), "not asked for"
+    assert records.collect("p3_sparse", "paper", own)[1] == 2
+    for name, (table, about) in first.items():
+        now, told = records.read(name), records.sidecar(name)
+        assert set(now.value) == {-1.0} and len(now) == len(table) and set(now.run) == set(table.run)
+        assert told["claims"] == about["claims"] and not told["partial"], "claims are older than any training"
+        assert told["wall_seconds"] == 5.0 and told["fingerprints"] == about["fingerprints"]
+    assert records.holders() == {shared[0].run: "p3_fig2", own[1].run: "p3_sparse"}
+    assert set(records.union("p3_sparse", "paper", own)[0].value) == {-1.0}
+    assert records.collect("p3_sparse", "paper", own)[1] == 0, "the same training is no new one"
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_a_page_in_paper_mode_shows_the_runs_that_it_trained(add, monkeypatch, tmp_path, capsys):
+    """Not the rows of the record, unless it is told to add to them."""
+    planned = plan("bp,fa")
+    monkeypatch.setattr(experiments, "plan", lambda *args: planned)
+    monkeypatch.setattr("fa.results.table.plan", lambda *args, **options: planned)
+    run(planned)
+    records.collect("p3_fig2", "paper", planned)
+    path = records.record_path("p3_fig2")
+    records.write("p3_fig2", "paper", records.read("p3_fig2").assign(value=-1.0), records.sidecar("p3_fig2"))
+    committed = path.read_bytes()
+
+    monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs of another machine"))
+    monkeypatch.setenv("FA_ADD", "1" if add else "")
+    monkeypatch.setenv("FA_WORKERS", "1")  # in this process, which is on another machine from here on
+    monkeypatch.setattr("fa.results.store.environment", lambda: {"python": "another"})
+    table = Page("p3_fig2", mode="paper").table()
+    assert (path.read_bytes() == committed) == add == all(table.value == -1.0)
+    assert [RunFolder(c).finished for c in planned] == [not add] * 2
+
+
 def test_a_record_that_is_not_there():
     with pytest.raises(fa.UserError, match="mode='quick', 'small' or 'paper'"):
         records.read("p3_fig2", "quick")

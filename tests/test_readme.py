@@ -1,7 +1,6 @@
 """The README's code does what the README says."""
 
 import re
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -37,7 +36,7 @@ def test_the_loop_trains_and_aligns(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_rule_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fa.RULES, "mine", None)  # goes again after the test
-    exec(blocks("python")[1], {"fa": fa, "dataclass": dataclass})
+    exec(blocks("python")[1], {})
     layer = nn.Linear(3, 2)
     assert torch.equal(fa.feedback_weight(fa.convert(layer, "mine")), layer.weight.abs().mean() * layer.weight.sign())
 

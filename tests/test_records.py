@@ -127,9 +127,11 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path, monkeypatch: pytes
 def test_collecting_makes_no_fingerprint_of_a_run_that_a_record_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made by the code as it is, it could never show that the code has changed since."""
     a, b, c = (Config("bp", 0, lr=lr) for lr in (0.1, 0.2, 0.3))
-    monkeypatch.setattr(records, "fingerprint", lambda config: [f"made now, lr {config.lr}"])
+    monkeypatch.setattr(registered, "fingerprint", lambda config: [f"made now, lr {config.lr}"])
     kept = [a, a.vary(seed=1), b]
-    found = records._fingerprints(kept, [c, c.vary(seed=1), b.vary(seed=1)], {a.run: ["of then"], "gone": ["of then"]})
+    found = registered.fingerprints(
+        kept, [c, c.vary(seed=1), b.vary(seed=1)], {a.run: ["of then"], "gone": ["of then"]}
+    )
     assert found == {a.run: ["of then"], c.run: ["made now, lr 0.3"]}
 
 

@@ -163,14 +163,19 @@ def totals(forecast: Forecast) -> list[str]:
     """What all runs take of which that is known, in two lines; none where there is no such run."""
     if not (known := forecast.known):
         return []
-    hours = spread(times(1 / 3600, forecast.device_seconds), _short)
+    hours, wall = in_words(forecast)
     longest = max(forecast.jobs, key=lambda job: job[1])
     what = "longest stack" if forecast.stacked else "longest run"
     devices = "1 device" if forecast.devices == 1 else f"{forecast.devices} devices"
     return [
         f"  {_runs(len(known))}: {hours} device-hours; the {what} {spread(longest, _time)}",
-        f"  on {devices}: {spread(forecast.wall, _time)}" + _memory(forecast),
+        f"  on {devices}: {wall}" + _memory(forecast),
     ]
+
+
+def in_words(forecast: Forecast) -> tuple[str, str]:
+    """Device-hours of the known runs, and the time until the last device is through."""
+    return spread(times(1 / 3600, forecast.device_seconds), _short), spread(forecast.wall, _time)
 
 
 def unknown(forecast: Forecast) -> list[str]:

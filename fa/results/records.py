@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,6 @@ from fa.errors import UserError
 from fa.paths import ROOT, read_csv, relative, user_folder, write_bytes, writing
 from fa.results import registered
 from fa.results.store import RunFolder, locked, read_sidecar, run_seconds
-from fa.train.config import Config
-from fa.train.loop import fingerprint
 
 COLUMNS = ["run", "rule", "seed", "epoch", "layer", "depth", "metric", "value"]
 """Columns of every record; one for each swept parameter of its figure follows ``seed``."""
@@ -54,8 +52,7 @@ def figure_of(name: str) -> tuple[str, str]:
 
 
 def build(mode: str) -> Path:
-    """Folder of what a mode makes and nobody commits: build/MODE, or $FA_BUILD/MODE (relative: from the repository's
-    root)."""
+    """Folder of what a mode makes and nobody commits: $FA_BUILD/MODE (default: build/MODE, in the repository)."""
     return user_folder("FA_BUILD", "build") / mode
 
 
@@ -88,8 +85,7 @@ def read(name: str, mode: str = "paper") -> pd.DataFrame:
 
 
 def sidecar(name: str, mode: str = "paper") -> dict[str, Any]:
-    """What made a record's own runs: configs, statuses, environments, wall seconds, fingerprints; and the table's
-    sha256.
+    """What made a record's own runs: configs, statuses, environments, wall seconds, fingerprints; the table's sha256.
 
     Raises:
         UserError: there is none.
@@ -228,8 +224,9 @@ def collect(
 ) -> tuple[Path, int]:
     """Merge the finished runs of a figure into its record, and write what made them beside it.
 
-    A run that a record holds already keeps its rows. A quick table holds all its runs itself. Runs of other settings
-    than the figure's go to build/MODE, and never into a record.
+    A run that was trained in this run store takes the place of the same run in a record, the figure's own or another's
+    that it shares. A quick table holds all its runs itself. Runs of other settings than the figure's go to build/MODE,
+    and never into a record.
 
     Args:
         experiment: a name of ``fa.experiments.EXPERIMENTS``.
@@ -239,7 +236,7 @@ def collect(
         given: options of the command that trains the missing runs (default: the mode).
 
     Returns:
-        The table's path, and how many runs are new in it. With none it is left as it is.
+        The table's path, and how many runs are new, in it and in other records. With none all are left as they are.
 
     Raises:
         UserError: runs are missing and ``partial`` is not set, or none is finished.
@@ -255,7 +252,24 @@ def collect(
     if mode != "quick" and whole is configs:
         return apart(experiment, build(mode) / f"{name_of(experiment, mode)}.csv", configs), len(configs) - len(missing)
     with locked(build(mode) / "lock", folder_of(mode)):
-        return _merge(experiment, mode, configs, whole)
+        others, new = _anew(configs, mode), 0
+        others.pop(name_of(experiment, mode), None)
+        for name, shared in others.items():
+            new += _merge(*figure_of(name), shared, experiments.plan(*figure_of(name)))[1]
+        path, own = _merge(experiment, mode, configs, whole)
+        return path, new + own
+
+
+def _anew(configs: Sequence[Any], mode: str) -> dict[str, list[Any]]:
+    """Record -> its runs that the run store has from another training, by their statuses and machines."""
+    where, found = holders(mode) if mode != "quick" else {}, {}
+    for f in (f for c in configs if c.run in where and (f := RunFolder(c)).finished):
+        about, status = sidecar(where[f.config.run], mode), dict(f.status)
+        machines = [status.pop("environment"), *status.pop("earlier", [])]
+        status.pop("sha256", "")
+        if status != about["status"][f.config.run] or any(m not in about["environments"] for m in machines):
+            found.setdefault(where[f.config.run], []).append(f.config)
+    return found
 
 
 def apart(experiment: str, path: Path, configs: Sequence[Any]) -> Path:
@@ -270,11 +284,12 @@ def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[A
     _mend(name, mode)
     where = holders(mode) if mode != "quick" else {}
     before = sidecar(name, mode) if (folder_of(mode) / f"{name}.json").exists() else {}
-    kept = [c for c in whole if where.get(c.run) == name]
-    new = [f for f in (RunFolder(c) for c in configs if c.run not in where) if f.finished]
+    anew = {c.run for c in _anew(configs, mode).get(name, ())}
+    kept = [c for c in whole if where.get(c.run) == name and c.run not in anew]
+    new = [f for f in (RunFolder(c) for c in configs if c.run not in where or c.run in anew) if f.finished]
     for f in new if mode != "quick" else ():
         f.check()
-    finished = sum(c.run in where for c in whole) + len(new)
+    finished = len({c.run for c in whole if c.run in where} | {f.config.run for f in new})
     if not new and (not kept or before.get("partial") == (finished < len(whole))):
         return record_path(name, mode), 0
     swept = experiments.find(experiment).swept
@@ -283,7 +298,7 @@ def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[A
         table = read(name, mode)
         tables.append(table[table.run.isin([c.run for c in kept])])
     status = {c.run: before["status"][c.run] for c in kept} | {f.config.run: f.status for f in new}
-    environments = {json.dumps(e, sort_keys=True) for e in before.get("environments", []) if mode != "quick"}
+    environments = {json.dumps(e, sort_keys=True) for e in before.get("environments", []) if kept}
     for f in new:
         s = status[f.config.run]
         s.pop("sha256", "")
@@ -295,7 +310,7 @@ def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[A
         "configs": {c.run: asdict(c) for c in (*kept, *(f.config for f in new))},
         "status": status,
         "environments": [json.loads(e) for e in sorted(environments)],
-        "fingerprints": _fingerprints(kept, [f.config for f in new], before.get("fingerprints", {})),
+        "fingerprints": registered.fingerprints(kept, [f.config for f in new], before.get("fingerprints", {})),
         "planned": len(whole),
         "finished": finished,
         "partial": finished < len(whole),
@@ -303,18 +318,3 @@ def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[A
     }
     path = write(name, mode, pd.concat(tables), about)
     return path, len(new) if before != sidecar(name, mode) else 0
-
-
-def _fingerprints(kept: Sequence[Any], new: Sequence[Any], known: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Run -> fingerprint, for one seed of every recipe: see :func:`fa.train.loop.fingerprint`.
-
-    A recipe that the record holds already keeps its fingerprint, or its lack of one: made anew, it would hide that the
-    code has changed since.
-    """
-    found = {c.run: known[c.run] for c in kept if c.run in known}
-    recipes = {replace(c, seed=0) for c in kept if isinstance(c, Config)}
-    for config in (c for c in new if isinstance(c, Config)):
-        if (recipe := replace(config, seed=0)) not in recipes:
-            recipes.add(recipe)
-            found[config.run] = fingerprint(config)
-    return found

@@ -1,7 +1,8 @@
-"""Claims as they were when their runs began: whoever changes a target or a criterion afterwards predicts nothing.
+"""Claims and code as they were when the runs were made.
 
-``fa run`` keeps the digests of a figure's claims in the run store, ``fa collect`` puts them into the record's sidecar,
-and a test compares them with the claims as they are.
+Whoever changes a target or a criterion afterwards predicts nothing. ``fa run`` keeps the digests of a figure's claims
+in the run store, ``fa collect`` puts them into the record's sidecar, together with a fingerprint of each recipe. Tests
+compare both with what is there now.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fa.errors import UserError
 from fa.paths import ROOT, read_json, write_bytes
 from fa.results.store import locked, runs_root
+from fa.train.config import Config
+from fa.train.loop import fingerprint
 
 FIXED = ("target", "tolerance", "criterion", "n_min")
 """Columns of a claim that are fixed before the run; its words may be mended."""
@@ -52,3 +58,18 @@ def noted(name: str) -> dict[str, str]:
     """The digests that :func:`note` kept, or those of the claims as they are."""
     path = _noted(name)
     return read_json(path) if path.exists() else digests(name)
+
+
+def fingerprints(kept: Sequence[Any], new: Sequence[Any], known: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Run -> fingerprint, for one seed of every recipe: see :func:`fa.train.loop.fingerprint`.
+
+    A recipe that the record holds already keeps its fingerprint, or its lack of one: made anew, it would hide that the
+    code has changed since.
+    """
+    found = {c.run: known[c.run] for c in kept if c.run in known}
+    recipes = {replace(c, seed=0) for c in kept if isinstance(c, Config)}
+    for config in (c for c in new if isinstance(c, Config)):
+        if (recipe := replace(config, seed=0)) not in recipes:
+            recipes.add(recipe)
+            found[config.run] = fingerprint(config)
+    return found

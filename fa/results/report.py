@@ -1,4 +1,5 @@
-"""The report, its details, the README's table and the gallery, made from templates, claims, records and figures.
+"""The report, its details, the README's table, the table of costs and the gallery, made from templates, claims, records
+and figures.
 
 The prose is in ``report/``. ``REPORT.in.md`` and ``REPORT_details.in.md`` are jinja2 templates. ``NAME.md`` (optional)
 has the finding of figure NAME in its first line and a few sentences after it. Every result comes from a table: a text
@@ -20,7 +21,7 @@ from fa import citations, experiments
 from fa.errors import UserError
 from fa.paths import ROOT, read_json, write_bytes
 from fa.plot import RULE_STYLE
-from fa.results import claims, records
+from fa.results import claims, plan, records
 from fa.results.markdown import claims_table, common_start, labelled, markdown
 from fa.results.page import Page
 
@@ -28,7 +29,8 @@ VERDICTS = ("holds", "partly", "fails", "not tested")
 
 
 def render() -> dict[Path, str]:
-    """REPORT.md, REPORT_details.md, README.md with its table filled and figures/README.md, as they should be on disk.
+    """REPORT.md, REPORT_details.md, README.md and docs/costs.md with their tables filled, figures/README.md, as they
+    should be on disk.
 
     Raises:
         UserError: a template, README.md or one of its markers is missing, a template asks for what is not there, or a
@@ -38,12 +40,13 @@ def render() -> dict[Path, str]:
     readme = ROOT / "README.md"
     if not readme.exists():
         raise UserError("README.md is missing; it holds the markers <!-- figures:begin --> and <!-- figures:end -->")
+    costs = ROOT / "docs" / "costs.md"
     return {
         ROOT / "REPORT.md": _filled("REPORT.in.md", told),
         ROOT / "REPORT_details.md": _filled("REPORT_details.in.md", told),
-        readme: _between(readme.read_text(encoding="utf-8"), "figures", _readme(told)),
+        readme: _between(readme, "figures", _readme(told)),
         ROOT / "figures" / "README.md": _gallery(told),
-    }
+    } | ({costs: _between(costs, "costs", _costs())} if costs.exists() else {})
 
 
 def write() -> list[Path]:
@@ -219,6 +222,21 @@ def _readme(told: Mapping[str, Any]) -> str:
     return markdown(["notebook", "figure and finding", "claims"], rows)
 
 
+def _costs() -> str:
+    """What every figure takes at the paper's scale, by the records of one kind of machine, as ``fa plan`` tells it."""
+    planned = {}
+    for name in (name for name, about in experiments.EXPERIMENTS.items() if about.grid):
+        runs = experiments.plan(name, "paper")
+        planned[name] = list({c.run: c for run in runs for c in (*getattr(run, "needs", ()), run)}.values())
+    found, _ = plan.forecasts(planned, "epyc", 2)
+    rows = []
+    for name, forecast in found.items():
+        steps, known = sum(map(plan.steps, forecast.todo)), len(forecast.known)
+        row = [f"`{name}`", f"{steps:,}" if steps else "not counted", f"{known} of {len(forecast.todo)}"]
+        rows.append([*row, *(plan.in_words(forecast) if known else ("not measured", ""))])
+    return markdown(["figure", "steps of all runs", "known runs", "core-hours of these", "on two cores"], rows)
+
+
 def _gallery(told: Mapping[str, Any]) -> str:
     """Every committed figure with a short line; its caption on demand."""
     blocks = [
@@ -255,9 +273,9 @@ def _filled(template: str, told: Mapping[str, Any]) -> str:
         raise UserError(f"report/{template}: {error}") from None
 
 
-def _between(text: str, block: str, content: str) -> str:
-    """The text with what stands between the block's markers replaced."""
-    begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+def _between(path: Path, block: str, content: str) -> str:
+    """The text of a file with what stands between the block's markers replaced."""
+    text, begin, end = path.read_text(encoding="utf-8"), f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
-        raise UserError(f"README.md needs {begin} and, after it, {end}, once each")
+        raise UserError(f"{path.name} needs {begin} and, after it, {end}, once each")
     return text[: text.index(begin) + len(begin)] + f"\n{content}\n" + text[text.index(end) :]

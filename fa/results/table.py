@@ -181,7 +181,7 @@ class FigureTable:
         if summary.failed:
             raise RuntimeError(f"{len(summary.failed)} of {len(self.runs)} runs failed, the first: {summary.failed[0]}")
         if not self.chosen:
-            records.collect(self.experiment, self.mode, self.runs, partial=True)
+            records.collect(self.experiment, self.mode, missing, partial=True)
             return records.union(self.experiment, self.mode, self.runs)
         records.apart(self.experiment, self.path, self.runs)
         made = {"environments": [provenance.environment()], "records": []}
