@@ -228,7 +228,8 @@ def draw_search(ax: Axes, table: pd.DataFrame, rules: list[str]) -> None:
         ax.plot(x[bad], wide.score[bad] + (2 if rule == rules[0] else -2), "x", color=own.color, ms=3, mew=0.8)
     if len(bp := table[(table.rule == "bp") & (table.metric == "grid_best")]):
         ax.axhline(bp.value.mean(), color="0.6", lw=0.8, zorder=0)
-    ax.set(xlabel="Trial", ylabel="Score (%)", ylim=(0, 103))
+    top = table[table.metric == "score"].value.max()
+    ax.set(xlabel="Trial", ylabel="Score (%)", ylim=(0, 70 if top < 65 else 103))
     plot.rule_key(ax, rules)
 
 
@@ -268,7 +269,10 @@ def draw_grid(ax: Axes, rows: pd.DataFrame, rule: str, best: float) -> None:
     for axis, (factors, names) in ticks.items():
         label = ", ".join(name.rstrip("_").replace("_", " ") for name in names)
         ax.set(**{f"{axis}ticks": range(len(factors)), f"{axis}label": f"{label} (×)"})
-        getattr(ax, f"set_{axis}ticklabels")([f"{factor:.2g}" for factor in factors], fontsize=5.5)
+        named = [f"{factor:.2g}" for factor in factors]
+        if axis == "x" and len(named) > 5:  # there is room for every second one
+            named = [name if i % 2 == len(named) // 2 % 2 else "" for i, name in enumerate(named)]
+        getattr(ax, f"set_{axis}ticklabels")(named, fontsize=5.5)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
 

@@ -73,6 +73,11 @@ def _context() -> dict[str, Any]:
     }
     told["figures"] = [_figure(name, rows, told) for name, rows in table.groupby("name", sort=False)]
     told["figures"].sort(key=lambda f: f.notebook)
+    whole = {f.name: f for f in told["figures"] if not f.why_untested}
+    for f in told["figures"]:  # where the larger scale is complete, the report leaves the smaller one to the details
+        f.smaller = whole.get(records.name_of(f.name, "small")) if f.name in whole else None
+    smaller = [f.smaller for f in told["figures"] if f.smaller]
+    told["main"] = [f for f in told["figures"] if not f.waits and f not in smaller]
     told["compute"] = markdown(
         ["figure", "runs", "hours", "hardware"], [[f"`{f.name}`", *f.compute] for f in told["figures"] if f.compute]
     )
