@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import cluster_harness
@@ -67,9 +68,107 @@ def test_files_travel_and_a_finished_run_is_never_replaced(tmp_path: Path, monke
     assert at(here).files() == done
     at(here).install(begun | {"metrics.csv": b"other"})
     assert at(here).files() == done
-    with at(tmp_path / "held").lock():
-        RunFolder(config).install(done)
-    assert not RunFolder(config).finished
+
+
+class Stopped(Exception):
+    """Training was stopped at an epoch."""
+
+
+def reach(config, folder: RunFolder, epoch: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Train a run until a checkpoint of that epoch is written, as a kill leaves it; returns the folder's files."""
+    real = loop.Run.save
+
+    def save(self) -> None:
+        real(self)
+        if self.epoch == epoch:
+            raise Stopped
+
+    with monkeypatch.context() as m:
+        m.setattr(loop, "CHECKPOINT_EVERY", -1.0)
+        m.setattr(loop.Run, "save", save)
+        with pytest.raises(Stopped):
+            loop.train(config, folder=folder)
+    return folder.files()
+
+
+@pytest.fixture
+def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Returns the folder of a run of four epochs in the store of that name, which becomes this process's."""
+    (config,) = cluster_harness.small_runs(1)
+    config = config.vary(epochs=4)
+
+    def at(name: str) -> RunFolder:
+        monkeypatch.setenv("FA_RUNS", str(tmp_path / name))
+        return RunFolder(config)
+
+    return at
+
+
+def apart(config, files=(), work=campaign.run_one):
+    """A job's result from a worker that shares no store."""
+    return cluster._there(work, [config], cluster.Terms(Path("/nowhere")), list(files))
+
+
+def receive(result) -> list[dict]:
+    return cluster.Elsewhere(None, cluster.Terms(Path("/nowhere")), 1, "cpu").receive(result)
+
+
+def test_the_checkpoint_of_more_epochs_stays(stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the worker to the campaign, and from the campaign to the worker."""
+    early = reach(stores("a").config, stores("a"), 1, monkeypatch)
+    late = reach(stores("b").config, stores("b"), 3, monkeypatch)
+    for first, second in ((early, late), (late, early)):
+        folder = stores(f"with {len(first['progress.csv'])}")
+        folder.install(first)
+        assert folder.install(second) == "" and folder.checkpoint()["epoch"] == 3
+    broken = late | {"checkpoint.pt": late["checkpoint.pt"][:-9]}
+    assert stores("c").install(broken) == "" and stores("c").files() == broken  # the one before it is of epoch 2
+    assert stores("c").install(early) == "" and stores("c").files() == broken
+    assert stores("a").install({"checkpoint.pt": b"no checkpoint"}) == "" and stores("a").files() == early
+
+
+def test_a_job_goes_on_from_the_workers_own_later_checkpoint(stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    early = reach(stores("here").config, stores("here"), 1, monkeypatch)
+    reach(stores("there").config, stores("there"), 3, monkeypatch)
+    stopped = partial(campaign.run_one, until=0.0)
+    statuses, kept, wrong = apart(stores("there").config, [(stores("there").config, early)], stopped)
+    assert (statuses, wrong) == ([{"state": "stopped"}], "") and stores("there").checkpoint()["epoch"] == 3
+    stores("here")
+    assert receive((statuses, kept, wrong)) == [{"state": "stopped"}] and stores("here").checkpoint()["epoch"] == 3
+
+
+def test_a_table_that_arrives_while_another_process_holds_the_run_is_not_counted(stores) -> None:
+    result = apart(stores("there").config)
+    folder = stores("here")
+    with folder.lock() as mine:
+        assert mine and folder.install(result[1][0][1]) == "busy"
+        assert receive(([*result[0]], *result[1:])) == [{"state": "busy"}]
+    assert not folder.finished
+    assert receive(result)[0]["state"] == "finished" and folder.finished
+
+
+def test_a_status_without_its_table_is_not_installed_and_the_worker_trains_again(stores) -> None:
+    statuses, ((config, files),), _ = apart(stores("there").config)
+    other = {"metrics.csv": files["metrics.csv"].replace(b"0", b"1")}
+    damaged = [files | other, {n: c for n, c in files.items() if n != "metrics.csv"}, files | {"status.json": b"{"}, {}]
+    for found in damaged:
+        folder = stores("here")
+        [status] = receive(([*statuses], [(config, found)], ""))
+        assert status["state"] == "failed" and "came damaged from the worker" in status["error"], found.keys()
+        assert not folder.finished
+    (stores("there").path / "metrics.csv").write_bytes(other["metrics.csv"])
+    again = apart(config)
+    stores("here")
+    assert receive(again)[0]["state"] == "finished"
+    assert stores("here").table().value.tolist() == loop.train(config).value.tolist()
+
+
+def test_nothing_is_sent_of_a_run_that_another_process_trains(stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    early = reach(stores("here").config, stores("here"), 1, monkeypatch)
+    with stores("here").lock():
+        assert stores("here").files() == {}
+    assert stores("here").files() == early
+    assert stores("none").files() == {} and not stores("none").path.exists()
 
 
 @pytest.mark.slow

@@ -91,14 +91,18 @@ class Elsewhere(Executor):
         return self.pool.submit(_there, fn, job, self.terms, files)
 
     def receive(self, result: tuple[list[dict[str, Any]], list[tuple[Any, dict[str, bytes]]], str]) -> list[Any]:
-        """Install the files of a job's runs in the run store, and return the statuses.
+        """Install the files of a job's runs in the run store, and return the statuses: a run whose table could not be
+        installed is busy or failed.
 
         Raises:
             UserError: what the worker found wrong, in a sentence that names the worker.
         """
         statuses, files, wrong = result
-        for config, found in files:
-            RunFolder(config).install(found)
+        for i, (config, found) in enumerate(files):
+            lost = RunFolder(config).install(found) if found else "damaged"
+            if not wrong and statuses[i]["state"] in ("finished", "diverged") and not RunFolder(config).finished:
+                error = "its table came damaged from the worker; call again to have it sent anew"
+                statuses[i] = {"state": "busy"} if lost == "busy" else {"state": "failed", "error": error}
         if wrong:
             raise UserError(wrong)
         return statuses
@@ -138,7 +142,8 @@ def _there(
                 os.environ["FA_RUNS"] = str(terms.folder)
             if terms.storage:
                 os.environ["FA_STORAGE"] = terms.storage
-            for config, found in files if not shared else ():
+            for config, found in () if shared else (*((c, {}) for c in job), *files):
+                RunFolder(config).forget_damaged()
                 RunFolder(config).install(found)
             if terms.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -148,7 +153,7 @@ def _there(
                 statuses, wrong = work(job), ""
             except UserError as error:
                 statuses, wrong = [], f"{_me()}: {error}"
-            kept = [] if shared else [(c, found) for c in job if (found := RunFolder(c).files())]
+            kept = [] if shared else [(c, RunFolder(c).files()) for c in job]
             return statuses, kept, wrong
     finally:
         _alone.release()

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -92,15 +92,9 @@ class RunFolder:
             if not path.exists():
                 continue
             try:
-                digest, _, payload = path.read_bytes().partition(b"\n")
-                if hashlib.sha256(payload).hexdigest().encode() != digest:
-                    wrong.append(f"{path} does not match its checksum")
-                    continue
-                found = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-                if not isinstance(found, dict) or not isinstance(found.get("epoch"), int):
-                    raise TypeError("no epoch")
-            except Exception as error:  # a file that is no checkpoint fails in a way of its own; none is run as Python
-                wrong.append(f"{path} is no checkpoint ({type(error).__name__})")
+                found = _unpacked(path.read_bytes())
+            except (OSError, ValueError) as error:
+                wrong.append(f"{path} {error}")
                 continue
             for sentence in wrong:
                 sys.stderr.write(f"fa: {sentence}; the run goes on from the checkpoint before it\n")
@@ -149,22 +143,46 @@ class RunFolder:
 
     def files(self) -> dict[str, bytes]:
         """The folder's content, name -> bytes, to be installed in another store; empty where there is neither a
-        checkpoint nor a status."""
-        if not (self.begun or self.finished):
+        checkpoint nor a status, and of a run that another process is training."""
+        if self.finished:
+            return self._read([name for name in FILES if name not in CHECKPOINTS])
+        if not self.begun:
             return {}
-        return {name: path.read_bytes() for name in FILES if (path := self.path / name).exists()}
-
-    def install(self, files: dict[str, bytes]) -> None:
-        """Write the content of the run's folder in another store, unless the run is finished here, or another process
-        holds it."""
         with self.lock() as mine:
-            if not mine or self.finished:
-                return
+            return self._read(FILES) if mine else {}
+
+    def install(self, files: dict[str, bytes]) -> str:
+        """Write the content of the run's folder in another store. A finished run stays as it is, and so does a
+        checkpoint of as many epochs as the one that comes.
+
+        Returns:
+            "" or why a finished run is not installed: "busy", another process holds the run; "damaged", its table is
+            not there or does not match its checksum.
+        """
+        with self.lock() as mine:
+            if self.finished:
+                return ""
+            if not mine:
+                return "busy"
+            if "status.json" in files:
+                if not whole(files):
+                    return "damaged"
+                files = {name: content for name, content in files.items() if name not in CHECKPOINTS}
+            elif _reached(files) <= _reached(self._read(CHECKPOINTS)):
+                return ""
             for name in FILES:
                 if name in files:
                     write_bytes(self.path / name, files[name])
-                elif name in CHECKPOINTS:
+            for name in CHECKPOINTS:
+                if name not in files:
                     (self.path / name).unlink(missing_ok=True)
+            return ""
+
+    def forget_damaged(self) -> None:
+        """Let a finished run whose table is gone or damaged be a run that is to be trained."""
+        with self.lock() as mine:
+            if mine and self.finished and not whole(self._read(("status.json", "metrics.csv"))):
+                (self.path / "status.json").unlink()
 
     def check(self) -> None:
         """Raise UserError if the run is not its recipe's: its batch norm saw the images of one rank (fa.train.ddp)."""
@@ -179,6 +197,9 @@ class RunFolder:
         one. See :func:`locked`."""
         return locked(self.path / "lock", self.path, wait)
 
+    def _read(self, names: Sequence[str]) -> dict[str, bytes]:
+        return {name: path.read_bytes() for name in names if (path := self.path / name).exists()}
+
     def _write_config(self) -> None:
         write_bytes(self.path / "config.json", json.dumps(asdict(self.config), indent=1).encode())
 
@@ -189,6 +210,39 @@ class RunFolder:
         except UserError as error:
             what = str(error).partition(";")[0]
             raise UserError(f"{what}; delete {self.path} to train that run again") from error
+
+
+def whole(files: dict[str, bytes]) -> bool:
+    """Whether these are a finished run's files, name -> bytes: a status, and a table that matches its checksum."""
+    try:
+        digest = json.loads(files["status.json"]).get("sha256", "")
+        return digest in ("", hashlib.sha256(files["metrics.csv"]).hexdigest())
+    except (KeyError, ValueError, AttributeError):
+        return False
+
+
+def _unpacked(content: bytes) -> dict[str, Any]:
+    """A checkpoint from its file's bytes. ValueError says what is wrong with it; none is run as Python."""
+    digest, _, payload = content.partition(b"\n")
+    if hashlib.sha256(payload).hexdigest().encode() != digest:
+        raise ValueError("does not match its checksum")
+    try:
+        found = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        if not isinstance(found, dict) or not isinstance(found.get("epoch"), int):
+            raise TypeError("no epoch")
+    except Exception as error:  # a file that is no checkpoint fails in a way of its own
+        raise ValueError(f"is no checkpoint ({type(error).__name__})") from error
+    return found
+
+
+def _reached(files: dict[str, bytes]) -> int:
+    """Epochs behind the latest checkpoint among files that can be read, name -> bytes; -1 if there is none."""
+    for name in CHECKPOINTS:
+        try:
+            return _unpacked(files[name])["epoch"]
+        except (KeyError, ValueError):
+            continue
+    return -1
 
 
 @contextmanager
