@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 where something failed on the way, 2 for bad input (one sentence
-    on stderr)."""
+    """Run one command; returns the exit status: 0, 1 where something failed on the way or another process holds a run,
+    2 for bad input (one sentence on stderr)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     main_thread = threading.current_thread() is threading.main_thread()
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)} if main_thread else {}
@@ -114,7 +116,9 @@ def _run(args: argparse.Namespace) -> int:
     from fa.results import cluster, executors
     from fa.train import ddp, loop
 
-    cluster.check(args.executor)
+    if args.storage:
+        os.environ["FA_STORAGE"] = args.storage  # workers inherit it
+    cluster.check(args.executor, args.device)
     device = executors.pick_device(args.device, args.executor == "local")  # a slip is found before all else
     executors.pick_workers(args.workers, device)
     if args.deterministic:
@@ -151,13 +155,18 @@ def _lead(args: argparse.Namespace, ranks: Ranks) -> int:
     datasets = sorted({c.dataset for c in runs.missing(configs) if hasattr(c, "dataset")})
     for name in datasets if here else ():
         data.load(name)  # a data set that is missing or damaged is found before any process starts
-    if args.storage:
-        os.environ["FA_STORAGE"] = args.storage  # workers inherit it
     for name in planned if args.mode != "quick" else ():
         registered.note(records.name_of(name, args.mode))
     compiled = {"auto": None}.get(args.compile, args.compile == "yes")
-    with cluster.opened(args.executor, store.runs_root(), datasets) as executor:
-        device = executor.device if executor and args.device == "auto" else args.device
+    begin = time.time()
+    until = begin + budget if budget else math.inf
+    with cluster.opened(args.executor, store.runs_root(), datasets, until) as executor:
+        device = args.device
+        if executor and device == "auto":
+            device = executor.device
+            sys.stderr.write(f"fa: the runs are trained on {device} ({executor.why})\n")
+        if budget:
+            budget = max(until - time.time(), 1e-6)
         how = dict(together=args.together, compiled=compiled, executor=executor, ranks=ranks)
         summary = runs.run(configs, budget, args.workers, device, **how)
     print(summary)
@@ -173,7 +182,7 @@ def _lead(args: argparse.Namespace, ranks: Ranks) -> int:
     else:
         part = any(records.lacking(name, args.mode, whole) for name, whole in planned.items())
         print(f"next: {PROG} collect {names}{_given(args)}{' --partial' if part else ''}")
-    return 1 if summary.failed else 0
+    return 1 if summary.failed or summary.busy else 0
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -57,14 +57,14 @@ def worker(port: int, store: str, shares: bool, place: int, threads: int, prepar
     """
     from distributed import Worker
 
-    from fa.results import cluster
+    from fa.results import worker as served_by
     from fa.train import loop
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     os.environ.update(FA_RUNS=store)
     loop.CHECKPOINT_EVERY = 0.0  # after every epoch
     if not shares:
-        cluster.Terms.shared = property(lambda terms: False)
+        served_by.Terms.shared = property(lambda terms: False)
     if prepare:
         prepare()
     count, lock = itertools.count(1), threading.Lock()

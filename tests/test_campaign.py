@@ -19,9 +19,10 @@ from fa import __main__ as command
 from fa import experiments, paths
 from fa.results import executors, progress, records
 from fa.results import runs as campaign
-from fa.results.cluster import Elsewhere, Terms
+from fa.results.cluster import Elsewhere
 from fa.results.page import Page
 from fa.results.store import RunFolder
+from fa.results.worker import Terms
 from fa.train import loop as train
 from fa.train import step as engine
 
@@ -116,6 +117,16 @@ def test_a_run_that_another_process_trains_is_left_to_it():
         summary = run(configs)
     assert (summary.done, summary.left, summary.failed) == (1, 1, [])
     assert run(configs).done == 1
+
+
+def test_runs_that_another_process_holds_make_the_command_fail(monkeypatch, capsys):
+    configs = plan("bp,fa", epochs=1)
+    monkeypatch.setattr(experiments, "plan", lambda *a, **k: configs)
+    arguments = ["run", "p3_fig2", "--mode", "quick", "--workers", "1", "--device", "cpu"]
+    with RunFolder(configs[0]).lock():
+        assert command.main(arguments) == 1
+    assert "1 of 2 runs are finished, 1 of them now, 1 are being trained by another process" in capsys.readouterr().out
+    assert command.main(arguments) == 0 and "another process" not in capsys.readouterr().out
 
 
 def test_a_page_waits_for_a_run_that_another_process_trains():

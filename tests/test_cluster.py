@@ -3,19 +3,27 @@ that do not fit. ``python tests/cluster_harness.py`` kills many more."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import cluster_harness
 import pytest
+import torch
 from cluster_harness import N_RUNS, Harness
 
 from fa.errors import UserError
-from fa.results import cluster
+from fa.experiments.p2_tuning import QUICK
+from fa.results import cluster, executors, worker
 from fa.results import runs as campaign
 from fa.results.store import RunFolder
 from fa.train import loop
@@ -106,11 +114,11 @@ def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def apart(config, files=(), work=campaign.run_one):
     """A job's result from a worker that shares no store."""
-    return cluster._there(work, [config], cluster.Terms(Path("/nowhere")), list(files))
+    return worker.there(work, [config], worker.Terms(Path("/nowhere")), list(files))
 
 
 def receive(result) -> list[dict]:
-    return cluster.Elsewhere(None, cluster.Terms(Path("/nowhere")), 1, "cpu").receive(result)
+    return cluster.Elsewhere(None, worker.Terms(Path("/nowhere")), 1, "cpu").receive(result)
 
 
 def test_the_checkpoint_of_more_epochs_stays(stores, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +179,212 @@ def test_nothing_is_sent_of_a_run_that_another_process_trains(stores, monkeypatc
     assert stores("none").files() == {} and not stores("none").path.exists()
 
 
+def test_trials_of_a_search_are_refused_where_each_worker_would_have_a_search_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FA_STORAGE", raising=False)
+    monkeypatch.setenv("FA_RUNS", str(tmp_path))
+    search, grid = replace(QUICK, part="search"), QUICK
+    called = lambda job: [{"state": "finished"}]  # noqa: E731
+    statuses, files, wrong = apart(search, work=called)
+    assert (statuses, files) == ([], []) and "does not share the run store, in which the search is kept" in wrong
+    assert "--storage" in wrong and apart(grid, work=called)[2] == ""
+    monkeypatch.setenv("FA_STORAGE", "sqlite:////shared/search.db")
+    assert apart(search, work=called)[2] == ""
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///search.db", "sqlite://", "sqlite+pysqlite:///a/b.db"])
+def test_a_search_in_a_relative_path_is_refused_before_anything_is_sent(storage, capsys, monkeypatch) -> None:
+    from fa.__main__ import main
+
+    monkeypatch.setenv("FA_STORAGE", "")
+    command = ["run", "p2_tuning", "--mode", "quick", "--storage", storage]
+    assert main([*command, "--executor", "dask://127.0.0.1:1"]) == 2
+    assert f"fa: the storage {storage} is another file for every worker; give an absolute" in capsys.readouterr().err
+    cluster.check("local")
+    monkeypatch.setenv("FA_STORAGE", "sqlite:////shared/search.db")
+    cluster.check("dask://127.0.0.1:1")
+
+
+class Idle(Executor):
+    """Begins no job."""
+
+    def __init__(self) -> None:
+        self.taken: list[Future] = []
+
+    def submit(self, fn, /, *args, **kwargs) -> Future:
+        self.taken.append(Future())
+        return self.taken[-1]
+
+
+def test_jobs_that_no_worker_begins_end_with_the_budget(stores, capsys: pytest.CaptureFixture[str]) -> None:
+    pool, terms = Idle(), worker.Terms(Path("/nowhere"))
+    executor = cluster.Elsewhere(pool, terms, 1, "cpu", waits=lambda future: future is not pool.taken[-1])
+    config = stores("here").config
+    later = threading.Timer(1.5, lambda: pool.taken[-1].set_result(([{"state": "stopped"}], [], "")))
+    later.start()  # the last one was begun, and has until then to stop
+    configs = [config.vary(seed=seed) for seed in range(3)]
+    summary = campaign.run(configs, budget=1e-6, device="cpu", progress=False, executor=executor)
+    later.join()
+    assert (summary.done, summary.left, summary.failed) == (0, 3, [])
+    assert [future.cancelled() for future in pool.taken] == [True, True, False]
+    assert "time is up, and no worker has begun 2 of the runs; their jobs are cancelled" in capsys.readouterr().err
+
+
+class Asked:
+    """A client of Dask whose workers have these devices."""
+
+    def __init__(self, *devices: str) -> None:
+        self.devices = devices
+        self.waited: list[float | None] = []
+
+    def nthreads(self) -> dict[str, int]:
+        return dict.fromkeys(map(str, range(len(self.devices))), 1)
+
+    def run(self, *_, **__) -> dict[str, tuple]:
+        return {str(i): ("", True, device) for i, device in enumerate(self.devices)}
+
+    def wait_for_workers(self, n: int, timeout: float | None) -> None:
+        self.waited.append(timeout)
+        raise TimeoutError
+
+    def get_executor(self, pure: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "devices, taken, why",
+    [
+        (("cuda", "cuda"), "cuda", "all workers' own"),
+        (("cpu",), "cpu", "all workers' own"),
+        (("cuda", "cpu", "cuda"), "cpu", "1 of 3 workers have no GPU; --device cuda is for workers that all have one"),
+    ],
+)
+def test_the_device_is_the_workers(devices, taken, why, capsys) -> None:
+    found = cluster._asked(Asked(*devices), "host:1", worker.Terms(Path("/nowhere")), [], math.inf)
+    assert (found.device, found.why, found.waits(Future())) == (taken, why, False)
+    assert capsys.readouterr().err == ""
+
+
+def test_dask_without_a_worker_is_told_at_once_and_the_wait_is_bounded(capsys) -> None:
+    for until, bounded in ((math.inf, False), (0.0, True)):
+        client = Asked()
+        found = cluster._asked(client, "host:1", worker.Terms(Path("/nowhere")), [], until)
+        assert (found.device, found.all_share, found.waits(Future())) == ("cpu", False, True)
+        assert (client.waited != [None]) == bounded
+        said = capsys.readouterr().err
+        assert "host:1 has no worker yet, and this command waits for one; start one with: dask worker tcp://h" in said
+
+
+def test_the_device_of_slurms_jobs_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    from fa.__main__ import main
+
+    assert main(["run", "p3_fig2", "--mode", "quick", "--executor", "slurm:partition=gpu"]) == 2
+    assert "does not know the device of Slurm's jobs; give --device cuda" in capsys.readouterr().err
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Slurm's commands, which begin no job; returns the file of those that are cancelled."""
+    pytest.importorskip("submitit", reason="needs the extra cluster")
+    (tmp_path / "bin").mkdir()
+    cancelled = tmp_path / "cancelled"
+    does = {"srun": "", "sacct": "", "sbatch": "echo Submitted batch job 7", "scancel": f'echo "$@" >> {cancelled}'}
+    for name, line in does.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return cancelled
+
+
+def test_jobs_of_slurm_that_are_pending_past_the_budget_are_cancelled(slurm: Path, stores) -> None:
+    """No checkpoint is in what is sent, for the run store is shared; nothing is left of it at the end."""
+    folder = stores("here")
+    folder.save({"epoch": 0, "net": torch.zeros(100_000)})
+    with cluster.opened("slurm:partition=gpu", folder.path.parent) as executor:
+        sent = []
+        real = executor.pool.submit
+        executor.pool.submit = lambda *args: (
+            real(*args),
+            sent.extend(p.stat().st_size for p in folder.path.parent.rglob("*.pkl")),
+        )[0]
+        summary = campaign.run([folder.config], budget=1e-6, device="cpu", progress=False, executor=executor)
+    assert (summary.done, summary.left, summary.failed) == (0, 1, [])
+    assert slurm.read_text().split()[0] == "7"
+    assert len(sent) == 1 and sent[0] < 50_000
+    assert [p.name for p in folder.path.parent.iterdir()] == [folder.config.run]
+    missed = worker.there(campaign.run_one, [folder.config], replace(executor.terms, folder=Path("/nowhere")), [])
+    assert missed[0] == [] and "does not share the run store /nowhere; set FA_RUNS to a folder" in missed[2]
+
+
+def test_an_address_where_something_else_than_dask_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the connection, and says nothing, or what is no answer."""
+    pytest.importorskip("distributed", reason="needs the extra cluster")
+    monkeypatch.setattr(cluster, "ANSWER", 0.5)
+    for said in (b"", b"HTTP/1.0 400 Bad request\r\n\r\n"):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            taken: list[socket.socket] = []
+
+            def serve(server=server, said=said, taken=taken) -> None:
+                with contextlib.suppress(OSError):
+                    while True:
+                        taken.append(server.accept()[0])
+                        taken[-1].sendall(said)
+
+            threading.Thread(target=serve, daemon=True).start()
+            port = server.getsockname()[1]
+            with pytest.raises(UserError, match=f"no Dask scheduler answers at 127.0.0.1:{port}; start one"):
+                with cluster.opened(f"dask://127.0.0.1:{port}", tmp_path):
+                    pass
+            for connection in taken:
+                connection.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_connection_that_breaks_is_the_schedulers_and_no_full_disk(tmp_path: Path, monkeypatch) -> None:
+    distributed = pytest.importorskip("distributed", reason="needs the extra cluster")
+
+    async def connect(*_, **__) -> SimpleNamespace:
+        async def close() -> None:
+            pass
+
+        return SimpleNamespace(close=close)
+
+    class Broken(Asked):
+        def run(self, *_, **__) -> dict[str, tuple]:
+            raise distributed.comm.CommClosedError("Stream is closed")
+
+        def close(self, timeout: float) -> None:
+            pass
+
+    monkeypatch.setattr(distributed.comm, "connect", connect)
+    monkeypatch.setattr(distributed, "Client", lambda *_, **__: Broken("cpu"))
+    with pytest.raises(UserError, match="the Dask scheduler at 127.0.0.1:1 cannot be reached any more .Stream is"):
+        with cluster.opened("dask://127.0.0.1:1", tmp_path):
+            pass
+    monkeypatch.setattr(
+        distributed, "Client", lambda *_, **__: (client := Broken("cpu"), setattr(client, "run", Asked("cpu").run))[0]
+    )
+    with pytest.raises(UserError, match="cannot be reached any more"):
+        with cluster.opened("dask://127.0.0.1:1", tmp_path):
+            raise distributed.comm.CommClosedError("Stream is closed")
+    with pytest.raises(OSError, match="No space left"):
+        with cluster.opened("dask://127.0.0.1:1", tmp_path):
+            raise OSError(28, "No space left on device")
+
+
+def test_a_worker_that_joins_late_and_cannot_import_the_package_ends_the_campaign(stores) -> None:
+    class Late(Executor):
+        def submit(self, fn, /, *args, **kwargs) -> Future:
+            future: Future = Future()
+            future.set_exception(ModuleNotFoundError("No module named 'fa'"))
+            return future
+
+    config, executor = stores("here").config, cluster.Elsewhere(Late(), worker.Terms(Path("/nowhere")), 1, "cpu")
+    with pytest.raises(UserError, match="a worker cannot use fa .ModuleNotFoundError: No module named 'fa'.; install"):
+        campaign.run([config.vary(seed=seed) for seed in range(10)], device="cpu", progress=False, executor=executor)
+
+
 @pytest.mark.slow
 def test_two_of_three_workers_are_killed_and_the_record_is_that_of_a_pool(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("distributed")
@@ -203,12 +417,12 @@ def first_epochs_are_forbidden() -> None:
 
 
 def other_code() -> None:
-    cluster.software = lambda: {"fa of code": "0123", "torch": "2.11.0"}
+    worker.software = lambda: {"fa of code": "0123", "torch": "2.11.0"}
 
 
 def other_torch() -> None:
-    known = cluster.software()
-    cluster.software = lambda: known | {"torch": "1.0"}
+    known = worker.software()
+    worker.software = lambda: known | {"torch": "1.0"}
 
 
 def no_data() -> None:
@@ -216,7 +430,7 @@ def no_data() -> None:
 
 
 def no_fa() -> None:
-    sys.modules["fa.results.cluster"] = None
+    sys.modules["fa.results.worker"] = None
 
 
 @pytest.mark.slow
@@ -284,9 +498,9 @@ def test_jobs_of_submitit(lives: Harness, tmp_path: Path) -> None:
         return job
 
     engine.submit = submit
-    with cluster.Submitted(engine, every=0.1) as pool:
+    with executors.Submitted(engine, every=0.1) as pool:
         summary = campaign.run(
-            configs, device="cpu", progress=False, executor=cluster.Elsewhere(pool, cluster.Terms(store))
+            configs, device="cpu", progress=False, executor=cluster.Elsewhere(pool, worker.Terms(store))
         )
     assert (summary.done, summary.failed, len(killed)) == (2, [], 1)
     assert RunFolder(configs[0]).table().value.tolist() == loop.train(configs[0]).value.tolist()

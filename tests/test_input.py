@@ -299,7 +299,7 @@ def test_A09_a_file_system_without_locks_is_a_sentence(number: int, monkeypatch,
 @pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EAGAIN])
 def test_A09_a_run_that_another_process_trains_is_said_to_be(number: int, monkeypatch, capsys) -> None:
     monkeypatch.setattr(store.fcntl, "flock", raises(number))
-    assert command.main(ONE) == 0
+    assert command.main(ONE) == 1
     assert "0 of 1 runs are finished, 0 of them now, 1 are being trained by another process" in capsys.readouterr().out
 
 

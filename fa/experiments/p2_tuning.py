@@ -82,6 +82,11 @@ class Trial:
         return [replace(self, part=part, number=n) for part, size in sizes.items() for n in range(size)]
 
     @property
+    def asks(self) -> bool:
+        """Whether it is a trial of a search, whose storage all of them share."""
+        return self.part == "search"
+
+    @property
     def factors(self) -> tuple[float, float]:
         """What a point multiplies the two axes by, (horizontal, vertical)."""
         row, column = divmod(self.number, self.side)

@@ -7,61 +7,31 @@ own; it is sent the checkpoints that there are, and sends back the files of its 
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import os
-import platform
 import re
-import threading
-import uuid
+import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fa.errors import UserError
 from fa.paths import write_bytes
-from fa.provenance import software
-from fa.results.executors import keep_pages, pick_device, unchanged
+from fa.results.executors import Submitted, pick_device, unable
 from fa.results.store import RunFolder
-from fa.train import data
+from fa.results.worker import Terms, beside, ready, there, threads
 
 KNOWN = "local, dask://HOST:PORT, slurm, slurm:NAME=VALUE,..."
 
-
-@dataclass(frozen=True)
-class Terms:
-    """What a worker is told with every job.
-
-    Args:
-        folder: the campaign's folder, as the campaign's machine names it: the run store, or the notebooks' outputs.
-        mark: name of a file in it, which a worker sees that shares the folder.
-        software: of the campaign, name -> version.
-        deterministic: what ``torch.use_deterministic_algorithms`` was told.
-        storage: where searches are kept, ``$FA_STORAGE`` of the campaign ("": wherever a worker keeps them).
-    """
-
-    folder: Path
-    mark: str = field(default_factory=lambda: f".{uuid.uuid4().hex}.shared")
-    software: dict[str, str] = field(default_factory=software)
-    deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
-    storage: str = field(default_factory=lambda: os.environ.get("FA_STORAGE", ""))
-
-    @property
-    def shared(self) -> bool:
-        """Whether this machine shares the folder."""
-        return (self.folder / self.mark).exists()
-
-    def wrong(self) -> str:
-        """What this machine has in another version, as a sentence ("" if nothing)."""
-        for name, here in software().items():
-            if here != (there := self.software[name]):
-                return f"{_me()} has {name} {here}, the campaign {there}; bring both to one version, restart the worker"
-        return ""
+ANSWER = 10.0  # seconds in which a scheduler answers
 
 
 @dataclass
@@ -73,6 +43,8 @@ class Elsewhere(Executor):
         terms: told to every worker.
         attempts: how often a job is submitted whose worker dies (default 3; 1 where the pool itself tries again).
         device: the workers' own, "cpu" or "cuda" (default: this machine's).
+        why: that device, in words.
+        waits: whether no worker has begun the job of a future (default: there is a worker for each).
         all_share: whether all workers are known to share the run store, so that no file is sent (default False).
     """
 
@@ -80,6 +52,8 @@ class Elsewhere(Executor):
     terms: Terms
     attempts: int = 3
     device: str = field(default_factory=lambda: pick_device("auto"))
+    why: str = ""
+    waits: Callable[[Future], bool] = lambda future: False
     all_share: bool = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
@@ -88,7 +62,7 @@ class Elsewhere(Executor):
         (job,) = args
         needed = [c for config in job for c in (config, *getattr(config, "needs", ()))]
         files = [] if self.all_share else [(c, found) for c in needed if (found := RunFolder(c).files())]
-        return self.pool.submit(_there, fn, job, self.terms, files)
+        return self.pool.submit(there, fn, job, self.terms, files)
 
     def receive(self, result: tuple[list[dict[str, Any]], list[tuple[Any, dict[str, bytes]]], str]) -> list[Any]:
         """Install the files of a job's runs in the run store, and return the statuses: a run whose table could not be
@@ -122,89 +96,33 @@ class Sharing(Executor):
         Raises:
             UserError: as the future's exception, from a worker that does not fit.
         """
-        return self.pool.submit(_beside, fn, args, self.terms)
+        return self.pool.submit(beside, fn, args, self.terms)
 
 
-_alone = threading.Lock()
-
-
-def _there(
-    work: Callable[[Any], list[dict[str, Any]]], job: Sequence[Any], terms: Terms, files: list[Any]
-) -> tuple[list[dict[str, Any]], list[tuple[Any, dict[str, bytes]]], str]:
-    """On a worker, do a job. An error of the user is returned as a sentence, for not every pool returns exceptions."""
-    if not _alone.acquire(blocking=False):
-        return [], [], _threads(_me())
-    try:
-        if wrong := terms.wrong():
-            return [], [], wrong
-        with unchanged():
-            if shared := terms.shared:
-                os.environ["FA_RUNS"] = str(terms.folder)
-            if terms.storage:
-                os.environ["FA_STORAGE"] = terms.storage
-            for config, found in () if shared else (*((c, {}) for c in job), *files):
-                RunFolder(config).forget_damaged()
-                RunFolder(config).install(found)
-            if terms.deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(terms.deterministic)
-            keep_pages()
-            try:
-                statuses, wrong = work(job), ""
-            except UserError as error:
-                statuses, wrong = [], f"{_me()}: {error}"
-            kept = [] if shared else [(c, RunFolder(c).files()) for c in job]
-            return statuses, kept, wrong
-    finally:
-        _alone.release()
-
-
-def _beside(fn: Callable[..., Any], args: Sequence[Any], terms: Terms) -> Any:
-    """On a worker, call a function that writes to the campaign's folder."""
-    if wrong := terms.wrong():
-        raise UserError(wrong)
-    if not terms.shared:
-        raise UserError(
-            f"{_me()} does not share {terms.folder}, where the notebooks' outputs go; set FA_BUILD to a "
-            "folder that it shares"
-        )
-    with unchanged():
-        return fn(*args)
-
-
-def _me() -> str:
-    return f"the worker on {platform.node()} (process {os.getpid()})"
-
-
-def _threads(worker: str) -> str:
-    return f"{worker} has several threads, and a run has a process to itself; start workers with --nthreads 1"
-
-
-def _ready(terms: Terms, datasets: Sequence[str]) -> tuple[str, bool, str]:
-    """On a worker: what is wrong with it, whether it shares the campaign's folder, and its device."""
-    try:
-        wrong = terms.wrong()
-        for name in datasets if not wrong else ():
-            data.load(name)
-    except UserError as error:
-        wrong = f"{_me()}: {error}"
-    return wrong, terms.shared, pick_device("auto")
-
-
-def check(executor: str) -> None:
-    """Refuse a name that is no executor's.
+def check(executor: str, device: str = "cpu") -> None:
+    """Refuse a name that is no executor's, and what workers could not know.
 
     Raises:
-        UserError: it names the known ones.
+        UserError: it names the known ones; Slurm's jobs with the device "auto"; a search in a relative path.
     """
     kind, _, rest = executor.partition(":")
     slurm = kind == "slurm" and all(re.match("[^=]+=.", item) for item in _items(rest))
     if not (executor == "local" or slurm or re.fullmatch(r"dask://[^/\s]+:\d{1,5}", executor, re.ASCII)):
         raise UserError(f"unknown executor {executor!r}; known executors: {KNOWN}")
+    if slurm and device == "auto":
+        raise UserError("this machine does not know the device of Slurm's jobs; give --device cuda, or --device cpu")
+    storage = os.environ.get("FA_STORAGE", "")
+    if executor != "local" and re.match(r"sqlite(\+\w+)?:(?!////)", storage):
+        raise UserError(
+            f"the storage {storage} is another file for every worker; give an absolute path that all see, as in "
+            "sqlite:////shared/search.db, or a server, postgresql+psycopg://USER@HOST/DATABASE"
+        )
 
 
 @contextmanager
-def opened(executor: str, folder: Path, datasets: Sequence[str] = ()) -> Iterator[Elsewhere | None]:
+def opened(
+    executor: str, folder: Path, datasets: Sequence[str] = (), until: float = math.inf
+) -> Iterator[Elsewhere | None]:
     """The executor of that name, until the block ends.
 
     Args:
@@ -212,6 +130,7 @@ def opened(executor: str, folder: Path, datasets: Sequence[str] = ()) -> Iterato
             submitit's parameters as "slurm:partition=gpu,time=120".
         folder: of the campaign, which workers may share.
         datasets: that workers must have; Dask's are asked before anything is sent.
+        until: ``time.time()`` until which to wait for the first of Dask's workers (default: no bound).
 
     Raises:
         UserError: an unknown executor; its package is not installed; no answer; a worker that does not fit.
@@ -221,10 +140,10 @@ def opened(executor: str, folder: Path, datasets: Sequence[str] = ()) -> Iterato
     if executor == "local":
         yield None
         return
-    terms = Terms(folder.resolve())
+    terms = Terms(folder.resolve(), must_share=kind == "slurm")
     mark = write_bytes(folder / terms.mark, b"")
     try:
-        with _dask(rest[2:], terms, datasets) if kind == "dask" else _slurm(rest, terms) as found:
+        with _dask(rest[2:], terms, datasets, until) if kind == "dask" else _slurm(rest, terms) as found:
             yield found
     finally:
         mark.unlink(missing_ok=True)
@@ -242,79 +161,82 @@ def _items(text: str) -> list[str]:
 
 
 @contextmanager
-def _dask(address: str, terms: Terms, datasets: Sequence[str]) -> Iterator[Elsewhere]:
+def _dask(address: str, terms: Terms, datasets: Sequence[str], until: float) -> Iterator[Elsewhere]:
     distributed = _package("distributed")
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what goes wrong is told in our own sentence
+
+    async def knock() -> None:  # who is no scheduler may never answer, which the client would await
+        comm = await asyncio.wait_for(distributed.comm.connect(address, timeout=ANSWER), ANSWER)
+        await comm.close()
+
     try:
-        client = distributed.Client(address, timeout=10, set_as_default=False)
-    except (OSError, ValueError) as error:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, knock()).result()
+        client = distributed.Client(address, timeout=ANSWER, set_as_default=False)
+    except Exception as error:  # of the network, or of whatever was read as an answer
         raise UserError(f"no Dask scheduler answers at {address}; start one there with: dask scheduler") from error
     try:
-        told = client.run(_ready, terms, datasets, on_error="return")
-        for worker, threads in client.nthreads().items():
-            if threads > 1:
-                raise UserError(_threads(f"the worker {worker}"))
-        for worker, answer in told.items():
-            if isinstance(answer, BaseException):
-                raise UserError(
-                    f"the worker {worker} cannot use fa ({type(answer).__name__}: {answer}); install the same fa there"
-                )
-            if answer[0]:
-                raise UserError(answer[0])
-        devices = {device for _, _, device in told.values()} or {"cpu"}
-        all_share = bool(told) and all(shared for _, shared, _ in told.values())
-        pool = client.get_executor(pure=False)  # Dask itself gives a job to another worker when one dies
-        yield Elsewhere(pool, terms, 1, "cuda" if devices == {"cuda"} else "cpu", all_share)
+        try:
+            found = _asked(client, address, terms, datasets, until)
+        except OSError as error:
+            raise distributed.comm.CommClosedError(str(error)) from error
+        yield found
+    except distributed.comm.CommClosedError as error:
+        raise UserError(
+            f"the Dask scheduler at {address} cannot be reached any more ({error}); finished runs are kept, call "
+            "again when it is back"
+        ) from error
     finally:
         client.close(timeout=5)
+
+
+def _asked(client: Any, address: str, terms: Terms, datasets: Sequence[str], until: float) -> Elsewhere:
+    """Dask's workers, once there is one and time is not up, as an executor."""
+    if not client.nthreads():
+        start = f"start one with: dask worker tcp://{address} --nthreads 1"
+        sys.stderr.write(f"fa: the scheduler at {address} has no worker yet, and this command waits for one; {start}\n")
+        try:
+            client.wait_for_workers(1, timeout=max(until - time.time(), 0.1) if until < math.inf else None)
+        except TimeoutError:
+            pass
+    told = client.run(ready, terms, datasets, on_error="return")
+    for worker, n in client.nthreads().items():
+        if n > 1:
+            raise UserError(threads(f"the worker {worker}"))
+    for worker, answer in told.items():
+        if isinstance(answer, BaseException):
+            raise UserError(f"the worker {worker} {unable(answer)}")
+        if answer[0]:
+            raise UserError(answer[0])
+    devices, all_share = [d for _, _, d in told.values()], bool(told) and all(shared for _, shared, _ in told.values())
+    without = devices.count("cpu")
+    device = "cuda" if devices and not without else "cpu"
+    why = f"{without} of {len(devices)} workers have no GPU; --device cuda is for workers that all have one"
+    why = "no worker is there to ask" if not devices else why if 0 < without < len(devices) else "all workers' own"
+
+    def waits(_: Future) -> bool:
+        try:
+            return not client.nthreads()
+        except OSError:  # a scheduler that goes away cancels the jobs
+            return False
+
+    pool = client.get_executor(pure=False)  # Dask itself gives a job to another worker when one dies
+    return Elsewhere(pool, terms, 1, device, why, waits, all_share)
 
 
 @contextmanager
 def _slurm(parameters: str, terms: Terms) -> Iterator[Elsewhere]:
     submitit = _package("submitit")
+    logs = terms.folder / ".slurm" / terms.mark.strip(".")
     try:
-        engine = submitit.AutoExecutor(terms.folder / ".slurm", cluster="slurm")
+        engine = submitit.AutoExecutor(logs, cluster="slurm")
         given = dict(item.split("=", 1) for item in _items(parameters))
         engine.update_parameters(**{f"slurm_{n}": int(v) if v.isdecimal() else v for n, v in given.items()})
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise UserError(f"Slurm cannot be used from here ({str(error).splitlines()[0]})") from error
     with Submitted(engine) as pool:
-        yield Elsewhere(pool, terms)
-
-
-class Submitted(Executor):
-    """submitit's jobs as futures.
-
-    Args:
-        engine: one of submitit's executors.
-        every: seconds between two looks at the jobs (default 1).
-    """
-
-    def __init__(self, engine: Any, every: float = 1.0) -> None:
-        self.engine, self.every, self.over = engine, every, threading.Event()
-        self.flying: dict[Future, Any] = {}
-        self.watch = threading.Thread(target=self._watch, daemon=True)
-        self.watch.start()
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        """A job; one that fails or is killed raises ``BrokenExecutor``."""
-        future: Future = Future()
-        self.flying[future] = self.engine.submit(fn, *args, **kwargs)
-        return future
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Cancel the jobs that are left."""
-        self.over.set()
-        self.watch.join()
-        for job in self.flying.values():
-            job.cancel(check=False)
-
-    def _watch(self) -> None:
-        while not self.over.wait(self.every):
-            for future, job in [(f, j) for f, j in list(self.flying.items()) if j.done()]:
-                try:
-                    future.set_result(job.result())
-                except Exception as error:  # submitit's own, which hold the job's log
-                    lines = str(error).strip().splitlines() or [type(error).__name__]
-                    future.set_exception(BrokenExecutor(f"job {job.job_id}: {lines[-1]}"))
-                del self.flying[future]
+        yield Elsewhere(pool, terms, waits=pool.waits, all_share=True)
+    if not pool.failed:  # else the logs say why
+        shutil.rmtree(logs, ignore_errors=True)
+        if logs.parent.exists() and not any(logs.parent.iterdir()):
+            logs.parent.rmdir()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import multiprocessing
 import os
 import platform
 import re
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
@@ -59,6 +61,59 @@ class Here(Executor):
         return future
 
 
+class Submitted(Executor):
+    """submitit's jobs as futures.
+
+    Args:
+        engine: one of submitit's executors.
+        every: seconds between two looks at the jobs (default 1).
+
+    Attributes:
+        failed: whether a job failed or was killed.
+    """
+
+    def __init__(self, engine: Any, every: float = 1.0) -> None:
+        self.engine, self.every, self.over = engine, every, threading.Event()
+        self.flying: dict[Future, Any] = {}
+        self.failed = False
+        self.watch = threading.Thread(target=self._watch, daemon=True)
+        self.watch.start()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        """A job; one that fails or is killed raises ``BrokenExecutor``."""
+        future: Future = Future()
+        self.flying[future] = self.engine.submit(fn, *args, **kwargs)
+        return future
+
+    def waits(self, future: Future) -> bool:
+        """Whether a job is in the queue still: Slurm makes its log when it begins."""
+        job = self.flying.get(future)
+        return job is not None and not job.paths.stdout.exists()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Cancel the jobs that are left."""
+        self.over.set()
+        self.watch.join()
+        for job in self.flying.values():
+            job.cancel(check=False)
+
+    def _watch(self) -> None:
+        while not self.over.wait(self.every):
+            for future, job in list(self.flying.items()):
+                if future.cancelled():
+                    job.cancel(check=False)
+                elif not job.done():
+                    continue
+                elif future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(job.result())
+                    except Exception as error:  # submitit's own, which hold the job's log
+                        lines = str(error).strip().splitlines() or [type(error).__name__]
+                        future.set_exception(BrokenExecutor(f"job {job.job_id}: {lines[-1]}"))
+                        self.failed = True
+                del self.flying[future]
+
+
 @contextmanager
 def unchanged() -> Iterator[None]:
     """After the block the environment variables and the two output streams of this process are what they were before
@@ -105,6 +160,11 @@ def processes() -> Iterator[Callable[[], Executor]]:
             pool.shutdown(cancel_futures=True)
 
 
+def unable(error: BaseException) -> str:
+    """What is said of a worker that cannot import what a job needs."""
+    return f"cannot use fa ({type(error).__name__}: {error}); install the same fa there"
+
+
 def each(
     work: Callable[[Any], Any],
     jobs: Sequence[Any],
@@ -112,6 +172,8 @@ def each(
     n: int,
     attempts: int = 1,
     say: Callable[[Any, str], None] = lambda job, why: None,
+    until: float = math.inf,
+    waits: Callable[[Future], bool] = lambda future: False,
 ) -> Iterator[tuple[Any, Any, str]]:
     """Do jobs, ``n`` at a time; a job whose worker dies is given to a new one, and takes no other job with it.
 
@@ -122,12 +184,16 @@ def each(
         n: number of workers.
         attempts: how often a job is tried whose worker dies (default 1).
         say: told of a job that is taken up again, and why.
+        until: ``time.time()`` after which jobs that no worker has begun are cancelled (default: none ever is).
+        waits: whether no worker has begun the job of a future (default: there is a worker for each).
 
     Yields:
-        (job, result, "") as they end, or (job, None, why) of one whose workers died.
+        (job, result, "") as they end, (job, None, why) of one whose workers died, or (job, None, "") of one that was
+        not begun in time.
 
     Raises:
-        UserError: from a job; or jobs were cancelled by whoever makes the workers.
+        UserError: from a job; a worker cannot import what a job needs; or jobs were cancelled by whoever makes the
+            workers.
     """
     waiting, deaths = deque((job, 1) for job in jobs), 0
     flying: dict[Future, tuple[Executor, Any, int]] = {}
@@ -144,7 +210,14 @@ def each(
                     if deaths > attempts * n:
                         raise UserError("worker processes are killed as they start; is there room for them?") from None
                     free.append(new())
-            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+            left = min(max(until - time.time(), 1.0), threading.TIMEOUT_MAX) if until < math.inf else None
+            ended = wait(flying, left, return_when=FIRST_COMPLETED).done
+            for future in [f for f in flying if waits(f)] if not ended and time.time() >= until else ():
+                if future.cancel():
+                    worker, job, _ = flying.pop(future)
+                    free.append(worker)
+                    yield job, None, ""
+            for future in ended:
                 worker, job, attempt = flying.pop(future)
                 if future.cancelled():
                     raise UserError(
@@ -152,6 +225,8 @@ def each(
                         "when it is back"
                     )
                 error = future.exception()
+                if isinstance(error, ImportError):
+                    raise UserError(f"a worker {unable(error)}")
                 if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
                     free.append(worker)
                     yield job, future.result(), ""

@@ -201,22 +201,27 @@ def run(
     n = min(pick_workers(workers, device), len(jobs)) if executor is None else len(jobs)
     until = begin + budget if budget else math.inf
     work = partial(run_one, device=device, until=until, compiled=compiled, ranks=ranks)
-    done, busy, failed, attempts = 0, 0, [], executor.attempts if executor else ATTEMPTS
+    done, busy, waiting, failed, attempts = 0, 0, 0, [], executor.attempts if executor else ATTEMPTS
     with ExitStack() as open_:
         if progress and todo:
             started = f"starting {n} processes ..." if n > 1 and executor is None else ""
             open_.enter_context(Progress([RunFolder(c) for c in todo], len(configs), started))
         new = (lambda: executor) if executor else Here if n <= 1 else open_.enter_context(processes())
-        ended = open_.enter_context(closing(each(work, jobs, new, n, attempts, _taken_up)))
+        bound = (until, executor.waits) if executor else ()
+        ended = open_.enter_context(closing(each(work, jobs, new, n, attempts, _taken_up, *bound)))
         for job, results, why in ended:
             if results and executor:
                 results = executor.receive(results)
+            elif not (results or why):
+                waiting, results = waiting + len(job), [{"state": "stopped"}] * len(job)
             results = results or [{"state": "failed", "error": f"its worker died {attempts} times: {why}"}] * len(job)
             for config, status in zip(job, results):
                 done += status["state"] in ("finished", "diverged")
                 busy += status["state"] == "busy"
                 if status["state"] == "failed":
                     failed.append(f"{in_words(config)} ({config.run}): {status['error']}")
+    if waiting:
+        sys.stderr.write(f"fa: time is up, and no worker has begun {waiting} of the runs; their jobs are cancelled\n")
     return Summary(len(configs) - len(todo), done, len(todo) - done, failed, time.time() - begin, busy)
 
 
