@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import pickle
 import socket
 import sys
 import threading
@@ -25,6 +26,7 @@ from fa.errors import UserError
 from fa.experiments.p2_tuning import QUICK
 from fa.results import cluster, executors, worker
 from fa.results import runs as campaign
+from fa.results.executors import Here
 from fa.results.store import RunFolder
 from fa.train import loop
 
@@ -373,15 +375,20 @@ def test_a_connection_that_breaks_is_the_schedulers_and_no_full_disk(tmp_path: P
             raise OSError(28, "No space left on device")
 
 
-def test_a_worker_that_joins_late_and_cannot_import_the_package_ends_the_campaign(stores) -> None:
-    class Late(Executor):
+def test_a_worker_that_joins_late_and_cannot_import_the_package_ends_the_campaign(
+    stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Here):
+        """Does what is sent as bytes."""
+
         def submit(self, fn, /, *args, **kwargs) -> Future:
-            future: Future = Future()
-            future.set_exception(ModuleNotFoundError("No module named 'fa'"))
-            return future
+            assert (fn, [type(a) for a in args]) == (pickle.loads, [bytes])
+            with monkeypatch.context() as m:
+                m.setitem(sys.modules, "fa.results.worker", None)
+                return super().submit(fn, *args, **kwargs)
 
     config, executor = stores("here").config, cluster.Elsewhere(Late(), worker.Terms(Path("/nowhere")), 1, "cpu")
-    with pytest.raises(UserError, match="a worker cannot use fa .ModuleNotFoundError: No module named 'fa'.; install"):
+    with pytest.raises(UserError, match="a worker cannot use fa .ModuleNotFoundError: import of fa.results.worker"):
         campaign.run([config.vary(seed=seed) for seed in range(10)], device="cpu", progress=False, executor=executor)
 
 
@@ -478,6 +485,34 @@ def test_a_scheduler_that_goes_away_is_a_sentence_and_finished_runs_are_kept(liv
     assert err.splitlines()[-1].startswith("fa: the jobs were cancelled, or their scheduler went away; finished runs")
     assert 0 < len(list(folder.glob("runs/*/status.json"))) < N_RUNS
     assert not list(folder.glob("runs/.*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "prepare, said", [(no_fa, "a worker cannot use fa"), (other_torch, "has torch 1.0, the campa")]
+)
+def test_a_worker_that_joins_late_and_does_not_fit_ends_the_command(lives: Harness, prepare, said) -> None:
+    """It is there when the first run is finished, and would fail all that are left."""
+    folder = lives.folder()
+    with lives.cluster(places=(0,)) as (address, _, _):
+        late = []
+
+        def join() -> None:
+            while not list(folder.glob("runs/*/status.json")):
+                threading.Event().wait(0.05)
+            port, store = int(address.rpartition(":")[2]), str(folder / "late")
+            late.append(lives.start(cluster_harness.worker, port, store, True, 0, 1, prepare))
+
+        joining = threading.Thread(target=join, daemon=True)
+        joining.start()
+        status, out, err, _ = lives.campaign("--executor", address, "--seeds", "40")
+        joining.join()
+        for process in late:
+            process.kill()
+            process.join()
+    assert status == 2 and "Traceback" not in err, err
+    assert err.splitlines()[-1].startswith("fa: ") and said in err.splitlines()[-1], err[-500:]
+    assert 0 < len(list(folder.glob("runs/*/status.json"))) < 240
 
 
 @pytest.mark.slow

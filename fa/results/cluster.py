@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -62,7 +63,7 @@ class Elsewhere(Executor):
         (job,) = args
         needed = [c for config in job for c in (config, *getattr(config, "needs", ()))]
         files = [] if self.all_share else [(c, found) for c in needed if (found := RunFolder(c).files())]
-        return self.pool.submit(there, fn, job, self.terms, files)
+        return _sent(self.pool, there, fn, job, self.terms, files)
 
     def receive(self, result: tuple[list[dict[str, Any]], list[tuple[Any, dict[str, bytes]]], str]) -> list[Any]:
         """Install the files of a job's runs in the run store, and return the statuses: a run whose table could not be
@@ -96,7 +97,24 @@ class Sharing(Executor):
         Raises:
             UserError: as the future's exception, from a worker that does not fit.
         """
-        return self.pool.submit(beside, fn, args, self.terms)
+        return _sent(self.pool, beside, fn, args, self.terms)
+
+
+@dataclass
+class _Call:
+    """A call that is made where its pickle is opened, for which it stands."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.fn, self.args
+
+
+def _sent(pool: Executor, fn: Callable[..., Any], *args: Any) -> Future:
+    """``fn(*args)`` there, as bytes: a worker without the package then says so by its job's exception. Dask itself
+    reads what a job names before the job begins, and takes a worker that cannot for a dead one."""
+    return pool.submit(pickle.loads, pickle.dumps(_Call(fn, args)))
 
 
 def check(executor: str, device: str = "cpu") -> None:
