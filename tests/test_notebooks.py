@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ import pytest
 
 import fa
 from fa import citations, experiments, paths, plot
-from fa.results import batch, compare, contents, parameters, records
+from fa.results import batch, compare, contents, executors, parameters, records
 from fa.results import page as notebooks
 from fa.results import table as figure_table
 from fa.train.config import Config
@@ -351,7 +352,7 @@ def test_batch_goes_on_after_a_failure_and_counts_it(monkeypatch, tmp_path):
 
     def execute(job, outputs, jobs):
         seen.append((job.name, job.parameters))
-        return 1.0, "ValueError: no" if job.parameters["seeds"] == 2 else ""
+        return 1.0, "ValueError: no\n| in f" if job.parameters["seeds"] == 2 else ""
 
     monkeypatch.setattr(batch, "_execute", execute)
     monkeypatch.setenv("FA_BUILD", str(tmp_path))
@@ -360,8 +361,28 @@ def test_batch_goes_on_after_a_failure_and_counts_it(monkeypatch, tmp_path):
     assert batch.reproduce(["32"], "record", {"rules": "bp"}, grid, say=lines.append, pool=pool) == 1
     assert [name for name, _ in seen] == [f"32_pfa_fig2_mnist__seeds={n}" for n in (1, 2, 3)]
     assert seen[0][1] == {"mode": "record", "rules": "bp", "seeds": 1}
-    assert sum("FAILED" in line for line in lines) == 1 and "ValueError: no" in "".join(lines)
+    assert sum("FAILED" in line for line in lines) == 1 and "         ValueError: no\n         | in f" in lines
     assert lines[-1].endswith("failed: 32_pfa_fig2_mnist__seeds=2")
+
+
+def test_a_cell_that_fails_is_told_with_its_number_the_end_of_its_traceback_and_its_log(monkeypatch, tmp_path):
+    page = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(code) for code in ("1", "def f():\n    1 / 0", "f()")]
+    )
+    page.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(page, tmp_path / "page.ipynb")
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    (tmp_path / "out").mkdir()
+    job = batch._Job(tmp_path / "page.ipynb", "quick", {}, {})
+    with executors.unchanged():
+        seconds, error = batch._execute(job, tmp_path / "out", 1)
+    assert seconds > 0 and (tmp_path / "out" / "page.log").is_file()
+    lines = error.splitlines()
+    assert lines[0] == "ZeroDivisionError: division by zero"
+    assert lines[1] == f"in cell [3]; all of it is in {tmp_path / 'out' / 'page.log'}"
+    assert len(lines) == 2 + batch.TOLD and all(line.startswith("| ") for line in lines[2:])
+    assert lines[-1] == "| ZeroDivisionError: division by zero" and any("1 / 0" in line for line in lines[2:])
+    assert "\x1b" not in error
 
 
 def test_batch_says_what_the_figures_are_and_names_the_report_where_it_is_about_them(monkeypatch, tmp_path):

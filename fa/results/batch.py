@@ -36,6 +36,9 @@ FIGURES = {
 FIGURE = re.compile(r'fa\.notebook\(globals\(\), \\"(\w+)\\"')
 """How a notebook's file names its figure."""
 
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
+TOLD = 4  # lines of a traceback
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -110,7 +113,7 @@ def reproduce(
             say(f"{place} {'FAILED' if error else 'ok':6s} {seconds:6.0f} s  {job.name}")
             if error:
                 failed.append(job.name)
-                say(f"         {error}")
+                say("\n".join(f"         {line}" for line in error.splitlines()))
     folders = dict.fromkeys([job.build / mode / "figures" for job in work] + [ROOT / "figures"])
     made = [p for folder in folders for p in sorted(folder.glob("*.pdf")) if p.stat().st_mtime >= start - 1]
     say("\n  ".join([f"{FIGURES[mode]}:", *(relative(p) for p in made)]) if made else "figures: none")
@@ -175,7 +178,7 @@ def _execute(job: _Job, outputs: Path, jobs: int) -> tuple[float, str]:
     """Run one notebook; its kernel inherits this process's environment, and what both say goes to a log.
 
     Returns:
-        seconds, and the error in a line ("" if there was none).
+        seconds, and the error in lines ("" if there was none).
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -198,8 +201,16 @@ def _execute(job: _Job, outputs: Path, jobs: int) -> tuple[float, str]:
             )
         except PapermillExecutionError as e:
             logging.error(e)
-            error = cut(f"{e.ename}: {(e.evalue.splitlines() or [''])[0]}", 300)
+            error = _told(e, out.with_suffix(".log"))
         except Exception as e:  # the notebook's file, the kernel: whatever it is, the other notebooks run
             logging.exception("not run")
             error = cut(f"{type(e).__name__}: see {relative(out.with_suffix('.log'))}", 300)
     return time.time() - start, error
+
+
+def _told(error: Any, log: Path) -> str:
+    """papermill's error in lines: what it is, its cell, the end of its traceback, and where the whole is."""
+    lines = [line.rstrip() for part in error.traceback for line in COLOR.sub("", part).splitlines() if line.strip()]
+    what = cut(f"{error.ename}: {(error.evalue.splitlines() or [''])[0]}", 300)
+    where = f"in cell [{error.exec_count}]; all of it is in {relative(log) if log.is_relative_to(ROOT) else log}"
+    return "\n".join([what, where, *(f"| {cut(line, 200)}" for line in lines[-TOLD:])])
