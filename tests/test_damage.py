@@ -8,6 +8,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -21,7 +22,7 @@ from fa import __main__ as command
 from fa import citations, experiments
 from fa.paths import read_csv, read_json
 from fa.results import claims, records
-from fa.results.store import CHECKPOINTS, RunFolder, read_sidecar
+from fa.results.store import CHECKPOINTS, RunFolder, locked, read_sidecar
 from fa.train import loop, photos
 
 
@@ -196,6 +197,58 @@ def test_a_damaged_citation_file_is_a_sentence(content: bytes, tmp_path: Path, m
     monkeypatch.setattr(citations, "ROOT", tmp_path)
     with pytest.raises(fa.UserError, match="CITATION.cff (cannot be read|lacks)"):
         citations.citation.__wrapped__()
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> photos.ImageFolderSource:
+    """A set of six, in this folder, of which the last one is damaged."""
+    pytest.importorskip("torchvision")
+    from PIL import Image
+
+    for i in range(6):
+        path = tmp_path / "set" / "train" / "cat" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(path)
+    path.write_bytes(b"")
+    return photos.ImageFolderSource("photographs", 1, "set", {"train": 6}, size=8)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_photograph_is_a_sentence_whoever_decodes_it(workers: int, photographs, tmp_path: Path) -> None:
+    with pytest.raises(fa.UserError) as caught:
+        list(photos.DiskSplit(photographs, tmp_path, "train", workers=workers).batches(2))
+    path = tmp_path / "set" / "train" / "cat" / "5.png"
+    assert str(caught.value) == f"photograph {path} is damaged (UnidentifiedImageError); restore it"
+
+
+def test_a_daemon_that_may_start_no_process_says_how_it_may(photographs, tmp_path: Path, monkeypatch) -> None:
+    """So are the workers of Dask, unless they are told."""
+    monkeypatch.setattr(photos, "current_process", lambda: SimpleNamespace(daemon=True))
+    split = photos.DiskSplit(photographs, tmp_path, "train", workers=1)
+    with pytest.raises(fa.UserError, match="for it is a daemon; .* DASK_DISTRIBUTED__WORKER__DAEMON=False dask worker"):
+        list(split.batches(2))
+    split.workers = 0
+    with pytest.raises(fa.UserError, match="5.png is damaged"):
+        list(split.batches(2))
+
+
+def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """It outlives by a moment the run that is killed, or for ever a loader that hangs."""
+    from multiprocessing import get_context
+
+    begun, over = get_context("fork").Event(), get_context("fork").Event()
+    with locked(tmp_path / "lock", tmp_path) as mine:
+        child = get_context("fork").Process(target=lambda: begun.set() or over.wait())
+        child.start()
+        assert mine and begun.wait(60)
+        with locked(tmp_path / "lock", tmp_path, wait=False) as again:
+            assert not again
+    try:
+        with locked(tmp_path / "lock", tmp_path, wait=False) as free:
+            assert free
+    finally:
+        over.set()
+        child.join()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0", b"BM" + bytes(40)])

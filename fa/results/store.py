@@ -11,12 +11,13 @@ import fcntl
 import hashlib
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import torch
@@ -245,11 +246,22 @@ def _reached(files: dict[str, bytes]) -> int:
     return -1
 
 
+_held: set[IO[str]] = set()  # files of the locks of this process
+
+
+def _let_go() -> None:
+    while _held:
+        _held.pop().close()
+
+
+os.register_at_fork(after_in_child=_let_go)  # the lock is free when every process has closed its file
+
+
 @contextmanager
 def locked(path: Path, guarded: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a lock against other processes, and remove what a killed one left half written in the folder it guards.
 
-    A process that dies lets go.
+    A process that dies lets go, and one that it has forked, e.g. to decode photographs, holds nothing.
 
     Args:
         path: file of the lock.
@@ -275,7 +287,11 @@ def locked(path: Path, guarded: Path, wait: bool = True) -> Iterator[bool]:
             ) from error
         for part in guarded.glob(".*.part"):
             part.unlink(missing_ok=True)
-        yield True
+        _held.add(file)
+        try:
+            yield True
+        finally:
+            _held.discard(file)
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:

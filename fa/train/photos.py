@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,11 @@ class DiskSplit:
         from torch.utils.data import DataLoader
 
         cuda, workers = self.device.type == "cuda", min(self.workers, len(batches))
+        if workers and current_process().daemon:
+            raise UserError(
+                "photographs are decoded by processes, which this one may not start, for it is a daemon; a worker of "
+                "Dask may after DASK_DISTRIBUTED__WORKER__DAEMON=False dask worker ..."
+            )
         loader = DataLoader(
             DecodedImages(self.paths, self.labels, self.size, key),
             batch_sampler=batches,
@@ -172,9 +178,17 @@ class DiskSplit:
             prefetch_factor=4 if workers else None,
             generator=torch.Generator(),  # else it draws from the global generator
         )
-        for x, y in loader:
+        for x, y in _told(loader):
             x = x.to(self.device, non_blocking=True).to(self.mean.dtype)
             yield x.div_(255).sub_(self.mean).div_(self.sd).to(self.dtype), y.to(self.device, non_blocking=True)
+
+
+def _told(loader: Iterable[Any]) -> Iterator[Any]:
+    """The loader's batches. An error of the user comes from its processes with their traceback before its sentence."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
 class DecodedImages(torch.utils.data.Dataset):
