@@ -13,7 +13,8 @@ ALONE = """
 import sys
 
 hidden = set("torchvision matplotlib seaborn sklearn scipy tqdm papermill nbformat nbclient nbval jupyterlab ipywidgets "
-             "IPython ipykernel traitlets PIL pytest hypothesis".split())
+             "IPython ipykernel traitlets PIL pytest hypothesis "
+             "distributed dask submitit optuna psycopg sqlalchemy".split())
 
 class Hide:  # what is hidden is not there: nothing is found, nothing raises but the import itself
     def __init__(self, finder):
@@ -35,6 +36,7 @@ def split(n):
 
 data.load = lambda name, device="cpu", *args, **kwargs: data.Data(name, 10, split(128), None, split(32))
 status = main("run p3_fig2 --mode quick --seeds 1 --epochs 1 --workers 1 --device cpu".split())
+status += main(["list"])
 assert not {m.partition(".")[0] for m in sys.modules} & hidden
 sys.exit(status)
 """
@@ -46,3 +48,26 @@ def test_a_campaign_runs_without_the_rest(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "6 of 6 runs are finished" in done.stdout
     assert len(list(tmp_path.glob("*/metrics.csv"))) == 6
+
+
+EXTRAS = """
+import sys
+
+import fa.experiments, fa.results.batch, fa.results.cluster, fa.results.page, fa.results.plan, fa.results.report
+from fa.__main__ import main
+
+status = main("run p3_fig2 --mode quick --seeds 1 --epochs 1 --rules bp --workers 1 --device cpu".split())
+for name in fa.experiments.EXPERIMENTS:
+    fa.experiments.plan(name, "quick") if fa.experiments.EXPERIMENTS[name].grid else None
+extras = "distributed dask submitit optuna psycopg sqlalchemy".split()
+assert not (found := [name for name in extras if name in sys.modules]), found
+sys.exit(status)
+"""
+
+
+def test_what_clusters_and_searches_need_is_not_imported_without_them(tmp_path: Path) -> None:
+    """Although it is there."""
+    env = {**os.environ, "FA_RUNS": str(tmp_path), "PYTHONPATH": str(fa.ROOT)}
+    done = subprocess.run([sys.executable, "-c", EXTRAS], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 runs are finished" in done.stdout

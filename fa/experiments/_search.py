@@ -75,7 +75,7 @@ def study_of(trial: Trial, attempts: int = 5) -> Any:
             return study_of(trial, attempts - 1)
         raise UserError(
             f"the storage of the search cannot be used ({type(error).__name__}); set FA_STORAGE to a URL that Optuna "
-            "knows, e.g. sqlite:///search.db or, with the extra cluster and a database in UTF8, "
+            "knows, e.g. sqlite:////shared/search.db or, with the extra cluster and a database in UTF8, "
             "postgresql+psycopg://USER@HOST/DATABASE, or leave it empty for a file in the run store"
         ) from error
 
