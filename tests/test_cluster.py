@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import pickle
+import re
 import socket
 import sys
 import threading
@@ -566,6 +567,8 @@ def test_notebooks_run_on_workers_and_one_that_fails_stops_no_other(
     assert status == 1 and "1 of 2 ran through" in out, out
     failed, ran = (f"32_pfa_fig2_mnist__dataset={name}" for name in ("mnist", "digits"))
     assert f"failed: {failed}" in out and "UserError: data set mnist: /nowhere/" in out
+    log = f"{folder}/build/quick/notebooks/{failed}.log"
+    assert re.search(rf"in cell \[\d+\]; all of it is in {log}\n +\| ", out), out
     outputs = folder / "build" / "quick" / "notebooks"
     assert {p.name for p in outputs.iterdir()} == {f"{n}.{end}" for n in (failed, ran) for end in ("ipynb", "log")}
     log = (outputs / f"{failed}.log").read_text()

@@ -100,11 +100,11 @@ class Submitted(Executor):
     def _watch(self) -> None:
         while not self.over.wait(self.every):
             for future, job in list(self.flying.items()):
-                if future.cancelled():
-                    job.cancel(check=False)
-                elif not job.done():
+                if not (future.cancelled() or job.done()):
                     continue
-                elif future.set_running_or_notify_cancel():
+                if not future.set_running_or_notify_cancel():
+                    job.cancel(check=False)
+                else:
                     try:
                         future.set_result(job.result())
                     except Exception as error:  # submitit's own, which hold the job's log
