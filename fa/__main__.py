@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as e:
-        sys.stderr.write(f"fa: {e}\n")
+        if not _hushed():
+            sys.stderr.write(f"fa: {e}\n")
         return 2
     except KeyboardInterrupt as e:
         if main_thread:
@@ -57,6 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         for number, answer in before.items():
             signal.signal(number, answer)
+
+
+def _hushed() -> bool:
+    if "RANK" not in os.environ:  # as without torchrun, where nothing is imported for it
+        return False
+    from fa.train import meeting
+
+    return meeting.hushed()
 
 
 def _open_streams() -> None:
@@ -137,7 +146,6 @@ def _run(args: argparse.Namespace) -> int:
 
 def _lead(args: argparse.Namespace, ranks: Ranks) -> int:
     from fa.results import cluster, progress, records, registered, runs, store
-    from fa.train import data
 
     budget, here = progress.seconds(args.budget) if args.budget else None, args.executor == "local"
     planned = _planned(args)
@@ -153,8 +161,7 @@ def _lead(args: argparse.Namespace, ranks: Ranks) -> int:
         print(progress.forecast(left, budget, args.workers, args.device))
         return 0
     datasets = sorted({c.dataset for c in runs.missing(configs) if hasattr(c, "dataset")})
-    for name in datasets if here else ():
-        data.load(name)  # a data set that is missing or damaged is found before any process starts
+    ranks.check_data(datasets if here else [])  # one that is missing or damaged is found before any process starts
     for name in planned if args.mode != "quick" else ():
         registered.note(records.name_of(name, args.mode))
     compiled = {"auto": None}.get(args.compile, args.compile == "yes")

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pandas as pd
@@ -19,9 +25,10 @@ from torch import nn
 import fa
 import oracles
 from fa import commands
+from fa.provenance import environment
 from fa.results import records
 from fa.results.store import RunFolder
-from fa.train import data, ddp, loop
+from fa.train import data, ddp, loop, meeting
 from fa.train.config import Config
 from fa.train.ddp import ONE_PROCESS, Ranks
 
@@ -271,6 +278,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     told = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=4, LOCAL_WORLD_SIZE=4, MASTER_ADDR="127.0.0.1", MASTER_PORT=1)
     for name, value in told.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(meeting, "JOIN", timedelta(seconds=1))
     return monkeypatch
 
 
@@ -290,9 +298,39 @@ def test_what_does_not_go_with_ranks_is_one_sentence(options: list[str], said: s
     assert not out and err.startswith("fa: ") and err.endswith(f"{said}\n") and err.count("\n") == 1
     rank.setenv("LOCAL_RANK", "1")
     rank.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as ended:
-        main(["run", "p3_fig2", "--mode", "quick", *options])
-    assert ended.value.code == 2 and capfd.readouterr() == ("", "")
+    rank.setattr(meeting, "PATIENCE", 0.0)
+    assert main(["run", "p3_fig2", "--mode", "quick", *options]) == 2 and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--syncbn"], "unrecognized arguments: --syncbn; see python -m fa --help"),
+    (["--mode", "quick", "--device", "cuda:7"], "device 'cuda:7' is not there"),
+    (["--mode", "quick", "--workers", "none"], "workers='none' is not a positive number"),
+])  # fmt: skip
+def test_a_slip_before_the_ranks_have_joined_is_said_by_the_first_of_a_machine(options, said, rank, capfd) -> None:
+    """Of two machines with two ranks each. The others wait, for torchrun would end the first one with them."""
+    from fa.__main__ import main
+
+    waited: list[float] = []
+    rank.setattr(meeting.time, "sleep", waited.append)
+    for number in range(4):
+        rank.setenv("RANK", str(number))
+        rank.setenv("LOCAL_RANK", str(number % 2))
+        assert main(["run", "p3_fig2", *options]) == 2
+        out, err = capfd.readouterr()
+        assert not out and (not err if number % 2 else err.startswith(f"fa: {said}") and err.count("\n") == 1)
+    assert waited == [meeting.PATIENCE] * 2
+
+
+def test_a_rank_that_leaves_a_sentence_to_another_may_be_ended(rank) -> None:
+    from fa.__main__ import main
+
+    def terminated(_: float) -> None:
+        raise KeyboardInterrupt("terminated")
+
+    rank.setattr(meeting.time, "sleep", terminated)
+    rank.setenv("LOCAL_RANK", "1")
+    assert main(["run", "p3_fig2", "--syncbn"]) == 2
 
 
 @pytest.mark.parametrize("told, said", [
@@ -307,6 +345,195 @@ def test_nonsense_in_the_variables_of_torchrun_is_a_sentence(told: dict[str, str
         rank.setenv(name, value)
     assert main(["run", "p3_fig2", "--mode", "quick"]) == 2
     assert capfd.readouterr() == ("", f"fa: {said}\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- meeting
+
+
+@dataclass
+class Node:
+    """A rank on a machine of its own, and what it has there.
+
+    Args:
+        host: name of the machine.
+        software: what :func:`fa.provenance.software` finds.
+        machine: what :func:`fa.provenance.environment` finds.
+        cuda: whether there is a CUDA device.
+        data: the data folder; where there is one, the ranks compare data sets in place of a command.
+        restarts: what torchrun's agent there has counted.
+        join: seconds that the rank waits for the others.
+        options: of ``fa run``.
+    """
+
+    host: str
+    software: dict[str, str] = field(default_factory=lambda: {"torch": "2.11.0"})
+    machine: dict[str, str] = field(default_factory=lambda: {"cpu": "slow"})
+    cuda: bool = False
+    data: str = ""
+    restarts: int = 0
+    join: int = 60
+    options: tuple[str, ...] = ()
+
+
+FOLDERS = data.ImageFolderSource("two photographs", 2, "two", {"train": 2})
+
+
+def node(rank: int, size: int, port: int, node: Node, said: str) -> None:
+    """Be a rank, as torchrun's agent would start it, until it ends; ``said``: the file of its output."""
+    sys.stdout = sys.stderr = open(said, "w", buffering=1)
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", FA_DATA=node.data,
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+                       TORCHELASTIC_RESTART_COUNT=str(node.restarts))  # fmt: skip
+    ddp.socket.gethostname, ddp.software, ddp.environment = (
+        (lambda: node.host),
+        (lambda: node.software),
+        lambda: node.machine,
+    )
+    meeting.JOIN, meeting.PATIENCE = timedelta(seconds=node.join), 1.0
+    torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = (
+        lambda: node.cuda, lambda: int(node.cuda), lambda _: None,
+    )  # fmt: skip
+    if not node.data:
+        from fa.__main__ import main
+
+        sys.exit(main(["run", "p3_fig2", "--mode", "quick", "--dry-run", *node.options]))
+    data.SETS["two"] = FOLDERS
+    with ddp.joined("cpu", False) as ranks:
+        try:
+            ranks.check_data(["digits", "two"]) if rank == 0 else loop.follow(ranks)
+        except fa.UserError as error:
+            sys.exit(f"fa: {error}")
+        print([m["cpu"] for m in ranks.machines])
+
+
+class Nodes:
+    """Ranks that have one store, which outlives them as torchrun's does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.context = get_context("forkserver")
+        self.context.set_forkserver_preload(["fa.__main__", "fa.experiments", "fa.results.runs", "pytest"])
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def start(self, rank: int, of: Node, size: int = 2) -> BaseProcess:
+        said = str(self.folder / f"{of.host}.said")
+        process = self.context.Process(target=node, args=(rank, size, self.store.port, of, said), daemon=True)
+        process.start()
+        return process
+
+    def end(self, process: BaseProcess, of: Node) -> tuple[int, str]:
+        """Its exit status, and its output."""
+        process.join(120)
+        status = process.exitcode
+        process.kill()
+        assert status is not None, "it hangs"
+        return status, (self.folder / f"{of.host}.said").read_text()
+
+    def __call__(self, *of: Node) -> list[tuple[int, str]]:
+        """Exit status and output of each rank."""
+        started = [self.start(rank, own, len(of)) for rank, own in enumerate(of)]
+        return [self.end(process, own) for process, own in zip(started, of)]
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Nodes:
+    return Nodes(tmp_path)
+
+
+NEWER = {"torch": "2.12.0"}
+MORE = "; make them alike, and call again on every machine\n"
+
+
+@pytest.mark.parametrize("second, said", [
+    (Node("b", software=NEWER), "torch is 2.11.0 on a (rank 0) and 2.12.0 on b (rank 1)"),
+    (Node("b", cuda=True), "device is cpu on a (rank 0) and cuda on b (rank 1)"),
+    (Node("b", options=("--sync-batch-norm",)), "--sync-batch-norm is False on a (rank 0) and True on b (rank 1)"),
+])  # fmt: skip
+def test_ranks_that_differ_end_with_a_sentence_of_rank_0(second: Node, said: str, nodes: Nodes) -> None:
+    (status, output), other = nodes(Node("a"), second)
+    assert (status, output) == (2, f"fa: ranks that train together must be alike, but {said}{MORE}")
+    assert other == (2, "")
+
+
+def photographs(folder: Path, *names: str) -> str:
+    for name in names:
+        (folder / "two" / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "two" / "train" / name).touch()
+    return str(folder)
+
+
+def test_ranks_compare_the_files_of_a_data_set(nodes: Nodes, tmp_path: Path) -> None:
+    """Labels follow the names of classes, so that another name is another task."""
+    here = photographs(tmp_path / "here", "cat/1.jpeg", "dog/1.jpeg")
+    there = photographs(tmp_path / "there", "cat/1.jpeg", "eel/1.jpeg")
+    (status, output), other = nodes(Node("a", data=here), Node("b", data=there))
+    assert status == 1 and other == (1, "")
+    assert re.fullmatch(
+        r"fa: ranks that train together must be alike, but data set two, digest of its files is [0-9a-f]{12} on a "
+        rf"\(rank 0\) and [0-9a-f]{{12}} on b \(rank 1\){MORE}", output
+    )  # fmt: skip
+    (status, output), other = nodes(Node("a", data=here), Node("b", data=str(tmp_path / "nowhere")))
+    assert status == 1 and other == (1, "")
+    assert output.startswith(f"fa: on b (rank 1): data set two: {tmp_path}/nowhere/two is not there; put ")
+
+
+def test_ranks_that_are_alike_meet_and_know_all_machines(nodes: Nodes, tmp_path: Path) -> None:
+    """However often torchrun's agents have started them, which each agent counts by itself; and again in one store."""
+    folders = [photographs(tmp_path / name, "cat/1.jpeg", "dog/1.jpeg") for name in "abc"]
+    for _ in range(2):
+        found = nodes(
+            Node("a", data=folders[0]),
+            Node("b", data=folders[1], machine={"cpu": "fast"}, restarts=1),
+            Node("c", data=folders[2], restarts=2),
+        )
+        assert found == [(0, "['slow', 'fast']\n")] * 3
+
+
+def test_ranks_that_do_not_meet_say_so(nodes: Nodes) -> None:
+    lonely = Node("a", join=1)
+    status, output = nodes.end(nodes.start(0, lonely), lonely)
+    assert status == 2 and output == (
+        f"fa: the 2 ranks have not met at 127.0.0.1:{nodes.store.port} within 0 minutes; "
+        "stop torchrun on every machine, and start it again on each\n"
+    )
+
+
+def test_a_rank_that_is_gone_is_not_met() -> None:
+    """A list with a rank that has died is not confirmed, and its successor is met under another word."""
+    store, found = torch.distributed.HashStore(), {}
+
+    def meet(rank: int, who: str) -> threading.Thread:
+        def met() -> None:
+            found[who] = meeting.meet(store, rank, 2, {"host": who})
+
+        thread = threading.Thread(target=met, daemon=True)
+        thread.start()
+        return thread
+
+    store.set("rank 1", json.dumps({"host": "dead", "identity": "0"}))  # signed, and died
+    first = meet(0, "first")
+    while not store.check(["list"]) or b"dead" not in store.get("list"):
+        first.join(0.01)
+    assert first.is_alive()
+    for thread in (meet(1, "second"), first):
+        thread.join(60)
+    (word, hosts), other = found["first"], found["second"]
+    assert (word, hosts) == other and [of["host"] for of in hosts] == ["first", "second"]
+
+    for thread in [meet(rank, f"next {rank}") for rank in (1, 0)]:  # both again, in the same store
+        thread.join(60)
+    assert found["next 0"] == found["next 1"] and found["next 0"][0] != word
+    assert [of["host"] for of in found["next 0"][1]] == ["next 0", "next 1"]
+
+
+def test_a_run_names_the_machines_of_all_ranks() -> None:
+    config = Config("fa", 0, "", "digits", hidden="8", epochs=1)
+    other = {"cpu": "another one", "gpu": ""}
+    table = loop.train_runs([loop.Run(config)], ranks=Ranks(machines=(environment(), other)))[0]
+    assert table is not None and table.attrs["status"]["earlier"] == [other]
+
+
+# ------------------------------------------------------------------------------------------------- without several ranks
 
 
 def test_the_command_that_goes_on_has_the_machines_of_torchrun(rank) -> None:

@@ -24,6 +24,7 @@ Sources: normalisation, CIFAR-10's split and its augmentation are Li & Benna 202
 
 import gzip
 import hashlib
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,6 +133,27 @@ def load(
 
     made = {part: split(*arrays) for part, arrays in splits.items()}
     return Data(name, source.classes, made["train"], made.get("val"), made.get("test"))
+
+
+def digest(name: str, root: str | Path | None = None) -> str:
+    """12 digits that say which files a data set has here, checked as :func:`load` checks them: of photographs the names
+    of classes and images, of all else the md5 of each file.
+
+    Args:
+        name: a key of :data:`fa.train.sources.SETS`.
+        root: the data folder; default :func:`root`.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
+    source = _source(name)
+    if isinstance(source, ImageFolderSource):
+        source.check(name, folder := _folder(root))
+        lines = [path[len(str(folder)) :] for part in source.counts for path, _ in source.samples(folder, part)]
+    else:
+        _verified(name, root)
+        lines = [f"{path} {md5}" for path, md5 in source.files.items()]
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()[:12]
 
 
 def draw_crops(n: int, generator: torch.Generator, pad: int = 4) -> Tensor:

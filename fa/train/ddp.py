@@ -6,15 +6,19 @@ gradients of one process with the whole batch, up to the order of sums. Rank 0 a
 
 Batch norm takes the statistics of each rank's own images, as ``DistributedDataParallel`` has it. The recipe means those
 of the whole batch, so that such a run says so in its status and stays out of ``data/records``. ``sync`` is the remedy.
+
+Ranks compare their software, devices, options and data sets before they train. Where these differ, rank 0 says so.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
@@ -28,6 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fa.errors import UserError
 from fa.layers.hooks import converted
+from fa.provenance import environment, software
+from fa.train import data, meeting
 
 WAIT = timedelta(days=1)  # of the ranks for rank 0, which measures; a rank that dies is noticed at once
 
@@ -41,12 +47,14 @@ class Ranks:
         size: number of ranks.
         device: of this rank.
         sync: whether batch norm takes the statistics of the whole batch (default False: of this rank's images).
+        machines: software and machines of all ranks, each once (default: none are known).
     """
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
     sync: bool = False
+    machines: tuple[dict[str, str], ...] = ()
 
     def check(self, configs: Sequence[Any]) -> None:
         """Raise UserError unless every run has a batch that the ranks can share evenly."""
@@ -55,6 +63,28 @@ class Ranks:
                 f"{self.size} ranks cannot share a batch of {batch} images evenly; give torchrun a number that "
                 f"divides {batch}"
             )
+
+    def check_data(self, names: Sequence[str]) -> None:
+        """Raise UserError on rank 0 unless every rank has these data sets, whole and with equal files.
+
+        Rank 0 calls it, and the others with it in :func:`fa.train.loop.follow`, where they await the end of rank 0.
+        """
+        if names:
+            self.lead([*names])
+        found, wrong = {}, ""
+        for name in names:
+            try:
+                found[f"data set {name}, digest of its files"] = data.digest(name)
+            except (UserError, OSError) as error:
+                if self.rank == 0:
+                    raise
+                wrong = str(error)
+        if not names or self.size == 1:
+            return
+        dist.all_gather_object(of := [{}] * self.size, {"host": socket.gethostname(), "wrong": wrong, **found})
+        lacking = (f"on {o['host']} (rank {rank}): {o['wrong']}" for rank, o in enumerate(of) if o["wrong"])
+        if (why := next(lacking, "") or meeting.apart(of)) and self.rank == 0:
+            raise UserError(why)
 
     def share(self, value: Any = None) -> Any:
         """The ``value`` of rank 0, on every rank."""
@@ -170,6 +200,42 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
+def _join(rank: int, size: int, device: str, sync: bool) -> Ranks:
+    """Make this process one of the ranks, which are found to be alike."""
+    host, told = socket.gethostname(), os.environ
+    again = "stop torchrun on every machine, and start it again on each"
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=meeting.JOIN))
+        store = dist.PrefixStore(f"fa {told.get('TORCHELASTIC_RUN_ID', '')}", store)
+        options = {"--sync-batch-norm": sync, "--deterministic": torch.are_deterministic_algorithms_enabled()}
+        alike = {"device": device.partition(":")[0], **software(), **{n: str(v) for n, v in options.items()}}
+        own = {"host": host, "alike": alike, "machine": environment()}
+        word, found = meeting.meet(store, rank, size, own)
+    except (dist.DistError, TimeoutError) as error:
+        where, late = f"{told['MASTER_ADDR']}:{told['MASTER_PORT']}", isinstance(error, TimeoutError)
+        why = f"within {meeting.JOIN.seconds // 60} minutes" if late else f"({str(error).partition(chr(10))[0]})"
+        raise UserError(f"the {size} ranks have not met at {where} {why}; {again}") from error
+    if why := meeting.apart([{"host": of["host"], **of["alike"]} for of in found]):
+        if rank:
+            store.set(f"{word} {rank} knows", "")
+            meeting.outwait()
+            raise SystemExit(2)
+        with suppress(dist.DistError):  # the store may end with this process
+            store.wait([f"{word} {r} knows" for r in range(1, size)], timedelta(seconds=meeting.PATIENCE))
+        raise UserError(why)
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    try:
+        store = dist.PrefixStore(word, store)
+        dist.init_process_group(backend, timeout=meeting.JOIN, store=store, rank=rank, world_size=size)
+    except RuntimeError as error:
+        why = f"rank {rank} on {host} cannot reach the others ({str(error).partition(chr(10))[0]})"
+        raise UserError(f"{why}; name a network that joins them in GLOO_SOCKET_IFNAME, {again}") from error
+    store.set_timeout(WAIT)
+    dist.distributed_c10d._set_pg_timeout(WAIT)
+    machines = {json.dumps(of["machine"], sort_keys=True): of["machine"] for of in found}
+    return Ranks(rank, size, device, sync, tuple(machines.values()))
+
+
 @contextmanager
 def joined(device: str, sync: bool, **options: Any) -> Iterator[Ranks]:
     """Within the block this process is one of the ranks that torchrun started, or :data:`ONE_PROCESS`.
@@ -180,41 +246,38 @@ def joined(device: str, sync: bool, **options: Any) -> Iterator[Ranks]:
         options: of the command that do not go with ranks, name -> value, as far as they were given.
 
     Raises:
-        UserError: such options, or too few devices; the first rank of a machine says so, the others end in silence.
+        UserError: such options, too few devices, or ranks that do not meet; on every rank, so that
+            :func:`fa.train.meeting.hushed` is asked who says it. On rank 0 alone: ranks that differ in software, kind
+            of device or options.
     """
-    told, numbers = os.environ, ("RANK", "WORLD_SIZE", "MASTER_PORT")
-    called = {*numbers, "MASTER_ADDR"} <= told.keys()
-    for name in (*numbers, "LOCAL_RANK", "LOCAL_WORLD_SIZE") if called else ():
-        if not told.get(name, "0").isdecimal():
-            raise UserError(f"{name}={told[name]!r} is no number, as torchrun would set it; call torchrun, or unset it")
-    size = int(told["WORLD_SIZE"]) if called else 1
-    if size == 1:
+    told = os.environ
+    if not meeting.called():
         yield ONE_PROCESS
         return
-    if (rank := int(told["RANK"])) >= size:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if not told.get(name, "0").isdecimal():
+            raise UserError(f"{name}={told[name]!r} is no number, as torchrun would set it; call torchrun, or unset it")
+    rank, size = int(told["RANK"]), int(told["WORLD_SIZE"])
+    if rank >= size:
         raise UserError(f"RANK={rank} is not below WORLD_SIZE={size}; call torchrun, which sets both, or unset them")
     local, here = int(told.get("LOCAL_RANK", rank)), int(told.get("LOCAL_WORLD_SIZE", size))
     options |= {"device": device} if ":" in device else {}
-    wrong = [f"--{name} {value}" for name, value in options.items()]
-    why = f"ranks train one run at a time, each on its own device; leave {wrong[0]} out, or torchrun" if wrong else ""
-    if not wrong and device == "cuda" and here > (found := torch.cuda.device_count()):
-        why = f"{here} ranks need {here} CUDA devices, and there are {found}; give torchrun --nproc-per-node {found}"
-    if why:
-        raise SystemExit(2) if local else UserError(why)
+    if wrong := [f"--{name} {value}" for name, value in options.items()]:
+        raise UserError(f"ranks train one run at a time, each on its own device; leave {wrong[0]} out, or torchrun")
+    if device == "cuda" and here > (found := torch.cuda.device_count()):
+        need = f"{here} ranks need {here} CUDA devices, and there are {found}"
+        raise UserError(f"{need}; give torchrun --nproc-per-node {found}")
     if device == "cuda":
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    # torchrun keeps its store when it starts the ranks again, and with it the addresses of ranks that are gone
-    store, *_ = next(dist.rendezvous("env://", timeout=WAIT))
-    store = dist.PrefixStore(f"attempt {told.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=WAIT, store=store, rank=rank, world_size=size)
-    ranks = Ranks(rank, size, device, sync)
     try:
+        ranks = _join(rank, size, device, sync)
         yield ranks
         ranks.lead(None)
     except (RuntimeError, KeyboardInterrupt) as error:
         if rank and (lost(error) or isinstance(error, KeyboardInterrupt)):
             raise SystemExit(1) from None  # rank 0, or torchrun, says it
+        if lost(error):
+            raise UserError(f"a rank is gone ({str(error).partition(chr(10))[0]}); call again to go on") from error
         raise
     leave()

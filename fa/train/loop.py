@@ -184,7 +184,7 @@ def train(
         The run's table: ``epoch, layer, depth, metric, value``; epoch 0 is the untrained network. Its
         ``attrs["status"]`` says ``state``: "finished", or "diverged" with the ``epoch`` and its ``step``, both from 1,
         after which a loss or a weight was no longer finite; ``seconds``; and ``earlier``, the environments of other
-        machines that trained the run's first epochs, if there were any.
+        machines that trained the run's first epochs, or trained it together with this one, if there were any.
     """
     return train_runs([Run(config, folder)], device, until, compiled)[0]
 
@@ -223,6 +223,7 @@ def train_runs(
         step = Stepper(net, opt, config, sets.train, compiled, None, [run.config.seed for run in runs], ranks)
         for run in runs:
             run.ranks, run.local_norm = max(run.ranks, ranks.size), run.local_norm or ranks.local_norm(net)
+            run.environments += [machine for machine in ranks.machines if machine not in run.environments]
             run.checkpoint, run.rows = None, run.rows if run.epoch else []
         if runs[0].epoch == 0:
             ranks.first(net, partial(measure, runs, net, sets, 0, [{} for _ in runs]))
@@ -273,6 +274,9 @@ def train_runs(
 def follow(ranks: Ranks) -> None:
     """Train this rank's part of every run that rank 0 takes up, until it has no more."""
     while job := ranks.share():
+        if isinstance(job, list):
+            ranks.check_data(job)
+            continue
         config, checkpoint, compiled = job
         train_runs([Run(config, checkpoint=checkpoint)], ranks.device, compiled=compiled, ranks=ranks)
 
