@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -362,6 +363,8 @@ class Node:
         data: the data folder; where there is one, the ranks compare data sets in place of a command.
         restarts: what torchrun's agent there has counted.
         join: seconds that the rank waits for the others.
+        network: name of the network interface ("": the machine's own choice).
+        dies: whether the rank is killed when it looks at its data.
         options: of ``fa run``.
     """
 
@@ -372,6 +375,8 @@ class Node:
     data: str = ""
     restarts: int = 0
     join: int = 60
+    network: str = ""
+    dies: bool = False
     options: tuple[str, ...] = ()
 
 
@@ -393,17 +398,21 @@ def node(rank: int, size: int, port: int, node: Node, said: str) -> None:
     torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = (
         lambda: node.cuda, lambda: int(node.cuda), lambda _: None,
     )  # fmt: skip
+    if node.network:
+        os.environ["GLOO_SOCKET_IFNAME"] = node.network
     if not node.data:
         from fa.__main__ import main
 
         sys.exit(main(["run", "p3_fig2", "--mode", "quick", "--dry-run", *node.options]))
     data.SETS["two"] = FOLDERS
-    with ddp.joined("cpu", False) as ranks:
-        try:
+    if node.dies:
+        data.digest = lambda name: os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        with ddp.joined("cpu", False) as ranks:
             ranks.check_data(["digits", "two"]) if rank == 0 else loop.follow(ranks)
-        except fa.UserError as error:
-            sys.exit(f"fa: {error}")
-        print([m["cpu"] for m in ranks.machines])
+            print([m["cpu"] for m in ranks.machines])
+    except fa.UserError as error:
+        sys.exit(f"fa: {error}")
 
 
 class Nodes:
@@ -496,6 +505,20 @@ def test_ranks_that_do_not_meet_say_so(nodes: Nodes) -> None:
         f"fa: the 2 ranks have not met at 127.0.0.1:{nodes.store.port} within 0 minutes; "
         "stop torchrun on every machine, and start it again on each\n"
     )
+
+
+def test_ranks_without_a_network_to_each_other_say_so(nodes: Nodes) -> None:
+    for rank, (status, output) in enumerate(nodes(Node("a", network="none"), Node("b", network="none"))):
+        assert status == 2 and output.count("\n") == 1
+        assert output.startswith(f"fa: rank {rank} on {'ab'[rank]} cannot reach the others (")
+        assert "; name a network that joins them in GLOO_SOCKET_IFNAME, stop torchrun on every" in output
+
+
+def test_a_rank_that_dies_before_a_run_is_one_sentence(nodes: Nodes, tmp_path: Path) -> None:
+    here = photographs(tmp_path / "here", "cat/1.jpeg", "dog/1.jpeg")
+    (status, output), other = nodes(Node("a", data=here), Node("b", data=here, dies=True))
+    assert other == (-signal.SIGKILL, "") and status == 1
+    assert output.startswith("fa: a rank is gone (") and output.endswith("); call again to go on\n")
 
 
 def test_a_rank_that_is_gone_is_not_met() -> None:
