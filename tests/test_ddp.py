@@ -522,31 +522,29 @@ def test_a_rank_that_dies_before_a_run_is_one_sentence(nodes: Nodes, tmp_path: P
 
 
 def test_a_rank_that_is_gone_is_not_met() -> None:
-    """A list with a rank that has died is not confirmed, and its successor is met under another word."""
+    """A list with a rank that has died is not confirmed, and the same machines meet again under another word."""
     store, found = torch.distributed.HashStore(), {}
 
-    def meet(rank: int, who: str) -> threading.Thread:
+    def meet(rank: int, turn: int) -> threading.Thread:
         def met() -> None:
-            found[who] = meeting.meet(store, rank, 2, {"host": who})
+            found[turn, rank] = meeting.meet(store, rank, 2, {"host": "ab"[rank]})
 
         thread = threading.Thread(target=met, daemon=True)
         thread.start()
         return thread
 
     store.set("rank 1", json.dumps({"host": "dead", "identity": "0"}))  # signed, and died
-    first = meet(0, "first")
+    first = meet(0, 1)
     while not store.check(["list"]) or b"dead" not in store.get("list"):
         first.join(0.01)
     assert first.is_alive()
-    for thread in (meet(1, "second"), first):
+    for thread in (meet(1, 1), first):
         thread.join(60)
-    (word, hosts), other = found["first"], found["second"]
-    assert (word, hosts) == other and [of["host"] for of in hosts] == ["first", "second"]
-
-    for thread in [meet(rank, f"next {rank}") for rank in (1, 0)]:  # both again, in the same store
+    for thread in [meet(rank, 2) for rank in (1, 0)]:  # both again, in the same store
         thread.join(60)
-    assert found["next 0"] == found["next 1"] and found["next 0"][0] != word
-    assert [of["host"] for of in found["next 0"][1]] == ["next 0", "next 1"]
+    for turn in (1, 2):
+        assert found[turn, 0] == found[turn, 1] and [of["host"] for of in found[turn, 0][1]] == ["a", "b"]
+    assert found[1, 0][0] != found[2, 0][0]
 
 
 def test_a_run_names_the_machines_of_all_ranks() -> None:
