@@ -146,6 +146,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _lead(args: argparse.Namespace, ranks: Ranks) -> int:
     from fa.results import cluster, progress, records, registered, runs, store
+    from fa.train import data
 
     budget, here = progress.seconds(args.budget) if args.budget else None, args.executor == "local"
     planned = _planned(args)
@@ -161,7 +162,9 @@ def _lead(args: argparse.Namespace, ranks: Ranks) -> int:
         print(progress.forecast(left, budget, args.workers, args.device))
         return 0
     datasets = sorted({c.dataset for c in runs.missing(configs) if hasattr(c, "dataset")})
-    ranks.check_data(datasets if here else [])  # one that is missing or damaged is found before any process starts
+    for name in datasets if here else ():
+        data.load(name)  # a data set that is missing or damaged is found before any process starts
+    ranks.check_data(datasets)
     for name in planned if args.mode != "quick" else ():
         registered.note(records.name_of(name, args.mode))
     compiled = {"auto": None}.get(args.compile, args.compile == "yes")

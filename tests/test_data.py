@@ -6,6 +6,8 @@ import hashlib
 import os
 import pickle
 import random
+import re
+import shutil
 import sys
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -539,6 +541,25 @@ def test_an_album_that_is_not_whole_is_refused(album, monkeypatch):
     with pytest.raises(UserError, match="is damaged or not whole; put 12 images into"):
         data.load(name, root=folder)
     assert data.describe(root=folder).set_index("name").present[name] == "damaged"
+
+
+def test_a_digest_is_of_the_names_of_classes_and_files(album, tmp_path):
+    """Wherever they lie; and of a set that is not of photographs it is the published one, once its file is checked."""
+    folder, name = album
+    whole, there = data.digest(name, folder), shutil.copytree(folder / "photos", tmp_path / "there" / "photos").parent
+    assert re.fullmatch("[0-9a-f]{12}", whole) and data.digest(name, there) == whole
+    for old, new in (
+        (there / "photos" / "train" / "n01", "n00"),
+        (next((there / "photos/val/n01").iterdir()), "z.jpeg"),
+    ):
+        other = old.rename(old.with_name(new))
+        assert data.digest(name, there) != whole
+        other.rename(old)
+    assert data.digest(name, there) == whole != data.digest("digits")
+    with pytest.raises(UserError, match="is not there; put 12 images into"):
+        data.digest(name, tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is not there; `python -m fa data mnist` downloads it"):
+        data.digest("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["imagenet", "tiny-imagenet-20"])

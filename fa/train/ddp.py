@@ -69,8 +69,9 @@ class Ranks:
 
         Rank 0 calls it, and the others with it in :func:`fa.train.loop.follow`, where they await the end of rank 0.
         """
-        if names:
-            self.lead([*names])
+        if not names or self.size == 1:
+            return
+        self.lead([*names])
         found, wrong = {}, ""
         for name in names:
             try:
@@ -79,8 +80,6 @@ class Ranks:
                 if self.rank == 0:
                     raise
                 wrong = str(error)
-        if not names or self.size == 1:
-            return
         dist.all_gather_object(of := [{}] * self.size, {"host": socket.gethostname(), "wrong": wrong, **found})
         lacking = (f"on {o['host']} (rank {rank}): {o['wrong']}" for rank, o in enumerate(of) if o["wrong"])
         if (why := next(lacking, "") or meeting.apart(of)) and self.rank == 0:
