@@ -458,16 +458,19 @@ def test_a_run_that_is_trained_again_takes_the_place_of_the_records(monkeypatch,
     monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs of another machine"))
     assert records.collect("p3_sparse", "paper", own, partial=True)[1] == 0, "nothing was trained there"
     run(own)
-    for config in own:  # numbers that tell the two apart
-        folder = RunFolder(config)
-        folder.finish(folder.table().assign(value=-1.0), folder.status | {"seconds": 5.0})
+    bp, fa_ = map(RunFolder, own)
+    bp.finish(bp.table().assign(value=-1.0), bp.status | {"seconds": 5.0})  # the same machine, another time
+    monkeypatch.setattr("fa.results.store.environment", lambda: {"python": "another"})  # another machine, the same time
+    fa_.finish(fa_.table().assign(value=-1.0), first["p3_sparse"][1]["status"][own[1].run])
     assert records.collect("p3_sparse", "paper", []) == (records.record_path("p3_sparse"), 0), "not asked for"
     assert records.collect("p3_sparse", "paper", own)[1] == 2
     for name, (table, about) in first.items():
         now, told = records.read(name), records.sidecar(name)
         assert set(now.value) == {-1.0} and len(now) == len(table) and set(now.run) == set(table.run)
         assert told["claims"] == about["claims"] and not told["partial"], "claims are older than any training"
-        assert told["wall_seconds"] == 5.0 and told["fingerprints"] == about["fingerprints"]
+        assert told["fingerprints"] == about["fingerprints"]
+    assert records.sidecar("p3_fig2")["wall_seconds"] == 5.0
+    assert records.sidecar("p3_sparse")["environments"] == [{"python": "another"}]
     assert records.holders() == {shared[0].run: "p3_fig2", own[1].run: "p3_sparse"}
     assert set(records.union("p3_sparse", "paper", own)[0].value) == {-1.0}
     assert records.collect("p3_sparse", "paper", own)[1] == 0, "the same training is no new one"
