@@ -444,36 +444,44 @@ def test_a_record_holds_the_figures_own_runs_and_loses_none(monkeypatch):
     }
 
 
-def test_a_run_that_is_trained_again_takes_the_place_of_the_records(monkeypatch, tmp_path):
-    """Who trains a figure sees his own numbers: in its record, and in another figure's that holds a run of it."""
-    shared, own = plan("bp"), plan("bp,fa")
+def test_a_figure_that_is_trained_again_takes_the_place_of_its_record(monkeypatch, tmp_path, capsys):
+    """Who trains a figure sees his own numbers in its record: all or none, so that no two trainings are mixed."""
+    shared, own = plan("bp"), plan("bp,fa", seeds=2)
     plans = {"p3_fig2": shared, "p3_sparse": own}
     monkeypatch.setattr(experiments, "plan", lambda name, *args: plans[name])
     run(own)
     records.collect("p3_fig2", "paper", shared)
     records.collect("p3_sparse", "paper", own)
-    assert records.holders() == {shared[0].run: "p3_fig2", own[1].run: "p3_sparse"}
-    first = {name: (records.read(name), records.sidecar(name)) for name in plans}
+    first = {name: (records.record_path(name).read_bytes(), records.sidecar(name)) for name in plans}
+    held = set(first["p3_sparse"][1]["configs"])
+    assert held == {c.run for c in own} - {shared[0].run}
 
     monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs of another machine"))
-    assert records.collect("p3_sparse", "paper", own, partial=True)[1] == 0, "nothing was trained there"
+    monkeypatch.setattr("fa.results.store.environment", lambda: {"python": "another"})
+    run(own[:3])
+    for config in own[:3]:  # numbers that tell the two apart, after the same time
+        folder = RunFolder(config)
+        told = {**first["p3_fig2"][1]["status"], **first["p3_sparse"][1]["status"]}[config.run]
+        folder.finish(folder.table().assign(value=-1.0), told)
+    assert records.collect("p3_sparse", "paper", own)[1] == 0, "one of its runs is not trained here"
+    assert "fa: 3 of these runs have records from another training, which stay" in capsys.readouterr().err
+    assert {name: (records.record_path(name).read_bytes(), records.sidecar(name)) for name in plans} == first
+
     run(own)
-    bp, fa_ = map(RunFolder, own)
-    bp.finish(bp.table().assign(value=-1.0), bp.status | {"seconds": 5.0})  # the same machine, another time
-    monkeypatch.setattr("fa.results.store.environment", lambda: {"python": "another"})  # another machine, the same time
-    fa_.finish(fa_.table().assign(value=-1.0), first["p3_sparse"][1]["status"][own[1].run])
-    assert records.collect("p3_sparse", "paper", []) == (records.record_path("p3_sparse"), 0), "not asked for"
-    assert records.collect("p3_sparse", "paper", own)[1] == 2
-    for name, (table, about) in first.items():
-        now, told = records.read(name), records.sidecar(name)
-        assert set(now.value) == {-1.0} and len(now) == len(table) and set(now.run) == set(table.run)
-        assert told["claims"] == about["claims"] and not told["partial"], "claims are older than any training"
-        assert told["fingerprints"] == about["fingerprints"]
-    assert records.sidecar("p3_fig2")["wall_seconds"] == 5.0
-    assert records.sidecar("p3_sparse")["environments"] == [{"python": "another"}]
-    assert records.holders() == {shared[0].run: "p3_fig2", own[1].run: "p3_sparse"}
-    assert set(records.union("p3_sparse", "paper", own)[0].value) == {-1.0}
-    assert records.collect("p3_sparse", "paper", own)[1] == 0, "the same training is no new one"
+    assert records.collect("p3_sparse", "paper", own)[1] == 3
+    assert "fa: 1 of these runs have records" in capsys.readouterr().err, (
+        "the other figure's, which stays in its record"
+    )
+    told, before = records.sidecar("p3_sparse"), first["p3_sparse"][1]
+    assert set(told["configs"]) == held and told["environments"] == [{"python": "another"}]
+    assert (told["claims"], told["fingerprints"]) == (before["claims"], before["fingerprints"])
+    assert sum(records.read("p3_sparse").groupby("run").value.max() == -1.0) == 2
+    assert records.record_path("p3_fig2").read_bytes() == first["p3_fig2"][0]
+    assert records.collect("p3_fig2", "paper", shared)[1] == 1
+    assert set(records.read("p3_fig2").value) == {-1.0}
+    capsys.readouterr()
+    assert [records.collect(name, "paper", runs)[1] for name, runs in plans.items()] == [0, 0], "the same trainings"
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("add", [False, True])

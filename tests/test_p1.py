@@ -234,6 +234,13 @@ def runs_of(rules: str) -> list[Similarity]:
     return [Similarity(c.rule, 0, canonical(c), *references, images=200) for c in networks]
 
 
+def test_a_network_that_another_process_trains_is_waited_for_and_counted():
+    runs = runs_of("bp")
+    with RunFolder(runs[0].needs[0]).lock():
+        summary = campaign.run(runs, workers=1, device="cpu", progress=False)
+    assert (summary.done, summary.left, summary.busy) == (0, 1, 1)
+
+
 def test_similarity_trains_what_it_needs_and_compares_those_networks():
     runs = runs_of("bp,fa")
     summary = campaign.run(runs, workers=1, device="cpu", progress=False)

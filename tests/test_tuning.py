@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -168,7 +169,7 @@ def server(tmp_path_factory) -> Iterator[str]:
     as_user: list[str] = []
     if os.getuid() == 0:
         as_user = [runuser, "-u", "nobody", "--"]
-        for folder in (where.parent, where.parent.parent):
+        for folder in (p for p in where.parents if Path(tempfile.gettempdir()) in p.parents):
             folder.chmod(0o755)  # pytest's are for their owner alone
         shutil.chown(where, "nobody")
     data, calm = str(where / "data"), dict(cwd=where, check=True, stdout=subprocess.DEVNULL)

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -224,9 +225,9 @@ def collect(
 ) -> tuple[Path, int]:
     """Merge the finished runs of a figure into its record, and write what made them beside it.
 
-    A run that was trained in this run store takes the place of the same run in a record, the figure's own or another's
-    that it shares. A quick table holds all its runs itself. Runs of other settings than the figure's go to build/MODE,
-    and never into a record.
+    A run that a record holds already keeps its rows, unless every run of the figure's own record is finished in this
+    run store: then these take its place. A quick table holds all its runs itself. Runs of other settings than the
+    figure's go to build/MODE, and never into a record.
 
     Args:
         experiment: a name of ``fa.experiments.EXPERIMENTS``.
@@ -236,7 +237,7 @@ def collect(
         given: options of the command that trains the missing runs (default: the mode).
 
     Returns:
-        The table's path, and how many runs are new, in it and in other records. With none all are left as they are.
+        The table's path, and how many runs are new in it. With none it is left as it is.
 
     Raises:
         UserError: runs are missing and ``partial`` is not set, or none is finished.
@@ -252,24 +253,15 @@ def collect(
     if mode != "quick" and whole is configs:
         return apart(experiment, build(mode) / f"{name_of(experiment, mode)}.csv", configs), len(configs) - len(missing)
     with locked(build(mode) / "lock", folder_of(mode)):
-        others, new = _anew(configs, mode), 0
-        others.pop(name_of(experiment, mode), None)
-        for name, shared in others.items():
-            new += _merge(*figure_of(name), shared, experiments.plan(*figure_of(name)))[1]
-        path, own = _merge(experiment, mode, configs, whole)
-        return path, new + own
+        return _merge(experiment, mode, configs, whole)
 
 
-def _anew(configs: Sequence[Any], mode: str) -> dict[str, list[Any]]:
-    """Record -> its runs that the run store has from another training, by their statuses and machines."""
-    where, found = holders(mode) if mode != "quick" else {}, {}
-    for f in (f for c in configs if c.run in where and (f := RunFolder(c)).finished):
-        about, status = sidecar(where[f.config.run], mode), dict(f.status)
-        machines = [status.pop("environment"), *status.pop("earlier", [])]
-        status.pop("sha256", "")
-        if status != about["status"][f.config.run] or any(m not in about["environments"] for m in machines):
-            found.setdefault(where[f.config.run], []).append(f.config)
-    return found
+def _another(folder: RunFolder, about: dict[str, Any]) -> bool:
+    """Whether a finished run is from another training than a record's, by its status and its machines."""
+    status = dict(folder.status)
+    machines = [status.pop("environment"), *status.pop("earlier", [])]
+    status.pop("sha256", "")
+    return status != about["status"][folder.config.run] or any(m not in about["environments"] for m in machines)
 
 
 def apart(experiment: str, path: Path, configs: Sequence[Any]) -> Path:
@@ -284,12 +276,19 @@ def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[A
     _mend(name, mode)
     where = holders(mode) if mode != "quick" else {}
     before = sidecar(name, mode) if (folder_of(mode) / f"{name}.json").exists() else {}
-    anew = {c.run for c in _anew(configs, mode).get(name, ())}
-    kept = [c for c in whole if where.get(c.run) == name and c.run not in anew]
-    new = [f for f in (RunFolder(c) for c in configs if c.run not in where or c.run in anew) if f.finished]
+    held = [c for c in whole if where.get(c.run) == name]
+    own = {f.config.run: f for f in map(RunFolder, configs) if f.finished}
+    again = [f for run, f in own.items() if run in where and _another(f, sidecar(where[run], mode))]
+    mine = [f for f in again if where[f.config.run] == name]
+    replaced = bool(mine) and all(c.run in own for c in held)  # never a part: rows of two trainings do not mix
+    if stay := len(again) - len(mine) * replaced:
+        why = "a record is replaced as a whole, where all of its runs are trained here"
+        sys.stderr.write(f"fa: {stay} of these runs have records from another training, which stay: {why}\n")
+    kept = [] if replaced else held
+    new = [f for run, f in own.items() if run not in where or (replaced and where[run] == name)]
     for f in new if mode != "quick" else ():
         f.check()
-    finished = len({c.run for c in whole if c.run in where} | {f.config.run for f in new})
+    finished = sum(c.run in where or c.run in own for c in whole)
     if not new and (not kept or before.get("partial") == (finished < len(whole))):
         return record_path(name, mode), 0
     swept = experiments.find(experiment).swept
@@ -317,4 +316,4 @@ def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[A
         "wall_seconds": round(sum(map(run_seconds, status.values())), 1),
     }
     path = write(name, mode, pd.concat(tables), about)
-    return path, len(new) if before != sidecar(name, mode) else 0
+    return path, len(own.keys() - where.keys()) + len(mine) * replaced if before != sidecar(name, mode) else 0

@@ -190,7 +190,9 @@ def run(
     if needed := missing(list({c.run: c for config in todo for c in getattr(config, "needs", ())}.values())):
         first = run(needed, budget, workers, device, progress, together, compiled, executor, ranks)
         if first.left:
-            return Summary(len(configs) - len(todo), 0, len(todo), first.failed, first.seconds)
+            left = len(missing(configs))  # some of them may be needed by others of them
+            done = len(todo) - left
+            return Summary(len(configs) - len(todo), done, left, first.failed, first.seconds, first.busy)
         budget = budget and max(budget - first.seconds, 1.0)
     if compiled and executor is None and not can_compile(device):
         raise UserError("torch.compile finds no compiler on this machine; install one (g++), or leave --compile out")

@@ -170,8 +170,9 @@ class FigureTable:
         try:
             workers = 1 if own_rule else "auto"
             # another notebook of a batch may be training runs that this one shares
+            needed = [c for config in missing for c in getattr(config, "needs", ())]
             while (summary := runs.run(missing, workers=workers, device=self.device)).busy:
-                for config in runs.missing(missing):
+                for config in runs.missing([*needed, *missing]):
                     with RunFolder(config).lock(wait=True):
                         pass
         except KeyboardInterrupt:
