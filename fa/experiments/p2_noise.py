@@ -50,8 +50,8 @@ MLP = Config(
     "bp", 0, hidden="256,256", epochs=10, batch=128, lr=0.02, lr_drops="", momentum=0.0, weight_decay=0.0,
     measure="estimates",
 )  # fmt: skip
-RESNET = MLP.vary(dataset="cifar10-16", model="resnet8", hidden="", lr=0.05, augment=True)
-PLAIN = RESNET.vary(model="plain4", weights="he")
+RESNET = MLP.vary(dataset="cifar10-16", model="resnet8", hidden="", lr=0.05, augment=True, precision="bfloat16")
+PLAIN = RESNET.vary(model="plain4", weights="he", precision="float32")
 BASES = {
     "paper": [MLP, RESNET],
     "small": [MLP.vary(epochs=3), PLAIN.vary(epochs=2)],
