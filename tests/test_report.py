@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fa import citations
+from fa import citations, experiments
 from fa.errors import UserError
 from fa.results import claims, markdown, records, report
 
@@ -259,7 +259,9 @@ def test_long_measurements_are_shortened() -> None:
 
 
 def test_measurements_have_the_rules_labels() -> None:
-    assert markdown.labelled("usf fc1 -0.1; pfa_o density=0.05 2; 3") == "SF fc1 -0.1; PFA-o density=0.05 2; 3"
+    p3, p1 = experiments.find("p3_fig4"), experiments.find("p1_accuracy")
+    assert markdown.labelled("usf fc1 -0.1; pfa_o density=0.05 2; 3", p3) == "SF fc1 -0.1; PFA-o density=0.05 2; 3"
+    assert markdown.labelled("usf -0.1; usf_track 2", p1) == "uSF, constant -0.1; uSF, norm follows W 2"
 
 
 @pytest.mark.parametrize("texts, start, rest", [

@@ -39,10 +39,11 @@ START = {"usf": 30.0, "frsf": float(np.degrees(np.arccos(0.75))), "fa": 90.0}
 """Angle between W and feedback before training, degrees: both uniform, or the feedback of one magnitude."""
 
 TEXT = """ a: angle between the error that a layer sends down and the one that W would send, given the same error above
-(mean over 512 images); grey: the start angles that follow from uniform weights. b: angle between a layer's gradient
-dW and exact backprop's. Both by epoch, the first one step by step. c: share of equal signs of W and its feedback under
-FA by kernel, a line a layer. d, e: angle between W and its feedback, and norm of the feedback over W's, after training;
-dense feedback has neither in a convolution. f: norm of W after training over its initial norm."""
+(mean over 512 images); grey: the start angles that follow from uniform weights. b: angle between a layer's gradient dW
+and exact backprop's. Both by epoch, and at steps of the first; the axis is linear up to the first of these. c: share of
+equal signs of W and its feedback under FA by kernel, a line a layer. d, e: angle between W and its feedback, and norm
+of the feedback over W's, after training; dense feedback has neither in a convolution. f: norm of W after training over
+its initial norm."""
 CAPTION = f"{SET_UP}{BFLOAT16}{TEXT} {BARS}"
 SMALL_CAPTION = f"{SET_UP}{SCALED}{TEXT} {BARS}"
 

@@ -84,7 +84,7 @@ def draw(page: Page) -> Figure:
     by_share(ax["b"], end[end.rule == "usf"], "angle_deg", colors)
     p = np.linspace(0.5, 1, 101)
     ax["b"].plot(p, law(p), color="0.5", lw=0.9, zorder=0)
-    ax["b"].set(ylabel=plot.LABELS["angle_deg"], ylim=(20, 100), yticks=(30, 60, 90))
+    ax["b"].set(ylabel="Weight angle (°)", ylim=(20, 100), yticks=(30, 60, 90))
     ax["b"].legend(handles=plot.key(colors), loc="lower left")
     by_share(ax["c"], end[(end.rule == "usf") & (end.depth < end.depth.max())], "grad_angle_global_deg", colors)
     ax["c"].set(ylabel=plot.LABELS["grad_angle_global_deg"], ylim=(0, None), yticks=(0, 30, 60, 90, 120, 150))

@@ -73,35 +73,38 @@ EXPERIMENT = Experiment(
 # ------------------------------------------------------------------------------------------------------------- figure
 
 TEN = " Ten epochs in place of 50, in bfloat16."
-CAPTION = f"""{SET_UP}{TEN} Strict normalisation has two readings: the feedback takes the norm of W at every step (its
-norm follows), or W is put back to its initial norm after every step (W held). a: test accuracy after the epoch of the
-best validation accuracy, of four rules in neither, either or both; dotted: BP. b: norm of W after training over its
-initial norm, by layer, where W is free: feedback of fixed norm (solid) and feedback that follows (dashed). c: angle
-between a layer's gradient dW and exact backprop's, after training, in conv1, which lies below four feedback matrices.
-Dots: seeds; bars: +/- 1 sd over seeds."""
+CAPTION = f"""{SET_UP}{TEN} Strict normalisation has two readings: the feedback takes the norm of W at every step
+(feedback follows), or W is put back to its initial norm after every step (W held). a, b: test accuracy after the epoch
+of the best validation accuracy, under FA and under the sign rules, in neither, either or both; dotted: BP. c: norm of W
+after training over its initial norm, by layer, where W is free: feedback of fixed norm (solid) and feedback that
+follows (dashed). d: angle between a layer's gradient dW and exact backprop's, after training, in conv1, which lies
+below four feedback matrices. Dots: seeds; bars: +/- 1 sd over seeds."""
 
 
 @plot.style()
 def draw(page: Page) -> Figure:
-    """a: accuracy; b: growth of W by layer; c: gradient angle of the first layer."""
+    """a, b: accuracy; c: growth of W by layer; d: gradient angle of the first layer."""
     table = page.table()
-    fig, ax = plot.figure([["a", "a"], ["b", "c"]], height=4.6)
+    fig, ax = plot.figure([list("abbb"), list("ccdd")], height=4.6)
     metric = measured(table)
     end = table[table.epoch == table.groupby("run").epoch.transform("max")] if len(table) else table
     ends = end[end.metric == metric]
-    by_setting(ax["a"], ends)
-    ax["a"].axhline(ends[ends.rule == "bp"].value.mean(), color=plot.look("bp").color, lw=0.8, ls=":", zorder=0)
+    signs = ends.rule.isin(["usf", "brsf", "frsf", "bp"])
+    by_setting(ax["a"], ends[~signs])
+    by_setting(ax["b"], ends[signs])
+    ax["b"].axhline(ends[ends.rule == "bp"].value.mean(), color=plot.look("bp").color, lw=0.8, ls=":", zorder=0)
     ax["a"].set(ylabel=plot.LABELS[metric].replace(", best", ",\nbest"))
-    plot.note(ax["a"], plot.repeats(ends, ["rule", "feedback", "forward"]) + " (dots)")
+    plot.note(ax["b"], plot.repeats(ends, ["rule", "feedback", "forward"]) + " (dots)")
     handles = plot.key(dict.fromkeys(SETTINGS.values(), "0.3"), ls="")
     for handle, marker in zip(handles, MARKERS.values()):
         handle.set(marker=marker, ms=3.8)
-    ax["a"].legend(handles=handles, ncols=4, loc="lower right")
-    growth_by_layer(ax["b"], growth(table))
+    ax["b"].legend(handles=handles, ncols=4, loc="lower right")
+    ax["b"].margins(y=0.15)  # room for the key
+    growth_by_layer(ax["c"], growth(table))
     first = end[(end.metric == "grad_angle_global_deg") & (end.depth == 1)]
-    by_setting(ax["c"], first)
-    ax["c"].set(ylabel="Gradient angle of conv1 (°)", ylim=(0, 105), yticks=(0, 30, 60, 90))
-    ax["c"].axhline(90, color="0.75", lw=0.6, ls=":", zorder=0)
+    by_setting(ax["d"], first)
+    ax["d"].set(ylabel="Gradient angle of conv1 (°)", ylim=(0, 105), yticks=(0, 30, 60, 90))
+    ax["d"].axhline(90, color="0.75", lw=0.6, ls=":", zorder=0)
     plot.letters(ax.values())
     return fig
 
@@ -154,7 +157,7 @@ def growth_by_layer(ax: Axes, rows: pd.DataFrame) -> None:
 
 
 def accuracies(page: Page) -> str:
-    """Table: a row a rule, a column a setting; mean +/- sd over seeds of the accuracy in panel a."""
+    """Table: a row a rule, a column a setting; mean +/- sd over seeds of the accuracy in panels a and b."""
     table = page.table()
     if table.empty:
         return tables.several("no run yet")

@@ -94,7 +94,7 @@ EXPERIMENT = Experiment(
 # ------------------------------------------------------------------------------------------------------------- figure
 
 TEXT = f""" a: norm of FA's errors at a layer's output divided by the norm of exact backprop's errors, before training,
-against the number of feedback matrices above, one colour for each gain; lines: gain to that power. b: test accuracy
+against the number of feedback matrices above, one colour for each gain g; lines: gain to that power. b: test accuracy
 after the last epoch against the gain, {GAINED} convolutions, under Adam (filled) and SGD (open); lines without markers:
 BP; crosses at {CHANCE:g} %: runs that diverged. c: test accuracy against the number of convolutions, under Adam, plain
 (solid) and with batch normalisation (dashed). d: test accuracy of {COMPARED} convolutions that share their weights
@@ -134,23 +134,26 @@ def error_norms(ax: Axes, table: pd.DataFrame) -> None:
         of = rows[rows.gain == gain].groupby("above").value.agg(["mean", "std"])
         ax.errorbar(of.index, of["mean"], of["std"], fmt=".", color=color, ms=5, elinewidth=0.7)
         ax.plot(of.index, gain ** of.index.to_numpy(float), color=color, lw=0.8)
-        ax.annotate(f"{gain:g}", (of.index[-1], of["mean"].iloc[-1]), (5, -3), textcoords="offset points", color=color,
-                    fontsize="x-small")  # fmt: skip
-    ax.set(yscale="log", xlabel="Feedback matrices above", ylabel="Error norm over BP's", xlim=(-0.3, GAINED + 1))
+        end = (of.index[-1], of["mean"].iloc[-1])
+        ax.annotate(f"g = {gain:g}", end, (5, -3), textcoords="offset points", color=color, fontsize="x-small")
+    ax.set(yscale="log", xlabel="Feedback matrices above", ylabel="Error norm over BP's", xlim=(-0.3, GAINED + 1.4))
 
 
 def by_gain(ax: Axes, rows: pd.DataFrame) -> None:
     """Accuracy against gain: a line a rule and optimizer; BP's as horizontal lines."""
     for optimizer, ls, face in (("adam", "-", {}), ("sgd", "--", {"mfc": "white"})):
-        for rule in plot.in_order(rows.rule):
+        for i, rule in enumerate(plot.in_order(rows.rule)):
             of, own = rows[(rows.rule == rule) & (rows.optimizer == optimizer)], plot.look(rule)
             if rule == "bp":
-                ax.axhline(of.value.mean(), color=own.color, lw=0.9, ls=ls)
+                mean, sd = of.value.mean(), of.value.std()
+                ax.axhline(mean, color=own.color, lw=0.9, ls=ls)
+                ax.axhspan(mean - sd, mean + sd, color=own.color, alpha=0.1, lw=0)
                 continue
             at = of.groupby("gain").value.agg(["mean", "std"])
             line = {"color": own.color, "ls": ls, "lw": 0.9, "marker": own.marker, "ms": 3.4, "elinewidth": 0.8}
             ax.errorbar(at.index, at["mean"], at["std"], **line, **face)
-            ax.plot(of[of.diverged].gain, of[of.diverged].value, "x", color=own.color, ms=5, mew=1, ls="")
+            ax.plot(of[of.diverged].gain, of[of.diverged].value, "x", color=own.color, ms=10 - 3 * i, mew=1, ls="")
+    plot.note(ax, "filled: Adam; open: SGD")
     ax.set(xscale="log", xlabel="Gain of the feedback")
     ax.set_xticks((0.01, 0.1, 1, 10))
     ax.set_xlim(0.02, 15)
@@ -166,6 +169,7 @@ def by_depth(ax: Axes, rows: pd.DataFrame) -> None:
             line = {"color": own.color, "ls": ls, "lw": 0.9, "marker": own.marker, "ms": 3.4, "elinewidth": 0.8}
             ax.errorbar(at.index, at["mean"], at["std"], **line, **({"mfc": "white"} if kind == "bn" else {}))
             ax.plot(of[of.diverged].convolutions, of[of.diverged].value, "x", color=own.color, ms=5, mew=1, ls="")
+    plot.note(ax, "filled: plain; open: batch norm")
     ax.set(xlabel="Convolutions", xticks=DEPTHS)
     ax.legend(handles=plot.key({name(r): plot.look(r).color for r in rules}), loc="best")
 

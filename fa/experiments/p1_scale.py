@@ -27,7 +27,7 @@ SWAPS: dict[str, dict[str, Any]] = {
     "dense": {"form": "dense"},
 }
 """Variant of DFA -> the one piece of its recipe that is swapped."""
-VARIANTS = {"sgd": "SGD", "adam": "Adam", "rate": "rate x 10", "block": "error at\nblocks too", "dense": "dense B"}
+VARIANTS = {"sgd": "SGD", "adam": "Adam", "rate": "rate × 10", "block": "error at\nblocks too", "dense": "dense B"}
 """The column ``variant`` -> its label."""
 NETWORKS = {"lenet": "LeNet", "resnet8": "ResNet-8", "resnet20": "ResNet-20", "resnet56": "ResNet-56"}
 
@@ -98,9 +98,9 @@ EXPERIMENT = Experiment(
 # ------------------------------------------------------------------------------------------------------------- figure
 
 TEXT = """ a: LeNet learns MNIST, test accuracy after the last epoch. b: a ResNet learns CIFAR-10 under SGD (filled) and
-Adam (open), the same. c: DFA on the ResNet of b with one piece of its recipe swapped; dotted: FA under SGD. d: angle
-between W and the feedback under FA after training, by depth: the first convolution of a block (circles), the second
-(squares), the network's first and last layer (diamonds). Dots: seeds; bars: +/- 1 sd over seeds."""
+Adam (open, not of every rule), alike. c: DFA on the ResNet of b with one piece of its recipe swapped; dotted: FA under
+SGD. d: angle between W and the feedback under FA after training, by depth: the first convolution of a block (circles),
+the second (squares), the network's first and last layer (diamonds). Dots: seeds; bars: +/- 1 sd over seeds."""
 SET_UP = "The rules of Moskovitz, Litwin-Kumar & Abbott (2018) on other networks, in the set-ups of BioTorch."
 CAPTION = f"""{SET_UP}{TEXT} Hollow, right of a column: BioTorch's; in c also Li & Benna's (2024) DFA, on
 validation images."""
@@ -121,8 +121,9 @@ def draw(page: Page) -> Figure:
         ours = ends[ends.network == network]
         column(ax[panel], ours, published[published.network == network] if len(paper) else paper, places)
         ax[panel].set(xticks=[i + 0.18 * (len(variants) - 1) for i in range(len(RULES))])
-        ax[panel].set_xticklabels([EXPERIMENT.named(r) for r in RULES], rotation=40, ha="right", rotation_mode="anchor")
+        ax[panel].set_xticklabels([EXPERIMENT.named(r) for r in RULES])
         plot.note(ax[panel], f"{NETWORKS[network]}, {plot.repeats(ours, ['rule', 'variant'])} (dots)")
+    ax["a"].set_ylim(top=103)  # an sd of FA's seeds reaches beyond all accuracies
     pieces = ends[(ends.network == resnet) & (ends.rule == "dfa")]
     places = {("dfa", v): i for i, v in enumerate(VARIANTS)}
     column(ax["c"], pieces, paper[paper.network == resnet] if len(paper) else paper, places)
@@ -133,6 +134,10 @@ def draw(page: Page) -> Figure:
     for panel in "abc":
         ax[panel].tick_params(axis="x", length=0)
         ax[panel].set(ylabel=plot.LABELS["test_accuracy"])
+    handles = plot.key({"SGD": "0.3", "Adam": "0.3"}, ls="")
+    for handle, face in zip(handles, ("0.3", "white")):
+        handle.set(marker="o", ms=3.8, mfc=face)
+    ax["b"].legend(handles=handles, loc="lower right")
     by_depth(ax["d"], table[(table.network == resnet) & (table.rule == "fa")])
     plot.letters([ax[p] for p in "abcd"])
     return fig
@@ -166,7 +171,7 @@ def by_depth(ax: Axes, rows: pd.DataFrame) -> None:
             line = {"color": color, "marker": marker, "ls": "", "ms": 3.4, "elinewidth": 0.8}
             ax.errorbar(part.depth, part["mean"], part["std"], **line, **face)
     ax.axhline(90, color="0.75", lw=0.6, ls=":", zorder=0)
-    ax.set(xlabel="Layer, from the input", ylabel=plot.LABELS["angle_deg"])
+    ax.set(xlabel="Layer, from the input", ylabel="Weight angle (°)")
     ax.xaxis.get_major_locator().set_params(integer=True)
     if len(rows):
         ax.legend(loc="lower left")

@@ -124,7 +124,7 @@ CAPTION = """Sign-concordant feedback before any training: the angle between a c
 channels, 5x5) and its feedback. a: all signs concordant, by the distributions of W and of the feedback's magnitudes
 (constant: uSF; random: brSF and frSF; truncated: normal, cut at two standard deviations). b: uniform W, against the
 share of concordant signs. Markers: mean +/- 1 sd of independent draws (most sd are smaller than the marker); lines:
-theory. Hollow circles: Lance & Kieu (2026), read off their Figure 3."""
+theory. Rings: Lance & Kieu (2026), local error angles, read off their Figure 3."""
 
 COLORS = {"constant": "#009E73", "uniform": "#999933", "truncated": "#56B4E9", "normal": "#882255"}
 MARKERS = {"constant": "^", "uniform": ">", "truncated": "s", "normal": "o"}
@@ -171,7 +171,7 @@ def draw(page: Any) -> Any:
         published = page.reference()
         published = published[published.source.str.startswith("Lance")] if len(published) else published
         for row in published.itertuples():
-            plot.published(axes["b"], 1.0, row.value, COLORS[row.magnitudes], size=6)
+            plot.published(axes["b"], 1.0, row.value, COLORS[row.magnitudes], size=7, fillstyle="none")
         plot.note(axes["b"], f"{words[0]} W, n = {angles.seed.nunique()} draws")
         plot.letters(axes.values())
     return fig

@@ -114,7 +114,7 @@ speed); curves: trajectories; arrows: eigen-directions of WM; filled: stable fix
 rates against input power; lines: theory, markers: measured; solid and filled: w + b, dashed and hollow: w - b, around
 the point where the pair may rest. d, e: learning rates and powers at which a pair comes back to that point (shaded:
 measured); lines: theory, discrete steps (solid), continuous time (dotted). f: growth rates of layers of two-layer
-networks trained on digits, measured over theory, each network a marker (n = 3); the band is +/- 2 %."""
+networks trained on digits, measured over theory, a marker a network (n = 3), layer and mode; the band is +/- 2 %."""
 
 MODES = {
     "relax_slow": "slow", "relax_fast": "fast", "grow": "grow", "shrink": "shrink", "settle": "settle"
@@ -216,7 +216,7 @@ def draw_rates(ax: Axes, table: pd.DataFrame, rules: list[str]) -> None:
             rows = pairs[pairs.metric == f"rate_{name}"]
             ax.plot(rows.power, rows.value, look.marker, color=look.color, mfc=fill, ms=4, mew=0.8)
     ax.axhline(0, color="0.75", lw=0.6, zorder=0)
-    ax.set(xscale="log", xlabel="Input power σ²", ylabel="Growth rate", ylim=(-4.4, 3.9))
+    ax.set(xscale="log", xlabel="Input power σ²", ylabel="Growth rate", ylim=(-7.6, 3.9))
     plot.rule_key(ax, rules, loc="upper left", bbox_to_anchor=None, ncols=1)
     ax.text(1.0, 2.3, "explodes", fontsize=6.5, color=plot.look("wm").color, ha="right")
 

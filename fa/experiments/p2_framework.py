@@ -112,7 +112,8 @@ synapse from neuron i to neuron j reads: its own value, the two activities, the 
 and, not local, the activity sent up through B and the value of the forward synapse. Filled: the update changes when
 that quantity alone is changed (means of 5 draws; relative change). b: angle between feedback and W after descent with
 W at rest and coloured input, and the ratio of their norms; marker: mean +/- 1 sd of 5 draws, bar: theory. c:
-relaxation rate of the slowest and of the fastest mode, in units of learning rate and step, against theory."""
+relaxation rate of the slowest and of the fastest mode, in units of learning rate and step, against theory, in the
+colours of a (WM's lies under SA's; FA has none)."""
 
 READ = 1e-9  # relative change above which an update counts as reading a quantity: far above rounding
 

@@ -87,9 +87,8 @@ EXPERIMENT = Experiment(
 # ------------------------------------------------------------------------------------------------------------- figure
 
 TEXT = """ c, d, e: by layer of ResNet-18, after training: angle between the weight W and the feedback, norm of the
-feedback over that of W, and angle between the gradient of W and exact backprop's; 90 degrees: no relation. Runs that
-diverged count as chance and are crosses in b; in a their curves end where they did, c, d and e leave them out. Bars and
-bands: +/- 1 sd over seeds."""
+feedback over that of W, and angle between the gradient of W and exact backprop's; 90 degrees: no relation. A run
+that diverges counts as chance, is a cross in b, and is left out of c to e. Bars and bands: +/- 1 sd over seeds."""
 CAPTION = f"""Rules of Kunin et al. (2020) on ImageNet; their accuracies are not known to us. a: top-1 accuracy of
 ResNet-18 on the 50,000 validation images, by epoch. b: accuracy after the last epoch minus backprop's, by
 network.{TEXT}"""

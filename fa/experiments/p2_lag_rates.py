@@ -65,9 +65,9 @@ class Short:
         return base
 
     def table(self) -> pd.DataFrame:
-        """``epoch`` (the last), ``layer``, ``depth``, ``metric``, ``value``: ``score``, the accuracy on the validation
-        images (on digits, which have none, on the test images), or :data:`CHANCE` where training ``diverged`` (0 or
-        1); and each layer's angle and norm ratio."""
+        """``epoch`` (the last), ``layer``, ``depth``, ``metric``, ``value``: ``score``, the accuracy on the
+        validation images (on MNIST and digits, which have none, on the test images), or :data:`CHANCE` where training
+        ``diverged`` (0 or 1); and each layer's angle and norm ratio."""
         config = self.recipe()
         score, rows, status = trained(config, network(config))
         found = {"score": score, "diverged": float(status["state"] == "diverged")}
@@ -98,7 +98,7 @@ EXPERIMENT = Experiment(
 # ------------------------------------------------------------------------------------------------------------- figure
 
 CAPTION = f"""The learning rates that a lag allows (ours; the rules of Kunin et al. 2020). A multilayer perceptron of
-four hidden layers of 64 units learns MNIST for one epoch in batches of 32; accuracy (%) on the validation images, mean
+four hidden layers of 64 units learns MNIST for one epoch in batches of 32; accuracy (%) on the test images, mean
 over seeds, by learning rate of W and lag of the feedback in steps; where seeds differ, how many come above 50 %. A
 dagger: at least one seed diverged, which counts as chance ({CHANCE:g} %). Lowest row: BP. a: SA without momentum of the
 feedback, from a random start. b: SA with momentum 0.9. c: frozen BP, whose copy of W is as old on average."""
@@ -156,7 +156,7 @@ def by_rate(ax: Axes, rows: pd.DataFrame) -> None:
 
 
 def listing(page: Page) -> tables.Shown:
-    """Table: a row a rule, momentum and lag, a column a learning rate: validation accuracy."""
+    """Table: a row a rule, momentum and lag, a column a learning rate: test accuracy."""
     rows = scores(page.table())
     if rows.empty:
         return tables.several("no run yet")

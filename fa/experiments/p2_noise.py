@@ -105,9 +105,9 @@ TEXT = """ a, d: test accuracy after the last epoch against the variance v of th
 entry moves by the learning rate times a normal number of variance v. Noisy are the feedback of SA, AA, KP and WM, the
 weights of BP, or BP's reading of W, drawn anew at every step; leftmost: no noise; crosses: levels at which seeds
 diverged, which count as chance. b, e: angle between W and the feedback after training, mean of the layers; where
-learning fails W outgrows the noise, and the angle falls. c, f: root mean square of B - W under SA in each layer; line:
-the stationary value of the formula, the same for every layer; dotted: without noise. Levels at which a seed diverged
-are left out of b, c, e and f. Bars: +/- 1 sd over seeds."""
+learning fails W outgrows the noise, and the angle falls. c, f: root mean square of B - W under SA in each layer, side
+by side; line: the stationary value of the formula, the same for every layer; dotted: without noise. Levels at which a
+seed diverged are left out of b, c, e and f. Bars: +/- 1 sd over seeds."""
 SET_UP = "Noise in the updates, as in the code of Kunin et al. (2020); the paper's levels and networks are not known."
 CAPTION = f"""{SET_UP} A network of two hidden layers of 256 units learns MNIST, ResNet-8 CIFAR-10 at 16x16
 pixels.{TEXT}"""
@@ -171,14 +171,15 @@ def estimate(ax: Axes, table: pd.DataFrame) -> None:
     rows = errors(table)
     noisy, still = rows[rows.level > 0], rows[rows.level == 0]
     layers = list(noisy.sort_values("depth").layer.unique())
-    for layer, color in zip(layers, plot.depth_colors(range(max(len(layers), 1))).values()):
+    for i, (layer, color) in enumerate(zip(layers, plot.depth_colors(range(max(len(layers), 1))).values())):
         at = noisy[noisy.layer == layer].groupby("level").value.agg(["mean", "std"])
-        ax.errorbar(at.index, at["mean"], at["std"], fmt=".", color=color, ms=4, elinewidth=0.7, label=layer)
+        x = at.index * 1.25 ** (i - (len(layers) - 1) / 2)  # side by side, for most dots lie on the line
+        ax.errorbar(x, at["mean"], at["std"], fmt=".", color=color, ms=4, elinewidth=0.7, label=layer)
         ax.axhline(still[still.layer == layer].value.mean(), color=color, lw=0.6, ls=":")
     v = np.array(sorted(noisy.level.unique()))
     ax.plot(v, stationary(v), color="0.2", lw=0.9, zorder=0)
     ax.set(xscale="log", yscale="log", xlabel="Variance v of the noise", ylabel="RMS of B - W, SA")
-    if 0 < len(layers) < 5:
+    if 0 < len(layers) < 6:
         ax.legend(loc="upper left", fontsize="x-small")
 
 

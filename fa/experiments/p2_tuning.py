@@ -193,10 +193,10 @@ EXPERIMENT = Experiment(
 # --------------------------------------------------------------------------------------------------------------- figure
 
 TEXT = f"""a: score of each trial of the search for the metaparameters of weight mirror (WM) and information alignment
-(IA), and the best until then; crosses: training diverged, which counts as chance ({CHANCE:g} %). Grey: BP. b: share of
-each metaparameter in the variance of the scores (fANOVA). c to g: score of every point of a grid over two coefficients,
-one that drives the feedback to W (KP: the learning rate) and one that holds it back (KP: weight decay), as multiples
-of its middle; crosses: diverged; framed: within {NEAR:g} points of the grid's best. One seed."""
+(IA), and the best until then; crosses: training diverged, which counts as chance ({CHANCE:g} %; drawn a little apart).
+Grey: BP. b: share of each metaparameter in the variance of the scores (fANOVA). c to g: score of every point of a grid
+over two coefficients, one that drives the feedback to W (KP: the learning rate) and one that holds it back (KP: weight
+decay), as multiples of its middle; crosses: diverged; framed: within {NEAR:g} points of the grid's best. One seed."""
 CAPTION = f"""Tuning of learned feedback (Kunin et al. 2020). ResNet-8 learns CIFAR-10 at 16x16 pixels for three
 epochs; score: accuracy on the validation images (%). {TEXT}"""
 SMALL_CAPTION = f"""Tuning of learned feedback (Kunin et al. 2020), at a scale of minutes. A multilayer perceptron of

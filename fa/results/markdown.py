@@ -6,11 +6,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from fa.plot import RULE_STYLE
+
+if TYPE_CHECKING:
+    from fa.experiments import Experiment
 
 LABELS = {name: style.label for name, style in RULE_STYLE.items()}
 _NAMES = "|".join(sorted(map(re.escape, LABELS.values()), key=len, reverse=True))
@@ -53,9 +56,10 @@ def claims_table(rows: pd.DataFrame, start: str = "") -> str:
     return markdown([f"{start}:" if start else "claim", "target", "ours", "verdict"], lines)
 
 
-def labelled(text: str) -> str:
-    """A measurement with the rules' labels in place of their names in the code."""
-    return re.sub(r"(?<![\w=])[a-z]+(?:_[a-z]+)*(?= )", lambda m: LABELS.get(m[0], m[0]), text)
+def labelled(text: str, about: Experiment) -> str:
+    """A measurement with the figure's own labels in place of the names that rules and variants have in the code."""
+    names = {rule: about.named(rule) for rule in LABELS} | about.labels
+    return re.sub(r"(?<![\w=])[a-z]+(?:_[a-z]+)*(?= )", lambda m: names.get(m[0], m[0]), text)
 
 
 def common_start(texts: list[str]) -> tuple[str, list[str]]:

@@ -147,7 +147,8 @@ class Page(FigureTable):
         counted = claims.counted(table.verdict)
         if self.mode == "record" and self.chosen:
             counted += "; the verdicts are about the whole record"
-        return tables.Shown(f"{short.to_string(index=False)}\n\n{counted}", f"<p>{counted}</p>\n{_verdicts(table)}")
+        html = f"<p>{counted}</p>\n{_verdicts(table, self.about)}"
+        return tables.Shown(f"{short.to_string(index=False)}\n\n{counted}", html)
 
     def provenance(self) -> Shown:
         """Table: where the numbers come from, by file, hash, commit and machine; then :meth:`conclusion`."""
@@ -276,7 +277,7 @@ COLORS = {"fails": "#d0342c", "partly": "#c77700", "holds": "#2e8b57", "not test
 """Of verdicts, in the order of the rendered table."""
 
 
-def _verdicts(table: pd.DataFrame) -> str:
+def _verdicts(table: pd.DataFrame, about: experiments.Experiment) -> str:
     """The verdicts as an HTML table, those that fail first."""
     left = 'style="text-align: left"'
     rows = ["<tr>" + "".join(f"<th {left}>{c}</th>" for c in ("claim", "target", "ours", "n", "verdict")) + "</tr>"]
@@ -284,9 +285,9 @@ def _verdicts(table: pd.DataFrame) -> str:
         pairs = zip(row.measured.split("; "), row.sd.split("; "))
         ours = "; ".join(m if sd in ("", "nan") else f"{m} ± {sd}" for m, sd in pairs)
         verdict = f'<b style="color:{COLORS[row.verdict]}">{row.verdict}</b>'
-        why = f"<br><small>{escape(labelled(row.why))}</small>" if row.why else ""
+        why = f"<br><small>{escape(labelled(row.why, about))}</small>" if row.why else ""
         claim = f'<span title="{escape(row.criterion)}">{escape(row.claim)}</span>'
-        cells = [claim, escape(row.target), escape(labelled(ours)), row.n, verdict + why]
+        cells = [claim, escape(row.target), escape(labelled(ours, about)), row.n, verdict + why]
         rows.append("<tr>" + "".join(f"<td {left}>{cell}</td>" for cell in cells) + "</tr>")
     return "<table>\n" + "\n".join(rows) + "\n</table>"
 

@@ -85,12 +85,13 @@ def _context() -> dict[str, Any]:
 
 
 def _verdicts() -> pd.DataFrame:
-    """The verdicts with each claim's figure and source, and the measurement as one text with the rules' labels."""
+    """The verdicts with each claim's figure and source, and the measurement as one text with the figure's labels."""
     about = pd.DataFrame([{"id": c.id, "name": c.name, "source": c.source} for c in claims.load()])
     table = claims.verdicts().merge(about, on="id", validate="1:1")
     pairs = [list(zip(m.split("; "), s.split("; "))) if m else [] for m, s in zip(table.measured, table.sd)]
     ours = ["; ".join(m if s == "nan" else f"{m} ± {s}" for m, s in p) for p in pairs]
-    return table.assign(ours=[labelled(o) for o in ours], why=[labelled(w) for w in table.why])
+    of = [experiments.find(records.figure_of(name)[0]) for name in table.name]
+    return table.assign(ours=[*map(labelled, ours, of)], why=[*map(labelled, table.why, of)])
 
 
 def _figure(name: str, rows: pd.DataFrame, told: Mapping[str, Any]) -> SimpleNamespace:
