@@ -216,9 +216,9 @@ def repeats(table: pd.DataFrame, by: Sequence[str] = ("rule",)) -> str:
     """What an error bar is, for `note`: "mean ± 1 sd, n = 3–5 seeds"; fewest and most of the groups `by`, "" for
     none."""
     n = table.groupby(list(by)).seed.nunique()
-    if n.empty:
-        return ""
-    return f"mean ± 1 sd, n = {'–'.join(str(v) for v in sorted({n.min(), n.max()}))} seed{'s' if n.max() > 1 else ''}"
+    if n.empty or n.max() == 1:
+        return "" if n.empty else "n = 1 seed"
+    return f"mean ± 1 sd, n = {'–'.join(str(v) for v in sorted({n.min(), n.max()}))} seeds"
 
 
 def means(ax: Axes, data: pd.DataFrame, x: str, rule: str = "", at: Callable = lambda x: x, **line) -> None:

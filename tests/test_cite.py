@@ -70,6 +70,11 @@ def test_unknown_figures_and_formats_are_refused(capsys: pytest.CaptureFixture[s
     assert "unknown format 'gif'; known: pdf, svg, png" in capsys.readouterr().err
     assert main(["figure", "p3_fig2", "--width", "-1"]) == 2
     assert "width=-1 must be 1 to 40 inches" in capsys.readouterr().err
+    assert main(["figure", "p1_signs", "--width", "3.5"]) == 2
+    told = re.search(
+        r"does not fit into 3.5 inches: '.*' (meets|is cut).*least width is about ([\d.]+)", capsys.readouterr().err
+    )
+    assert told and 3.5 < float(told[2]) < 7.2
 
 
 def test_a_figure_in_another_width_and_as_svg(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -78,11 +83,11 @@ def test_a_figure_in_another_width_and_as_svg(monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setenv("FA_BUILD", str(tmp_path))
     before = (fa.ROOT / "figures" / "p1_signs.pdf").read_bytes()
-    assert main(["figure", "p1_signs", "--width", "3.5", "--format", "svg,png"]) == 0
+    assert main(["figure", "p1_signs", "--width", "5.2", "--format", "svg,png"]) == 0
     svg = (tmp_path / "figures" / "p1_signs.svg").read_bytes()
-    assert b"<text" in svg and b'width="252pt"' in svg
-    assert Image.open(tmp_path / "figures" / "p1_signs.png").width == 1050
-    (again,) = cite.draw("p1_signs", 3.5, ["svg"], tmp_path / "again")
+    assert b"<text" in svg and b'width="374.4pt"' in svg
+    assert Image.open(tmp_path / "figures" / "p1_signs.png").width == 1560
+    (again,) = cite.draw("p1_signs", 5.2, ["svg"], tmp_path / "again")
     assert again.read_bytes() == svg
     assert (fa.ROOT / "figures" / "p1_signs.pdf").read_bytes() == before
 

@@ -320,6 +320,8 @@ def test_unknown_names_name_the_known():
         fa.convert(net, "pfa", expand=3)
     with pytest.raises(fa.UserError, match="Rule"):
         fa.convert(net, 3)
+    with pytest.raises(fa.UserError, match="a rule object has its own: expansion"):
+        fa.convert(net, fa.RULES["pfa"](), expansion=3)
     with pytest.raises(fa.UserError, match="nothing to convert"):
         fa.convert(nn.Sequential(nn.ReLU()), "fa")
     assert not converted(net)

@@ -207,6 +207,7 @@ def test_error_bars_say_of_how_many_seeds_they_are(table):
     assert plot.repeats(table) == "mean ± 1 sd, n = 3 seeds"
     fewer = table[(table.rule == "bp") | (table.seed == 0)]
     assert plot.repeats(fewer) == "mean ± 1 sd, n = 1–3 seeds" and plot.repeats(table.iloc[:0]) == ""
+    assert plot.repeats(table[table.seed == table.seed.min()]) == "n = 1 seed", "one run has no sd"
 
 
 def test_nothing_trained_draws_the_published_values_alone(table, reference):

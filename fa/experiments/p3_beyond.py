@@ -65,13 +65,13 @@ EXPERIMENT = Experiment(
 
 CAPTION = """Beyond Li & Benna (2024). A 784-512-512-10 ReLU network learns MNIST; means over seeds +/- 1 sd. a: angle
 between W and its feedback in the second layer. b: angle between the gradient of the first layer's weight and exact
-backprop's, on 512 training images. c: after the last epoch, four angles that share a name: of the second layer's
-weight to its feedback; between the errors that the two send down (local); between the first layer's error and exact
-backprop's (global); and between its gradient and exact backprop's. d: share of the first mismatch between R and B^T W
-(KP: B and W) that is left, for five weight decays of the first epoch; lines: recurrence, markers: measured. e: angle
-between W and its feedback after one epoch, mean of both hidden layers. f: test accuracy after one epoch (hollow) and
-four (filled). g: path angle of PFA after ten epochs by expansion; dotted: arccos(1/sqrt(1 + 1/expansion)). h: its
-gradient angle. i: its test accuracy after ten epochs, beside BP's and FA's."""
+backprop's, on 512 training images. c: after the last epoch, four angles that share a name: of the second layer's weight
+to its feedback; between the errors that the two send down (local); between the first layer's error and exact backprop's
+(global); and between its gradient and exact backprop's. KP's lines lie under PFA-o's in a, b, e and f. d: share of the
+first mismatch between R and B^T W (KP: B and W) that is left, for five weight decays of the first epoch; lines:
+recurrence, markers: measured. e: angle between W and its feedback after one epoch, mean of both hidden layers. f: test
+accuracy after one epoch (hollow) and four (filled). g: path angle of PFA after ten epochs by expansion; dotted:
+arccos(1/sqrt(1 + 1/expansion)). h: its gradient angle. i: its test accuracy after ten epochs, beside BP's and FA's."""
 
 UPPER = {"fc1": "fc2", "fc2": "fc"}
 """Layer -> the layer above, whose feedback brings it its error."""

@@ -79,7 +79,7 @@ def draw(page: Page) -> Figure:
     """a: accuracy, b: path angle, c: gradient angle, against the expansion; ResNet-20 or ResNet-8, as the page is."""
     metric, accuracy, layers = tidy(page.table())
     pfa = layers[layers.rule == "pfa"]
-    sizes = sorted(pfa.expansion.unique()) or EXPANSIONS
+    sizes = sorted(pfa.expansion.unique()) or EXPANSIONS[page.trained]
     fig, ax = plot.figure("abc", height=2.4)
     plot.means(ax["a"], accuracy[accuracy.rule == "pfa"], "expansion", "pfa")
     p3_beyond.levels(ax["a"], accuracy, [r for r in plot.in_order(accuracy.rule) if r != "pfa"])
@@ -108,7 +108,7 @@ def text(page: Page) -> str:
     angle (means)."""
     _, accuracy, layers = tidy(page.table())
     if accuracy.empty:
-        return tables.several("theory: " + ", ".join(f"{theory.path_angle(λ):.1f}° at {λ:g}" for λ in EXPANSIONS))
+        return tables.several("theory: " + ", ".join(f"{theory.path_angle(λ):.1f}° at {λ:g}" for λ in EXPANSIONS[page.trained]))
     shown = accuracy.groupby(["rule", "expansion"], dropna=False).value.agg(["mean", "std", "count"])
     shown = shown.set_axis(["accuracy", "sd", "n"], axis=1)
     for name, title in (("angle_deg", "path"), ("norm_ratio", "gain"), ("grad_angle_global_deg", "gradient")):

@@ -54,7 +54,7 @@ def convert(
             refused).
         sample: a batch of inputs (n, ...), for rules that need the sizes of the maps (``form="dense"``): the network is
             run on it once, in eval mode (default None).
-        options: the rule's own, e.g. ``expansion=10`` for ``pfa``.
+        options: the rule's own, e.g. ``expansion=10`` for ``pfa``; refused beside a rule object, which has its own.
 
     Raises:
         UserError: ``net`` is no module; unknown rule or option; a layer that cannot be converted, by name (tied or
@@ -74,12 +74,12 @@ def convert(
     r = rules.rule(rule, **options) if isinstance(rule, str) else rule
     if not isinstance(r, Rule):
         raise UserError(f"rule must be a name of fa.RULES or a fa.Rule, not {type(rule).__name__}")
+    if options and r is rule:
+        raise UserError(f"options go with the name of a rule; a rule object has its own: {', '.join(options)}")
     if r.name == "bp":
         return revert(net)
     if r.learned and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in net.modules()):
-        raise UserError(
-            "DistributedDataParallel averages the parameters it was given: convert the network first, then wrap it"
-        )
+        raise UserError("DistributedDataParallel averages the parameters it had: convert the network first, then wrap it")
     layers, others, left = targets(net, skip, treat_as_base)
     sizes = {} if sample is None else _sizes(net, sample)
     # all feedback is drawn before anything is changed

@@ -4,17 +4,23 @@ and the same figure in another width or format, redrawn from its record."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fa import citations, plot, provenance
 from fa.errors import UserError, did_you_mean
 from fa.paths import ROOT, read_json, write_bytes
 from fa.results import records
 from fa.results.page import Page
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Tick
+    from matplotlib.figure import Figure
 
 FORMATS = ("text", "markdown", "latex", "bibtex")
 FILES = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
@@ -71,8 +77,8 @@ def draw(name: str, width: float = 0, formats: Sequence[str] = tuple(FILES), fol
         paths of the files.
 
     Raises:
-        UserError: an unknown figure or format, a width that is not between 1 and :data:`WIDEST` inches, or the folder
-            cannot be written.
+        UserError: an unknown figure or format, a width that is not between 1 and :data:`WIDEST` inches or at which
+            texts of the figure meet or are cut off, or the folder cannot be written.
     """
     _sidecar(name)
     if unknown := [f for f in formats if f not in FILES]:
@@ -82,8 +88,7 @@ def draw(name: str, width: float = 0, formats: Sequence[str] = tuple(FILES), fol
     experiment, mode = records.figure_of(name)
     fig = import_module(f"fa.experiments.{experiment}").draw(Page(experiment, scale=mode if mode == "small" else ""))
     if width:
-        own, height = fig.get_size_inches()
-        fig.set_size_inches(width, height * (width / own) ** 0.5)
+        _resize(fig, name, width)
     folder = folder or records.build("figures")
     paths = []
     with plot.style():
@@ -91,6 +96,47 @@ def draw(name: str, width: float = 0, formats: Sequence[str] = tuple(FILES), fol
             fig.savefig(picture := BytesIO(), format=ending, dpi=300, metadata=FILES[ending])
             paths.append(write_bytes(folder / f"{name}.{ending}", picture.getvalue()))
     return paths
+
+
+def _resize(fig: Figure, name: str, width: float) -> None:
+    """Another width, or a UserError with the least width at which no text is worse off than in the figure's own."""
+    own, height = fig.get_size_inches()
+    with plot.style():
+        before = _clashes(fig)
+
+        def worse(inches: float) -> set[str]:
+            fig.set_size_inches(inches, height * (inches / own) ** 0.5)
+            return _clashes(fig) - before
+
+        if not (found := worse(width)):
+            return
+        low, high = round(10 * width), round(10 * own)  # tenths of an inch: too narrow, wide enough
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if worse(middle / 10) else (low, middle)
+    raise UserError(
+        f"{name} does not fit into {width:g} inches: {min(found)}" + (f", and {len(found) - 1} more" * (len(found) > 1))
+        + f"; its least width is about {high / 10:g} inches, its own {own:g} (a page can show the file smaller)"
+    )  # fmt: skip
+
+
+def _clashes(fig: Figure) -> set[str]:
+    """Which texts of a figure, as it is drawn, meet each other or are cut off, in words."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the layout: panels without room are seen by their texts
+        fig.draw_without_rendering()
+    from matplotlib.text import Text
+
+    axes = [axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]
+    unseen = {t.label1 for axis in axes for t in axis.get_major_ticks() if not _within(t, *axis.get_view_interval())}
+    texts = [t for t in fig.findobj(Text) if t.get_visible() and t.get_text().strip() and t not in unseen]
+    boxes = [(t.get_text().replace("\n", " "), t.get_window_extent().shrunk(0.9, 0.8)) for t in texts]
+    cut = {f"{text!r} is cut off" for text, b in boxes if not (-2 < b.x0 and b.x1 < fig.bbox.width + 2)}
+    return cut | {f"{a!r} meets {b!r}" for (a, p), (b, q) in combinations(boxes, 2) if p.overlaps(q)}
+
+
+def _within(tick: Tick, low: float, high: float) -> bool:
+    return min(low, high) <= tick.get_loc() <= max(low, high)
 
 
 def tex(text: str) -> str:
