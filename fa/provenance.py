@@ -32,15 +32,41 @@ def environment() -> dict[str, str]:
 
 
 def memory() -> float:
-    """Bytes of this machine's memory, or as many as the process may have; infinite where nobody says."""
+    """Bytes of this machine's memory, or as many as the process, its container or its job may have; infinite where
+    nobody says."""
+    limits = [math.inf, *control_groups()]
     try:
         import resource
 
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limits += [limit] if limit != resource.RLIM_INFINITY else []
     except (ImportError, AttributeError, ValueError, OSError):
-        return math.inf
-    return whole if limit == resource.RLIM_INFINITY else min(limit, whole)
+        pass
+    return min(limits)
+
+
+def control_groups(root: Path = Path("/")) -> list[int]:
+    """Limits of memory, in bytes, of Linux's control groups that this process is in: a container's, a Slurm job's.
+
+    Args:
+        root: of the file system.
+    """
+    limits = []
+    try:
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            old = "memory" in kinds.split(",")  # the first version has a tree for each kind, the second one for all
+            if not old and kinds:
+                continue
+            tree, name = ("memory", "memory.limit_in_bytes") if old else ("", "memory.max")
+            top = root / "sys/fs/cgroup" / tree
+            for folder in (own := top / path.lstrip("/"), *own.parents):
+                if folder.is_relative_to(top) and (file := folder / name).is_file():
+                    limits += [int(text)] if (text := file.read_text().strip()).isdigit() else []
+    except (OSError, ValueError):
+        pass
+    return limits
 
 
 @cache

@@ -51,7 +51,7 @@ class TestForm:
         nbformat.validate(raw)
         assert (raw["nbformat"], raw["nbformat_minor"]) == (4, 5)
         kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
-        assert raw["metadata"]["kernelspec"] == kernel  # as the kernel calls itself: with another name a page opens dirty
+        assert raw["metadata"]["kernelspec"] == kernel, "as it calls itself: with another name a page opens dirty"
         assert len({cell["id"] for cell in raw["cells"]}) == len(raw["cells"])
         assert re.match(r"# \S", raw["cells"][0]["source"][0] if raw["cells"][0]["source"] else "")
 

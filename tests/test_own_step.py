@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 
 import fa
 import oracles
+from fa import provenance
 from fa.layers import reads
 from fa.layers.hooks import converted
 from oracles import apart, randn
@@ -900,6 +901,23 @@ def test_A30_feedback_that_does_not_fit_into_memory_is_refused_by_name_before_it
     with pytest.raises(fa.UserError, match=r"layer '[02]': drawing feedback of \d+ x \d+ entries.*skip.*expansion"):
         fa.convert(net, rule, sample=sample, **options)
     assert not converted(net) and base.memory() == 1e6
+
+
+@pytest.mark.parametrize("line, files, limits", [
+    ("0::/job/step", {"memory.max": "max", "job/memory.max": "4096", "job/step/memory.max": "max"}, [4096]),
+    ("4:cpu,memory:/job", {"memory/memory.limit_in_bytes": "9000", "memory/job/memory.limit_in_bytes": "512"}, [512, 9000]),
+    ("0::/", {"memory.max": "1024"}, [1024]),
+    ("0::/../../other", {}, []), ("3:cpu:/job", {"job/memory.max": "7"}, []), ("nothing", {}, []),
+])  # fmt: skip
+def test_A30_a_containers_or_jobs_memory_is_the_limit(line, files, limits, tmp_path, monkeypatch):
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(line + "\n")
+    for name, text in files.items():
+        (path := tmp_path / "sys" / "fs" / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert provenance.control_groups(tmp_path) == limits
+    monkeypatch.setattr(provenance, "control_groups", lambda: limits)
+    assert provenance.memory() == min(limits) if limits else provenance.memory() > 1e8
 
 
 def test_A30_memory_is_known_here():

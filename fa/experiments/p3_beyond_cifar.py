@@ -108,7 +108,8 @@ def text(page: Page) -> str:
     angle (means)."""
     _, accuracy, layers = tidy(page.table())
     if accuracy.empty:
-        return tables.several("theory: " + ", ".join(f"{theory.path_angle(λ):.1f}° at {λ:g}" for λ in EXPANSIONS[page.trained]))
+        angles = [f"{theory.path_angle(λ):.1f}° at {λ:g}" for λ in EXPANSIONS[page.trained]]
+        return tables.several("theory: " + ", ".join(angles))
     shown = accuracy.groupby(["rule", "expansion"], dropna=False).value.agg(["mean", "std", "count"])
     shown = shown.set_axis(["accuracy", "sd", "n"], axis=1)
     for name, title in (("angle_deg", "path"), ("norm_ratio", "gain"), ("grad_angle_global_deg", "gradient")):

@@ -79,7 +79,7 @@ def convert(
     if r.name == "bp":
         return revert(net)
     if r.learned and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in net.modules()):
-        raise UserError("DistributedDataParallel averages the parameters it had: convert the network first, then wrap it")
+        raise UserError("DistributedDataParallel averages what it was given: convert the network first, then wrap it")
     layers, others, left = targets(net, skip, treat_as_base)
     sizes = {} if sample is None else _sizes(net, sample)
     # all feedback is drawn before anything is changed
