@@ -185,6 +185,21 @@ def test_record_mode_shows_the_papers_scale_where_it_is_complete_and_else_the_sm
 # ------------------------------------------------------------------------------------------------------------ modes
 
 
+SCALED = [p for p in PAGES if any("scale: str" in cell.source for cell in tagged(read(p), "parameters"))]
+
+
+@pytest.mark.parametrize("path", SCALED, ids=lambda p: p.stem)
+def test_a_page_opens_at_its_other_scale_too_with_a_record_or_without(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("FA_BUILD", str(tmp_path / "build"))
+    monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs"))
+    parameters, setup, *rest = [c.source for c in read(path).cells if c.cell_type == "code"]
+    exec(f"{parameters}\n{setup}", scope := {})
+    scope["scale"] = {"small": "paper", "paper": "small"}[scope["cfg"].trained]
+    for code in (setup, *rest):
+        exec(code, scope)
+    assert scope["cfg"].trained == scope["scale"] and not list(tmp_path.glob("runs/*"))
+
+
 @pytest.fixture
 def figure(monkeypatch, tmp_path):
     """A figure of two rules and three seeds whose committed table this test writes; nothing is trained."""

@@ -178,7 +178,9 @@ def estimate(ax: Axes, table: pd.DataFrame) -> None:
         ax.axhline(still[still.layer == layer].value.mean(), color=color, lw=0.6, ls=":")
     v = np.array(sorted(noisy.level.unique()))
     ax.plot(v, stationary(v), color="0.2", lw=0.9, zorder=0)
-    ax.set(xscale="log", yscale="log", xlabel="Variance v of the noise", ylabel="RMS of B - W, SA")
+    ax.set(xlabel="Variance v of the noise", ylabel="RMS of B - W, SA")
+    if layers:
+        ax.set(xscale="log", yscale="log")
     if 0 < len(layers) < 6:
         ax.legend(loc="upper left", fontsize="x-small")
 
