@@ -108,8 +108,8 @@ CAPTION = """Feedback that follows a moving weight (Kunin et al. 2020: weight es
 constant speed, white input: angle between feedback and W, and the number of steps that the feedback is behind; lines:
 theory (joined), markers: measured (mean of 3 draws; sd are smaller than the marker but for IA's, up to 4.5 degrees and
 0.8 steps). SA, AA and WM have one rate here and so one line. KP is not behind: its lag is 0. c: W moves along a line,
-coloured input: lag of each mode of the input. d: ResNet-8 that learns CIFAR-10 at 16x16 pixels, 100 steps: lag of each
-layer's feedback, mean +/- 1 sd of 3 runs; grey line: prediction for SA, AA and WM. IA has no lag there, for its
+coloured input: lag behind the fixed point, by mode. d: ResNet-8 that learns CIFAR-10 at 16x16 pixels, 100 steps: lag of
+each layer's feedback, mean +/- 1 sd of 3 runs; grey line: prediction for SA, AA and WM. IA has no lag there, for its
 feedback goes elsewhere than to W."""
 
 

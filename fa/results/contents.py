@@ -57,9 +57,9 @@ def index() -> str:
             for scale in ("small", "paper") if about.small else ("paper",):
                 page = Page(name, scale=scale)
                 runs = f"{page.table().run.nunique()} runs" if len(page.table()) else ""
-                small = "small: " if scale == "small" else ""
-                held.append(small + ", ".join(filter(None, [runs, page.partial()])))
-                verdicts.append(small + claims.counted(page.verdicts().verdict))
+                which = f"{scale}: " if about.small else ""
+                held.append(which + ", ".join(filter(None, [runs, page.partial()])))
+                verdicts.append(which + claims.counted(page.verdicts().verdict))
         cells = [f"[{name}]({path.name})" for name in (*pictures[:1], path.stem)]
         cells = ["", *cells][-2:] + [title, "; ".join(held), "; ".join(verdicts)]
         lines.append(f"| {' | '.join(cells)} |")

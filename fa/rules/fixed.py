@@ -95,7 +95,7 @@ class USF(Rule):
     """
 
     name = "usf"
-    equation = "dx = s sign(W)^T dy"
+    equation = "dx = c sign(W)^T dy"
     source = "Liao et al. 2016; Moskovitz et al. 2018; Xiao et al. 2018"
 
     scale: str | float = "init"
@@ -178,8 +178,8 @@ class Frozen(Rule):
     """
 
     name = "frozen"
-    equation = "dx = B^T dy, B = W as of up to k steps ago"
-    source = "our reading"
+    equation = "dx = B^T dy, B a copy of W, new every k steps"
+    source = "ours"
 
     every: int = 100
     part: float = 1.0
