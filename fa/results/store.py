@@ -282,8 +282,8 @@ def locked(path: Path, guarded: Path, wait: bool = True) -> Iterator[bool]:
             return
         except OSError as error:
             raise UserError(
-                f"{path.parent} is on a file system without locks (flock: {error.strerror}), where two processes could "
-                "train one run; set FA_RUNS and FA_BUILD to folders on another one, e.g. a local disk"
+                f"{path.parent} cannot be locked (flock: {error.strerror}), so that two processes could train one run; "
+                "set FA_RUNS and FA_BUILD to folders on a file system with locks, e.g. a local disk"
             ) from error
         for part in guarded.glob(".*.part"):
             part.unlink(missing_ok=True)
