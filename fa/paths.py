@@ -137,8 +137,9 @@ def read_csv(path: Path, **how: Any) -> pd.DataFrame:
     import pandas as pd
 
     words = ["run", "paper", "figure", "rule", "layer", "metric", "source"]
+    exact = {"float_precision": "round_trip"} if pd.__version__ < "3" else {}  # from pandas 3 on numbers are read so
     try:
-        table = pd.read_csv(path, **(how or {"dtype": dict.fromkeys(words, str)}))
+        table = pd.read_csv(path, **exact, **(how or {"dtype": dict.fromkeys(words, str)}))
         if how:
             return table
         present = [w for w in words if w in table]

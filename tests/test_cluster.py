@@ -269,6 +269,21 @@ def test_the_device_is_the_workers(devices, taken, why, capsys) -> None:
     assert capsys.readouterr().err == ""
 
 
+def test_a_worker_that_dies_while_it_is_asked_stops_nobody() -> None:
+    class CommClosedError(OSError):
+        """As Dask's."""
+
+    class Dying(Asked):
+        def run(self, *_, **__) -> dict[str, object]:
+            return {"tcp://gone": CommClosedError("Stream is closed")} | super().run()
+
+    found = cluster._asked(Dying("cuda"), "host:1", worker.Terms(Path("/nowhere")), [], math.inf)
+    assert (found.device, found.all_share) == ("cuda", True)
+    Dying.run = lambda *_, **__: {"tcp://old": ImportError("no module named fa")}
+    with pytest.raises(UserError, match="the worker tcp://old cannot use fa"):
+        cluster._asked(Dying("cuda"), "host:1", worker.Terms(Path("/nowhere")), [], math.inf)
+
+
 def test_dask_without_a_worker_is_told_at_once_and_the_wait_is_bounded(capsys) -> None:
     for until, bounded in ((math.inf, False), (0.0, True)):
         client = Asked()

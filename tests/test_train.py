@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import fa
 from fa.layers.feedback import generator
 from fa.metrics import linear_layers
-from fa.paths import write_bytes
+from fa.paths import read_csv, write_bytes
 from fa.results import records
 from fa.results.store import RunFolder
 from fa.train import data
@@ -209,7 +209,7 @@ def test_progress_is_written_after_every_epoch(monkeypatch):
     config = replace(TINY, epochs=3)
     folder = RunFolder(config)
     table = train.train(config, folder=folder)
-    lines = pd.read_csv(folder.path / "progress.csv")
+    lines = read_csv(folder.path / "progress.csv", header=0)
     assert lines.columns.tolist() == list(train.PROGRESS) and lines.epoch.tolist() == [1, 2, 3]
     for metric in ("train_loss", "test_accuracy"):
         want = table[(table.layer == "") & (table.metric == metric) & (table.epoch > 0)]

@@ -24,8 +24,8 @@ def ends(table: pd.DataFrame, metric: str = "test_accuracy", chance: float = CHA
 
 def minus_bp(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """One number a run, minus backprop's of the same ``keys``; a run without such a partner has none."""
-    bp = rows[rows.rule == "bp"].set_index(keys).value
-    theirs = bp.reindex(pd.MultiIndex.from_frame(rows[keys])).to_numpy()
+    bp = rows.loc[rows.rule == "bp", [*keys, "value"]].rename(columns={"value": "bp"})
+    theirs = rows[keys].merge(bp, how="left", on=keys, validate="m:1").bp.to_numpy()
     return rows.assign(value=rows.value - theirs)
 
 

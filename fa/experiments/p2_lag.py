@@ -233,7 +233,7 @@ def listing(page: Page) -> tables.Shown:
     angle = table[(table.metric == "angle_deg") & (table.epoch == table.epoch.max())].groupby(keys).value.mean()
     rows = []
     for at, of in last.groupby(keys):
-        less = gap[(gap[keys] == pd.Series(dict(zip(keys, at)))).all(axis=1)]
+        less = gap.merge(pd.DataFrame([at], columns=keys))
         found = {"test accuracy": told(of), "minus BP": told(less), "angle": angle.get(at, math.nan)}
         rows.append(dict(zip(keys, at)) | found)
     order = plot.in_order(table.rule)

@@ -218,6 +218,8 @@ def _asked(client: Any, address: str, terms: Terms, datasets: Sequence[str], unt
         except TimeoutError:
             pass
     told = client.run(ready, terms, datasets, on_error="return")
+    gone = [worker for worker, answer in told.items() if type(answer).__name__ == "CommClosedError"]
+    told = {worker: answer for worker, answer in told.items() if worker not in gone}  # one that dies is asked no more
     for worker, n in client.nthreads().items():
         if n > 1:
             raise UserError(threads(f"the worker {worker}"))
