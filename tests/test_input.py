@@ -62,11 +62,30 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], folder: Pa
         ("run p3_fig2 --seeds 10000000000", "no whole number"),
         ("run p3_fig2 --seeds 999999999", "at most 10,000"),
         ("run p3_fig2 --together -2", "together"),
-        ("run p3_fig1", "p3_fig1 has no such runs"),
-        ("collect p3_fig1", "p3_fig1 has no such runs"),
+        ("run p3_fig1", "p3_fig1 is drawn from code: nothing is trained. Draw it with: python -m fa reproduce 31\n"),
+        ("collect p3_fig1", "p3_fig1 is drawn from code: nothing is trained. Draw it with: python -m fa reproduce 31\n"),
         ("run", "EXPERIMENT; see python -m fa run --help"),
-        ("fly", "invalid choice: 'fly'"),
-        ("list --verbose", "--verbose"),
+        ("fly", "unknown command 'fly'; known: list, run"),
+        ("lst", "unknown command 'lst'; did you mean 'list'? known: list, run"),
+        ("list --verbose", "unrecognized arguments: --verbose; see python -m fa list --help"),
+        ("run --devce cpu", "arguments: --devce; did you mean '--device'? see python -m fa run --help"),
+        ("run p3_fig2 --devce=cpu", "arguments: --devce=cpu; did you mean '--device'? see python -m fa run --help"),
+        ("run p3_fig2 --compile yse", "unknown value of --compile 'yse'; did you mean 'yes'? known: auto, yes, no; see"),
+        ("run p3_fig2 --mode quik", "unknown mode 'quik'; did you mean 'quick'? known: quick, small, paper"),
+        ("reproduce 32 --mode quik", "unknown mode 'quik'; did you mean 'quick'? known: record, quick, small, paper"),
+        ("run p3_figg2", "unknown experiment 'p3_figg2'; did you mean 'p3_fig2'? known: "),
+        ("run p3_fig2 --rules pfaa", "unknown rule 'pfaa'; did you mean 'pfa'? known: "),
+        ("run p3_fig2 --dataset mnits", "unknown data set 'mnits'; did you mean 'mnist'? known: digits"),
+        ("run p3_fig2 --device cdua", "unknown device 'cdua'; did you mean 'cuda'? known: auto"),
+        ("data mnsit", "unknown data set 'mnsit'; did you mean 'mnist'? known: digits"),
+        ("figure p3_fig2 --format pgn", "unknown format 'pgn'; did you mean 'png'? known: pdf, svg, png"),
+        ("cite p3_fig2 --format latx", "unknown format 'latx'; did you mean 'latex'? known: text"),
+        ("cite p3_figg2", "unknown figure 'p3_figg2'; did you mean 'p3_fig2'? known: p1_accuracy_small"),
+        ("cite p2_noise", "p2_noise has no figure at the paper's scale; p2_noise_small has\n"),
+        ("figure p2_noise", "p2_noise has no figure at the paper's scale; p2_noise_small has\n"),
+        ("reproduce 32_pfa_fig2_mnits", "'32_pfa_fig2_mnits'; did you mean '32_pfa_fig2_mnist'? known: 00_index"),
+        ("reproduce 32 -p sedes=1", "'sedes' of 32_pfa_fig2_mnist; did you mean 'seeds'? known: mode"),
+        ("reproduce 3", "'3' is the beginning of 9 notebooks, 30_pfa_table1, 31_pfa_fig1_circuits"),
         ("reproduce 32 -p seeds=1 -p seeds=2", "'seeds' is given twice, as '1' and '2'"),
         ("reproduce 32 --grid seeds=1,2 --grid seeds=3", "'seeds' is given twice"),
         ("reproduce 32 --grid seeds=1,1", "value '1' twice"),
@@ -84,7 +103,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], folder: Pa
         ("figure p3_fig2 --width nan", "width=nan must be 1 to 40 inches"),
         ("figure p3_fig2 --width 1e9", "width=1e+09 must be 1 to 40 inches"),
         ("figure p3_fig2 --width 0.01", "width=0.01 must be 1 to 40 inches"),
-        ("reproduce 32 --mode small", "p3_fig2 has no mode 'small'"),
+        ("reproduce 32 --mode small", "p3_fig2 has no mode 'small'; it has quick and paper\n"),
         ("reproduce 33 -p epochs=3", "p3_fig3 draws random matrices"),
         ("reproduce 33 --mode record -p rules=fa", "p3_fig3 is about pfa and pfa_o, not fa"),
         ("reproduce 32 -p expansion=-5", "expansion=-5 must be a whole number from 0 to 10,000"),
@@ -300,7 +319,7 @@ def test_A09_a_file_system_without_locks_is_a_sentence(number: int, monkeypatch,
 def test_A09_a_run_that_another_process_trains_is_said_to_be(number: int, monkeypatch, capsys) -> None:
     monkeypatch.setattr(store.fcntl, "flock", raises(number))
     assert command.main(ONE) == 1
-    assert "0 of 1 runs are finished, 0 of them now, 1 are being trained by another process" in capsys.readouterr().out
+    assert "0 of 1 runs are finished, 0 of them now, 1 is being trained by another process" in capsys.readouterr().out
 
 
 def test_A25_a_tilde_is_the_home_folder_in_every_variable(monkeypatch, tmp_path: Path) -> None:

@@ -116,10 +116,10 @@ def test_every_experiment_has_its_notebook_and_the_index_names_all():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"sedes": 3}, "unknown parameter 'sedes'; known: mode, seeds, epochs, rules, dataset, device"),
+    ({"sedes": 3}, "unknown parameter 'sedes'; did you mean 'seeds'. known: mode, seeds, epochs, rules, dataset, device"),
     ({"mode": "fast"}, "unknown mode 'fast'; known: record, quick, small, paper"),
-    ({"rules": "bp,pfaa"}, "unknown rule 'pfaa'; known rules: .*pfa_o"),
-    ({"dataset": "mnits"}, "unknown data set 'mnits'; known data sets: .*mnist"),
+    ({"rules": "bp,pfaa"}, "unknown rule 'pfaa'; did you mean 'pfa'. known: .*pfa_o"),
+    ({"dataset": "mnits"}, "unknown data set 'mnits'; did you mean 'mnist'. known: .*mnist"),
     ({"seeds": "3"}, "'seeds' must be of type int, not '3'"),
     ({"seeds": True}, "'seeds' must be of type int"),
     ({"epochs": -1}, "epochs=-1 must not be negative"),
@@ -349,7 +349,7 @@ def test_notebooks_are_found_by_their_beginning():
 
 
 @pytest.mark.parametrize("call, message", [
-    ({"parameters": {"sedes": "3"}}, "unknown parameter 'sedes' of 32_pfa_fig2_mnist; known: mode, seeds"),
+    ({"parameters": {"sedes": "3"}}, "unknown parameter 'sedes' of 32_pfa_fig2_mnist; did you mean 'seeds'. known: mode, seeds"),
     ({"grid": {"seeds": ["1", "two"]}}, "'seeds' of 32_pfa_fig2_mnist must be of type int, not 'two'"),
     ({"parameters": {"seeds": "1"}, "grid": {"seeds": ["1"]}}, "'seeds' is both fixed and in the grid"),
     ({"parameters": {"mode": "quick"}}, "set it by --mode"),
