@@ -129,6 +129,14 @@ def test_a_slip_on_the_command_line(arguments: str, word: str, capsys, folders: 
     assert word in refused(arguments.split(), capsys, folders)
 
 
+def test_the_help_and_the_package_say_their_own_words(capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["run", "--help"])
+    assert "number of epochs (default: the mode's own)" in capsys.readouterr().out
+    with pytest.raises(AttributeError, match="'fa' has no attribute 'vesion'; did you mean '__version__'"):
+        fa.vesion
+
+
 def test_a_budget_of_hours_and_minutes(capsys) -> None:
     assert command.main([*ONE, "--budget", "2h10m", "--dry-run"]) == 0
 
