@@ -28,4 +28,6 @@ def __getattr__(name: str) -> object:
         from fa.results.cite import cite
 
         return cite
-    raise AttributeError(f"module 'fa' has no attribute {name!r}")
+    from fa.errors import did_you_mean
+
+    raise AttributeError(f"module 'fa' has no attribute {name!r}{did_you_mean(name, [*__all__, '__version__'])}")

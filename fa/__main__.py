@@ -13,9 +13,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fa.commands import PROG, launched, parser
+from fa.commands import PROG, launched, parsed
 from fa.errors import UserError
 from fa.paths import need_repository
+from fa.tables import plural
 
 if TYPE_CHECKING:
     from fa.train.ddp import Ranks
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _terminated)
     _open_streams()
     try:
-        args = parser().parse_args(arguments)
+        args = parsed(arguments)
         need_repository()
         status = globals()[f"_{args.command}"](args)
         sys.stdout.flush()
@@ -87,6 +88,10 @@ def _planned(args: argparse.Namespace) -> dict[str, list]:
 
     common = dict(seeds=args.seeds, epochs=args.epochs, rules=args.rules, dataset=args.dataset)
     planned = {name: experiments.plan(name, args.mode, **common) for name in args.experiments}
+    for name in planned:
+        if (e := experiments.find(name)).grid is None:
+            draw = f"{PROG} reproduce {e.notebook.partition('_')[0]}"
+            raise UserError(f"{name} is drawn from code: nothing is trained. Draw it with: {draw}")
     if empty := [name for name, whole in planned.items() if not whole]:
         raise UserError(f"{empty[0]} has no such runs, so that nothing is to be trained or collected; see {PROG} list")
     return planned
@@ -156,7 +161,7 @@ def _lead(args: argparse.Namespace, ranks: Ranks) -> int:
         configs = [c for c in configs if c.run not in held]
     if args.dry_run:
         left = runs.missing(configs)
-        print(f"{len(configs)} runs planned, {len(configs) - len(left)} finished, {len(left)} to train")
+        print(f"{plural(len(configs), 'run')} planned, {len(configs) - len(left)} finished, {len(left)} to train")
         for c in left:
             print(f"  {c.run}  {progress.in_words(c)}" + (f", {c.epochs} epochs" if hasattr(c, "epochs") else ""))
         print(progress.forecast(left, budget, args.workers, args.device))
@@ -208,15 +213,20 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _collect(args: argparse.Namespace) -> int:
-    from fa.paths import relative
+    from fa import experiments
+    from fa.paths import told
     from fa.results import records
+    from fa.results.table import FigureTable
 
+    rules = experiments.split(args.rules)
     for name, configs in _planned(args).items():
+        own = FigureTable(name, args.mode, args.seeds, args.epochs, rules, args.dataset).own_name
         held = len(records.holders())
-        path, new = records.collect(name, args.mode, configs, args.partial, _given(args))
+        path, new = records.collect(name, args.mode, configs, args.partial, _given(args), own)
         anew = held + new - len(records.holders()) if path.parent == records.folder_of("paper") else 0
         place = f", {anew} of them in place of others of the same recipes" if anew else ""
-        print(f"{relative(path)}: {new} new runs{place}" if new else f"nothing new: {relative(path)} is unchanged")
+        said = f"{told(path)}: {plural(new, 'new run')}{place}"
+        print(said if new else f"nothing new: {told(path)} is unchanged")
     return 0
 
 
@@ -244,11 +254,11 @@ def _reproduce(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from fa.paths import ROOT
+    from fa.paths import told
     from fa.results import report
 
     for path in report.write():
-        print(path.relative_to(ROOT))
+        print(told(path))
     return 0
 
 
@@ -269,11 +279,11 @@ def _cite(args: argparse.Namespace) -> int:
 
 
 def _figure(args: argparse.Namespace) -> int:
-    from fa.paths import relative
+    from fa.paths import told
     from fa.results.cite import draw
 
     for path in draw(args.figure, args.width, args.format.split(",")):
-        print(relative(path))
+        print(told(path))
     return 0
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from fa import __version__
-from fa.errors import UserError
+from fa.errors import UserError, did_you_mean, unknown
 
 PROG = "python -m fa"
 """How the command is called."""
@@ -30,7 +31,26 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}{'' if message.endswith('?') else ';'} see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = f"value of {action.option_strings[0]}" if action.option_strings else action.dest
+            raise argparse.ArgumentError(None, str(unknown(what, value, action.choices)))
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line; those that :func:`parser` says.
+
+    Raises:
+        UserError: an unknown command or option, or a value that an option does not take.
+    """
+    found, rest = parser().parse_known_args(arguments)
+    if rest:
+        options = [text for action in found.parser._actions for text in action.option_strings]
+        hints = [did_you_mean(word.partition("=")[0], options) for word in rest if word.startswith("-")]
+        found.parser.error(f"unrecognized arguments: {' '.join(rest)}{next(filter(None, hints), '')}")
+    return found
 
 
 def _count(text: str) -> int:
@@ -140,7 +160,7 @@ def _executor(parser: argparse.ArgumentParser) -> None:
 
 def _grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", default="paper", help="paper, small or quick (default: paper)")
-    parser.add_argument("--seeds", type=_count, default=0, help="number of seeds (default 0: the mode's own)")
-    parser.add_argument("--epochs", type=_count, default=0, help="number of epochs (default 0: the mode's own)")
+    parser.add_argument("--seeds", type=_count, default=0, help="number of seeds (default: the mode's own)")
+    parser.add_argument("--epochs", type=_count, default=0, help="number of epochs (default: the mode's own)")
     parser.add_argument("--rules", default="", help="comma separated (default: the figure's)")
     parser.add_argument("--dataset", default="", help="default: the mode's own")

@@ -21,16 +21,27 @@ the working folder. For a package that was installed away from its repository, t
 says where the repository is."""
 
 
+def is_clone() -> bool:
+    """Whether :data:`ROOT` is a clone of the repository: there are claims below it."""
+    return (ROOT / "data" / "claims").is_dir()
+
+
+def home() -> Path:
+    """What a user's relative paths are taken from: :data:`ROOT`, or the working folder where that is no clone, so that
+    nothing is written beside an installed package."""
+    return ROOT if is_clone() else Path.cwd()
+
+
 def user_folder(variable: str, default: str) -> Path:
     """A folder that a user may move: ``$VARIABLE``, or ``default`` where that is not set or empty.
 
-    A tilde is the home folder, a relative path is taken from :data:`ROOT`.
+    A tilde is the home folder, a relative path is taken from :func:`home`.
 
     Raises:
         UserError: a tilde before the name of a user who is not known.
     """
     try:
-        return ROOT / Path(os.environ.get(variable) or default).expanduser()
+        return home() / Path(os.environ.get(variable) or default).expanduser()
     except RuntimeError:
         raise UserError(f"{variable}={os.environ[variable]} names the home of a user who is not known here") from None
 
@@ -53,7 +64,7 @@ def need_repository() -> None:
     Raises:
         UserError: there are no claims below :data:`ROOT`.
     """
-    if not (ROOT / "data" / "claims").is_dir():
+    if not is_clone():
         raise UserError(
             f"{ROOT} is no clone of the repository, which holds notebooks, claims and records; set FA_ROOT to the "
             "folder of a clone, or install that clone with pip install -e"
@@ -149,5 +160,12 @@ def read_csv(path: Path, **how: Any) -> pd.DataFrame:
 
 
 def relative(path: Path) -> str:
-    """A path as one says it: from the repository's root, where it is below it."""
+    """A path as a stored text says it, on every machine alike: from the repository's root, where it is below it, else
+    the name alone."""
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
+def told(path: Path) -> str:
+    """A path as a terminal says it: from the repository's root, where it and the working folder are below it, else
+    whole."""
+    return relative(path) if path.is_relative_to(ROOT) and Path.cwd().is_relative_to(ROOT) else str(path)

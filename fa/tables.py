@@ -45,6 +45,11 @@ def shown(frame: pd.DataFrame, **form: Any) -> Shown:
     return Shown(frame.to_string(**form), html)
 
 
+def plural(n: int, noun: str) -> str:
+    """``"1 run"``, ``"2 runs"``."""
+    return f"{n} {noun}" + "s" * (n != 1)
+
+
 def several(*parts: str) -> Shown:
     """Tables and lines of text one below the other, as one output."""
     html = [p.html if isinstance(p, Shown) else f"<p>{escape(p)}</p>" for p in parts if p]

@@ -595,7 +595,8 @@ def test_run_then_collect_from_the_command_line(capsys, monkeypatch):
     assert command.main(["run", *grid, "--workers", "1", "--device", "cpu"]) == 0
     assert "1 of 1 runs are finished, 1 of them now" in capsys.readouterr().out
     assert command.main(["collect", *grid]) == 0
-    assert capsys.readouterr().out.strip() == "build/quick/p3_fig2.csv: 1 new runs"
+    path = records.build("quick") / "p3_fig2__seeds=1__epochs=1__rules=bp.csv"
+    assert capsys.readouterr().out == f"{path}: 1 new run\n"
     assert command.main(["list"]) == 0
     assert "p3_fig2" in capsys.readouterr().out
 
@@ -618,5 +619,5 @@ def test_a_forecast_goes_by_the_finished_runs_of_the_same_kind():
     assert "about 45s" in progress.forecast(left, workers=2, device="cpu")
     half = [replace(left[0], epochs=1), replace(left[1], hidden="9")]
     said = progress.forecast(half, budget=1.0, workers=1, device="cpu")
-    assert f"about {60 / configs[0].epochs:.0f}s" in said and "1 runs of a kind" in said and "calls" not in said
+    assert f"about {60 / configs[0].epochs:.0f}s" in said and "1 run of a kind" in said and "calls" not in said
     assert progress.forecast([], device="cpu") == "nothing is left to train"

@@ -62,7 +62,7 @@ def test_plain_text_and_markdown_have_caption_and_source() -> None:
 
 
 def test_unknown_figures_and_formats_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(fa.UserError, match="unknown format 'latx'; known: .*did you mean 'latex'"):
+    with pytest.raises(fa.UserError, match="unknown format 'latx'; did you mean 'latex'. known: text"):
         fa.cite("p3_fig2", "latx")
     with pytest.raises(fa.UserError, match="unknown figure 'p3_figg2'.*did you mean 'p3_fig2'"):
         fa.cite("p3_figg2")

@@ -265,7 +265,9 @@ def test_missing_files_are_named_with_their_place(tmp_path, name):
 
 @pytest.mark.parametrize("function", [data.load, data.download])
 def test_an_unknown_name_names_the_known(function):
-    with pytest.raises(UserError, match="unknown data set 'minst'; known: digits, mnist, cifar10"):
+    with pytest.raises(
+        UserError, match="unknown data set 'minst'; did you mean 'mnist'. known: digits, mnist, cifar10"
+    ):
         function("minst")
 
 

@@ -3,14 +3,17 @@ it all runs on."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -22,9 +25,12 @@ import fa
 from fa import __main__ as command
 from fa import experiments, paths
 from fa.paths import user_folder
-from fa.results import batch, claims, parameters, records, registered, store
+from fa.results import batch, cite, claims, parameters, records, registered, report, store
+from fa.results.page import Page
 from fa.train import data
 
+DRAWN = {p.stem for p in (fa.ROOT / "figures").glob("*.json")}
+SMALL = next(name for name in experiments.EXPERIMENTS if f"{name}_small" in DRAWN and name not in DRAWN)
 ONE = "run p3_fig2 --mode quick --rules fa --seeds 1 --epochs 1 --workers 1 --device cpu".split()
 
 
@@ -62,11 +68,36 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], folder: Pa
         ("run p3_fig2 --seeds 10000000000", "no whole number"),
         ("run p3_fig2 --seeds 999999999", "at most 10,000"),
         ("run p3_fig2 --together -2", "together"),
-        ("run p3_fig1", "p3_fig1 has no such runs"),
-        ("collect p3_fig1", "p3_fig1 has no such runs"),
+        ("run p3_fig1", "p3_fig1 is drawn from code: nothing is trained. Draw it with: python -m fa reproduce 31\n"),
+        (
+            "collect p3_fig1",
+            "p3_fig1 is drawn from code: nothing is trained. Draw it with: python -m fa reproduce 31\n",
+        ),
         ("run", "EXPERIMENT; see python -m fa run --help"),
-        ("fly", "invalid choice: 'fly'"),
-        ("list --verbose", "--verbose"),
+        ("fly", "unknown command 'fly'; known: list, run"),
+        ("lst", "unknown command 'lst'; did you mean 'list'? known: list, run"),
+        ("list --verbose", "unrecognized arguments: --verbose; see python -m fa list --help"),
+        ("run --devce cpu", "arguments: --devce; did you mean '--device'? see python -m fa run --help"),
+        ("run p3_fig2 --devce=cpu", "arguments: --devce=cpu; did you mean '--device'? see python -m fa run --help"),
+        (
+            "run p3_fig2 --compile yse",
+            "unknown value of --compile 'yse'; did you mean 'yes'? known: auto, yes, no; see",
+        ),
+        ("run p3_fig2 --mode quik", "unknown mode 'quik'; did you mean 'quick'? known: quick, small, paper"),
+        ("reproduce 32 --mode quik", "unknown mode 'quik'; did you mean 'quick'? known: record, quick, small, paper"),
+        ("run p3_figg2", "unknown experiment 'p3_figg2'; did you mean 'p3_fig2'? known: "),
+        ("run p3_fig2 --rules pfaa", "unknown rule 'pfaa'; did you mean 'pfa'? known: "),
+        ("run p3_fig2 --dataset mnits", "unknown data set 'mnits'; did you mean 'mnist'? known: digits"),
+        ("run p3_fig2 --device cdua", "unknown device 'cdua'; did you mean 'cuda'? known: auto"),
+        ("data mnsit", "unknown data set 'mnsit'; did you mean 'mnist'? known: digits"),
+        ("figure p3_fig2 --format pgn", "unknown format 'pgn'; did you mean 'png'? known: pdf, svg, png"),
+        ("cite p3_fig2 --format latx", "unknown format 'latx'; did you mean 'latex'? known: text"),
+        ("cite p3_figg2", "unknown figure 'p3_figg2'; did you mean 'p3_fig2'? known: p1_accuracy_small"),
+        (f"cite {SMALL}", f"{SMALL} has no figure at the paper's scale; {SMALL}_small has\n"),
+        (f"figure {SMALL}", f"{SMALL} has no figure at the paper's scale; {SMALL}_small has\n"),
+        ("reproduce 32_pfa_fig2_mnits", "'32_pfa_fig2_mnits'; did you mean '32_pfa_fig2_mnist'? known: 00_index"),
+        ("reproduce 32 -p sedes=1", "'sedes' of 32_pfa_fig2_mnist; did you mean 'seeds'? known: mode"),
+        ("reproduce 3", "'3' is the beginning of 9 notebooks, 30_pfa_table1, 31_pfa_fig1_circuits"),
         ("reproduce 32 -p seeds=1 -p seeds=2", "'seeds' is given twice, as '1' and '2'"),
         ("reproduce 32 --grid seeds=1,2 --grid seeds=3", "'seeds' is given twice"),
         ("reproduce 32 --grid seeds=1,1", "value '1' twice"),
@@ -84,7 +115,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], folder: Pa
         ("figure p3_fig2 --width nan", "width=nan must be 1 to 40 inches"),
         ("figure p3_fig2 --width 1e9", "width=1e+09 must be 1 to 40 inches"),
         ("figure p3_fig2 --width 0.01", "width=0.01 must be 1 to 40 inches"),
-        ("reproduce 32 --mode small", "p3_fig2 has no mode 'small'"),
+        ("reproduce 32 --mode small", "p3_fig2 has no mode 'small'; it has quick and paper\n"),
         ("reproduce 33 -p epochs=3", "p3_fig3 draws random matrices"),
         ("reproduce 33 --mode record -p rules=fa", "p3_fig3 is about pfa and pfa_o, not fa"),
         ("reproduce 32 -p expansion=-5", "expansion=-5 must be a whole number from 0 to 10,000"),
@@ -96,6 +127,14 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], folder: Pa
 )
 def test_a_slip_on_the_command_line(arguments: str, word: str, capsys, folders: Path) -> None:
     assert word in refused(arguments.split(), capsys, folders)
+
+
+def test_the_help_and_the_package_say_their_own_words(capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["run", "--help"])
+    assert "number of epochs (default: the mode's own)" in capsys.readouterr().out
+    with pytest.raises(AttributeError, match="'fa' has no attribute 'vesion'; did you mean '__version__'"):
+        fa.vesion
 
 
 def test_a_budget_of_hours_and_minutes(capsys) -> None:
@@ -155,9 +194,9 @@ def test_every_next_command_works_as_it_is_printed(mode: str, capsys, monkeypatc
     monkeypatch.setattr(experiments, "plan", plan)
     monkeypatch.setattr(records, "ROOT", folders)
     for options, file in (
-        (["--rules", "fa, fa"], "p3_fig2.csv"),
+        (["--rules", "fa, fa"], "p3_fig2.csv" if mode == "paper" else "p3_fig2__rules=fa.csv"),
         ([], "p3_fig2.csv"),
-        (["--epochs", "1", "--seeds", "1"], "p3_fig2.csv"),
+        (["--epochs", "1", "--seeds", "1"], "p3_fig2__seeds=1__epochs=1.csv"),
     ):
         next_ = [
             "run",
@@ -181,23 +220,31 @@ def test_every_next_command_works_as_it_is_printed(mode: str, capsys, monkeypatc
             if next_[:1] == ["run"]:
                 assert next_[-6:-4] == ["--budget", "0.000001s"] and next_[-4:] == ["--workers", "1", "--device", "cpu"]
                 next_[-5] = "99s"
-        assert file in said[-1] and "new runs" in said[-1] and len(said) == 3
+        assert re.search(rf"/{file}: (1 new run|2 new runs)\n", said[-1]) and len(said) == 3
     kept = folders / ("build/quick" if mode == "quick" else "data/records")
-    table = pd.read_csv((folders / "build" / mode if mode == "quick" else kept) / "p3_fig2.csv")
-    assert table.epoch.max() == (1 if mode == "quick" else 2), "other settings than the figure's stay out of its record"
+    assert pd.read_csv(kept / "p3_fig2.csv").epoch.max() == 2, "other settings than the figure's stay out of its table"
+    assert pd.read_csv(folders / "build" / mode / "p3_fig2__seeds=1__epochs=1.csv").epoch.max() == 1
     if mode == "paper":
-        assert set(table.rule) == {"bp", "fa"} and not json.loads((kept / "p3_fig2.json").read_text())["partial"]
-        assert pd.read_csv(folders / "build" / "paper" / "p3_fig2.csv").epoch.max() == 1
+        assert set(pd.read_csv(kept / "p3_fig2.csv").rule) == {"bp", "fa"}
+        assert not json.loads((kept / "p3_fig2.json").read_text())["partial"]
 
 
-def test_a_quick_table_that_is_collected_again_is_unchanged(capsys, folders: Path) -> None:
-    grid = ["--mode", "quick", "--rules", "fa", "--seeds", "1", "--epochs", "1"]
-    assert command.main(ONE) == command.main(["collect", "p3_fig2", *grid]) == 0
-    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folders.rglob("p3_fig2.*")}
-    capsys.readouterr()
-    assert command.main(["collect", "p3_fig2", *grid]) == 0
-    assert "nothing new" in capsys.readouterr().out and len(before) == 2
-    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folders.rglob("p3_fig2.*")} == before
+@pytest.mark.parametrize("mode", ["quick", "paper"])
+def test_a_table_of_other_settings_has_the_name_that_a_notebook_gives_it(mode: str, capsys, folders: Path) -> None:
+    """Each setting has its own; one that is collected again, be its rules in another order, is unchanged."""
+    grid = ["p3_fig2", "--mode", mode, "--dataset", "digits", "--seeds", "1", "--epochs", "1"]
+    assert command.main(["run", *grid, "--rules", "fa,bp", "--workers", "1", "--device", "cpu"]) == 0
+    for rules, new in (("fa", 1), ("bp,fa", 2), ("fa,bp", 0), ("fa", 0)):
+        name = Page("p3_fig2", mode, 1, 1, rules.split(","), "digits").path.name
+        assert name == f"p3_fig2__seeds=1__epochs=1__rules={'fa' if rules == 'fa' else 'bp,fa'}__dataset=digits.csv"
+        before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folders.rglob("p3_fig2*")}
+        capsys.readouterr()
+        assert command.main(["collect", *grid, "--rules", rules]) == 0
+        path, said = folders / "build" / mode / name, capsys.readouterr().out
+        after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folders.rglob("p3_fig2*")}
+        assert said == (f"{path}: {new} new run{'s' * (new > 1)}\n" if new else f"nothing new: {path} is unchanged\n")
+        assert after.keys() - before.keys() == ({path} if new else set()) and after | before == after
+        assert set(pd.read_csv(path).rule) == set(rules.split(","))
 
 
 EVERY = [
@@ -304,7 +351,7 @@ def test_A09_a_file_system_without_locks_is_a_sentence(number: int, monkeypatch,
 def test_A09_a_run_that_another_process_trains_is_said_to_be(number: int, monkeypatch, capsys) -> None:
     monkeypatch.setattr(store.fcntl, "flock", raises(number))
     assert command.main(ONE) == 1
-    assert "0 of 1 runs are finished, 0 of them now, 1 are being trained by another process" in capsys.readouterr().out
+    assert "0 of 1 runs are finished, 0 of them now, 1 is being trained by another process" in capsys.readouterr().out
 
 
 def test_A25_a_tilde_is_the_home_folder_in_every_variable(monkeypatch, tmp_path: Path) -> None:
@@ -335,6 +382,57 @@ def test_A26_outside_a_clone_it_says_so(arguments: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(fa.paths, "ROOT", tmp_path)
     said = refused(arguments.split(), capsys, folders)
     assert f"{tmp_path} is no clone of the repository" in said and "set FA_ROOT" in said
+
+
+def test_what_reads_a_clone_says_so_outside_of_one(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(fa.paths, "ROOT", tmp_path)
+    for call in (
+        lambda: fa.cite("p3_fig2"),
+        lambda: cite.draw("p3_fig2"),
+        lambda: records.read("p3_fig2"),
+        lambda: records.sidecar("p3_fig2"),
+        lambda: records.reference("p3_fig2"),
+        records.holders,
+        Page("p3_fig2").table,
+    ):
+        with pytest.raises(fa.UserError, match=f"{tmp_path} is no clone of the repository, .* set FA_ROOT"):
+            call()
+
+
+def test_an_installed_package_writes_to_the_working_folder(tmp_path: Path) -> None:
+    """Runs, builds and data of a package that lies away from its repository; never beside it."""
+    site, work = tmp_path / "site-packages", tmp_path / "work"
+    shutil.copytree(fa.ROOT / "fa", site / "fa", ignore=shutil.ignore_patterns("__pycache__"))
+    work.mkdir()
+    program = """
+from fa.experiments import plan
+from fa.results import records, runs, store
+from fa.train import data
+runs.run(plan("p3_fig2", "quick", 1, 1, "bp"), workers=1, device="cpu", progress=False)
+print(data.root(), data._folder("mine"), records.build("quick"), store.runs_root(), sep="\\n")
+"""
+    env = {n: v for n, v in os.environ.items() if n not in ("FA_ROOT", "FA_RUNS", "FA_BUILD", "FA_DATA")}
+    env |= {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=work, env=env, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert done.stdout.split() == [str(work / place) for place in ("data", "mine", "build/quick", "data/runs")]
+    assert list(work.glob("data/runs/*/status.json")) and [p.name for p in site.iterdir()] == ["fa"]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_is_written_is_named_as_the_working_folder_needs_it(inside, monkeypatch, capsys, tmp_path) -> None:
+    """From the repository's root where the reader stands in it, and else whole: `fa report` changes the clone."""
+    monkeypatch.chdir(fa.ROOT / "notebooks" if inside else tmp_path)
+    monkeypatch.setattr(report, "write", lambda: [fa.ROOT / "REPORT.md"])
+    monkeypatch.setattr(cite, "draw", lambda *_: [fa.ROOT / "build" / "x.pdf", tmp_path / "x.pdf"])
+    monkeypatch.setattr(batch, "_execute", lambda job, outputs, jobs: (1.0, ""))
+    monkeypatch.setattr(batch, "processes", lambda: contextlib.nullcontext(lambda: ThreadPoolExecutor(1)))
+    before = "" if inside else f"{fa.ROOT}/"
+    assert command.main(["report"]) == 0 and capsys.readouterr().out == f"{before}REPORT.md\n"
+    assert command.main(["figure", "p3_fig2"]) == 0
+    assert capsys.readouterr().out == f"{before}build/x.pdf\n{tmp_path}/x.pdf\n"
+    assert command.main(["reproduce", "32", "--mode", "record"]) == 0
+    assert f"logs and outputs in {tmp_path}/build/record/notebooks/\n" in capsys.readouterr().out
 
 
 def test_A28_a_notebook_that_ipython_runs_in_a_session_with_variables() -> None:

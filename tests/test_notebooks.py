@@ -116,10 +116,10 @@ def test_every_experiment_has_its_notebook_and_the_index_names_all():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"sedes": 3}, "unknown parameter 'sedes'; known: mode, seeds, epochs, rules, dataset, device"),
+    ({"sedes": 3}, "unknown parameter 'sedes'; did you mean 'seeds'. known: mode, seeds, epochs, rules, dataset, device"),
     ({"mode": "fast"}, "unknown mode 'fast'; known: record, quick, small, paper"),
-    ({"rules": "bp,pfaa"}, "unknown rule 'pfaa'; known rules: .*pfa_o"),
-    ({"dataset": "mnits"}, "unknown data set 'mnits'; known data sets: .*mnist"),
+    ({"rules": "bp,pfaa"}, "unknown rule 'pfaa'; did you mean 'pfa'. known: .*pfa_o"),
+    ({"dataset": "mnits"}, "unknown data set 'mnits'; did you mean 'mnist'. known: .*mnist"),
     ({"seeds": "3"}, "'seeds' must be of type int, not '3'"),
     ({"seeds": True}, "'seeds' must be of type int"),
     ({"epochs": -1}, "epochs=-1 must not be negative"),
@@ -133,7 +133,7 @@ def test_bad_parameters_are_refused_by_name(change, message):
 def test_a_missing_parameter_and_an_unknown_experiment_are_refused():
     with pytest.raises(fa.UserError, match="parameter 'device' is missing"):
         notebooks.notebook({n: v for n, v in PLAIN.items() if n != "device"})
-    with pytest.raises(fa.UserError, match="unknown experiment 'p9_fig9'; known.*p3_fig2"):
+    with pytest.raises(fa.UserError, match="unknown experiment 'p9_fig9';.* known: .*p3_fig2"):
         notebooks.notebook(PLAIN, "p9_fig9")
 
 
@@ -308,6 +308,55 @@ def test_a_comparison_may_be_by_a_column_other_than_the_rule(figure):
     assert [line[0] for line in lines[1:]] == ["0", "1", "2"] and all(line[3] == "1" for line in lines[1:])
 
 
+def test_a_comparison_of_what_is_not_there_says_why(figure):
+    figure.commit()
+    cfg = figure.open()
+    known = "known: test_accuracy$"
+    with pytest.raises(fa.UserError, match=f"unknown metric 'test_acuracy'; did you mean 'test_accuracy'. {known}"):
+        cfg.compare("test_acuracy")
+    with pytest.raises(fa.UserError, match="unknown column 'rul'; did you mean 'rule'. known: run, rule, seed"):
+        cfg.compare("test_accuracy", by=["rul"])
+    assert cfg.compare("test_accuracy", epoch=77) == "no test_accuracy at epoch 77"
+    assert figure.open(rules=["bp"]).compare("angle_deg") == "BP has no feedback, so no angle"
+    assert cfg.compare("angle_deg") == "no angle_deg in these runs"
+
+
+def test_before_the_first_run_a_comparison_has_nothing_yet(figure):
+    assert figure.open().compare("angle_deg") == "no angle_deg yet"
+
+
+def test_a_page_says_what_would_train_what_it_lacks():
+    """The modes that its figure has; and published values where there are any."""
+    asked = notebooks.Page("p3_fig5", scale="paper")
+    assert asked.banner().endswith("yet: published values only. To train: set mode='quick', 'small' or 'paper'.")
+    with pytest.raises(fa.UserError, match=r"p3_fig4\w*.csv\S*; set mode='quick', 'small' or 'paper'$"):
+        notebooks.Page("p3_fig4", rules=["kp"], seeds=99).table()
+
+
+def test_a_figure_without_published_values_does_not_say_that_it_shows_them(figure, monkeypatch):
+    said = []
+    monkeypatch.setattr(plot, "stamp", lambda fig, text: said.append(text))
+    monkeypatch.setattr(plot, "save", lambda *args, **kwargs: None)
+    monkeypatch.setattr(notebooks.Page, "trail", lambda page: {})
+    for only in (": published values only", ""):
+        cfg = figure.open()
+        cfg.save(None, "caption")
+        assert f"there is no data/records/p3_fig2.csv yet{only}. To train" in cfg.banner()
+        assert said.pop() == f"no run yet{only}"
+        (records.ROOT / "data" / "reference" / "p3_fig2.csv").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name, chosen", [
+    ("p3_fig2", {}), ("p3_fig2", {"rules": ["kp"]}), ("p3_fig2", {"rules": ["bp"], "seeds": 1}), ("x_precision", {}),
+])  # fmt: skip
+def test_the_banner_names_every_record_that_holds_its_runs_and_no_other(name, chosen):
+    cfg = notebooks.Page(name, **chosen)
+    said, held = cfg.banner(), records.holders()
+    named = re.findall(r"data/records/(\w+)\.csv", said)
+    assert sorted(named) == sorted({held[c.run] for c in cfg.runs}) and cfg.path.name.partition(".")[0] in named
+    assert ("1 run (BP; 1 seed)" in said) == ("seeds" in chosen)
+
+
 def test_where_figures_go_and_what_they_say(figure, monkeypatch):
     from fa import plot
 
@@ -346,10 +395,14 @@ def test_notebooks_are_found_by_their_beginning():
     assert contents.find(["notebooks/32_pfa_fig2_mnist.ipynb", "32"]) == contents.find(["32"])
     with pytest.raises(fa.UserError, match="unknown notebook '99'; known: 00_index"):
         contents.find(["99"])
+    with pytest.raises(
+        fa.UserError, match="'4' is the beginning of 2 notebooks, 40_.*, 41_.*; give the numbers of some"
+    ):
+        contents.find(["32", "4"])
 
 
 @pytest.mark.parametrize("call, message", [
-    ({"parameters": {"sedes": "3"}}, "unknown parameter 'sedes' of 32_pfa_fig2_mnist; known: mode, seeds"),
+    ({"parameters": {"sedes": "3"}}, "unknown parameter 'sedes' of 32_pfa_fig2_mnist; did you mean 'seeds'. known: mode, seeds"),
     ({"grid": {"seeds": ["1", "two"]}}, "'seeds' of 32_pfa_fig2_mnist must be of type int, not 'two'"),
     ({"parameters": {"seeds": "1"}, "grid": {"seeds": ["1"]}}, "'seeds' is both fixed and in the grid"),
     ({"parameters": {"mode": "quick"}}, "set it by --mode"),
@@ -416,7 +469,7 @@ def test_batch_says_what_the_figures_are_and_names_the_report_where_it_is_about_
         return lines[-3:]
 
     monkeypatch.setattr(batch, "_execute", execute)
-    monkeypatch.setattr(batch, "relative", lambda path: path.relative_to(tmp_path).as_posix())
+    monkeypatch.setattr(batch, "told", lambda path: path.relative_to(tmp_path).as_posix())
     quick = told("quick", {"expansion": ["1", "10", "3"]})
     shown = "".join(f"\n  grid/expansion={n}/quick/figures/p3_fig2.pdf" for n in (1, 10, 3))
     assert quick[1] == "figures of quick mode, not at the paper's scale:" + shown

@@ -101,8 +101,13 @@ def test_a_figure_is_drawn_from_the_present_table(path: Path) -> None:
 
 
 def test_a_missing_record_says_how_to_make_it() -> None:
-    with pytest.raises(UserError, match="set mode='quick', 'small' or 'paper'"):
-        records.read("p9_fig9")
+    for read in (records.read, records.sidecar):  # p3_fig1 is drawn from code
+        with pytest.raises(
+            UserError, match="there is no data/records/p3_fig1.*; set mode='quick' or 'paper' to make it"
+        ):
+            read("p3_fig1")
+        with pytest.raises(UserError, match="unknown experiment 'p3_figg2'; did you mean 'p3_fig2'. known: "):
+            read("p3_figg2")
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fa import plot
-from fa.errors import UserError, did_you_mean
+from fa.errors import UserError, unknown
 from fa.rules import RULES
 from fa.rules import rule as make_rule
 from fa.train import data
@@ -55,6 +55,17 @@ class Experiment:
     swept: Callable[[Any], dict[str, Any]] = lambda config: {}
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes in which the figure's runs are trained."""
+        return tuple(mode for mode in MODES if mode != "small" or self.small)
+
+    @property
+    def remedy(self) -> str:
+        """What a reader does who lacks runs: "set mode='quick', 'small' or 'paper'"."""
+        *first, last = map(repr, self.modes)
+        return f"set mode={', '.join(first)} or {last}"
+
     def named(self, rule: str) -> str:
         """A rule's name on this page: p1's uniform sign-concordant feedback, uSF, is p3's SF."""
         return "uSF" if (self.paper, rule) == ("p1", "usf") else plot.look(rule).label
@@ -91,21 +102,18 @@ def plan(
     """
     e = find(experiment)
     if mode not in MODES:
-        raise UserError(f"unknown mode {mode!r} to train in; known modes: {', '.join(MODES)}")
-    if mode == "small" and not e.small:
-        known = ", ".join(name for name, other in EXPERIMENTS.items() if other.small)
-        raise UserError(
-            f"{experiment} has no mode 'small', for its paper mode needs no accelerator; mode 'small' is for {known}"
-        )
+        raise unknown("mode", mode, MODES)
+    if mode not in e.modes:
+        raise UserError(f"{experiment} has no mode {mode!r}; it has {' and '.join(e.modes)}")
     check(rules, dataset, seeds, epochs)
     names = tuple(split(rules)) or e.rules
-    if unknown := set(own) - set(e.own):
-        raise UserError(f"unknown parameter {unknown.pop()!r} of {experiment}; known: {', '.join(e.own) or 'none'}")
+    for name in own.keys() - e.own.keys():
+        raise unknown("parameter", name, e.own, experiment)
     for name, value in own.items():
         if isinstance(value, int) and not 0 <= value <= MOST:
             raise UserError(f"{name}={value} must be a whole number from 0 to {MOST:,}")
         if value and value not in (known := CHOICES.get(name, (value,))):
-            raise UserError(f"unknown {name} {value!r}; known: {', '.join(known)}, or empty for the mode's own")
+            raise unknown(name, value, known, more=", or empty for the mode's own")
     runs = e.grid(mode, names, seeds, epochs, dataset, **own) if e.grid else []
     for rule, options in dict.fromkeys((c.rule, c.options) for c in runs if isinstance(c, Config)):
         make_rule(rule, **parse_options(options))  # refuses options out of range
@@ -131,12 +139,9 @@ def check(rules: str, dataset: str, seeds: int, epochs: int) -> None:
         raise UserError(f"rules={rules!r} names no rule; leave rules empty for the figure's own")
     for name in split(rules):
         if name not in RULES:
-            raise UserError(
-                f"unknown rule {name!r}; known rules: {', '.join(sorted(RULES))}{did_you_mean(name, RULES)}"
-            )
+            raise unknown("rule", name, sorted(RULES))
     if dataset and dataset not in data.SETS:
-        known = f"{', '.join(data.SETS)}{did_you_mean(dataset, data.SETS)}"
-        raise UserError(f"unknown data set {dataset!r}; known data sets: {known}")
+        raise unknown("data set", dataset, data.SETS)
 
 
 def find(experiment: str) -> Experiment:
@@ -146,8 +151,7 @@ def find(experiment: str) -> Experiment:
         UserError: there is none.
     """
     if experiment not in EXPERIMENTS:
-        known = f"{', '.join(EXPERIMENTS)}{did_you_mean(experiment, EXPERIMENTS)}"
-        raise UserError(f"unknown experiment {experiment!r}; known experiments: {known}")
+        raise unknown("experiment", experiment, EXPERIMENTS)
     return EXPERIMENTS[experiment]
 
 

@@ -17,15 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fa.errors import UserError, did_you_mean
+from fa.errors import UserError, unknown
 from fa.experiments import EXPERIMENTS
-from fa.paths import ROOT, read_csv, relative, writing
+from fa.paths import ROOT, read_csv, told, writing
 from fa.results import compare
 from fa.results.contents import find
 from fa.results.executors import each, processes
 from fa.results.page import cut, page_of
 from fa.results.parameters import check
 from fa.results.records import build
+from fa.tables import plural
 
 FIGURES = {
     "record": "figures, redrawn from data/records",
@@ -100,8 +101,8 @@ def reproduce(
     work = _planned(notebooks, mode, dict(parameters or {}), dict(grid or {}), jobs, add)
     jobs = min(jobs or min(os.cpu_count() or 1, 4), len(work))
     outputs, start, failed = build(mode) / "notebooks", time.time(), []
-    count = f"{len(work)} notebook" + "s" * (len(work) != 1)
-    say(f"{count}, mode {mode}, {jobs} at a time; logs and outputs in {relative(outputs)}/")
+    count = plural(len(work), "notebook")
+    say(f"{count}, mode {mode}, {jobs} at a time; logs and outputs in {told(outputs)}/")
     with writing(outputs):
         outputs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as open_:
@@ -116,13 +117,13 @@ def reproduce(
                 say("\n".join(f"         {line}" for line in error.splitlines()))
     folders = dict.fromkeys([job.build / mode / "figures" for job in work] + [ROOT / "figures"])
     made = [p for folder in folders for p in sorted(folder.glob("*.pdf")) if p.stat().st_mtime >= start - 1]
-    say("\n  ".join([f"{FIGURES[mode]}:", *(relative(p) for p in made)]) if made else "figures: none")
+    say("\n  ".join([f"{FIGURES[mode]}:", *(told(p) for p in made)]) if made else "figures: none")
     if grid:
         points = [(job.grid, job.build / mode) for job in work]
         for path in compare.over_grid(points, build("").resolve() / "grid", since=start - 1):
-            say(f"the grid as one table: {relative(path)}")
-            if told := compare.last_accuracies(read_csv(path)):
-                say(told)
+            say(f"the grid as one table: {told(path)}")
+            if lines := compare.last_accuracies(read_csv(path)):
+                say(lines)
     if mode != "quick":
         say("report on the records: REPORT.md, written by python -m fa report")
     verdict = f"{len(work) - len(failed)} of {len(work)} ran through, in {time.time() - start:.0f} s"
@@ -154,13 +155,12 @@ def _typed(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     try:
         default = {n: ast.literal_eval(p["default"]) for n, p in papermill.inspect_notebook(str(path)).items()}
     except Exception as error:  # whatever is wrong with the file
-        raise UserError(f"notebook {relative(path)} cannot be read ({type(error).__name__}); restore it") from error
+        raise UserError(f"notebook {told(path)} cannot be read ({type(error).__name__}); restore it") from error
     words = {"true": True, "True": True, "false": False, "False": False}
     values = {}
     for name, text in raw.items():
         if name not in default:
-            known = f"{', '.join(default)}{did_you_mean(name, default)}"
-            raise UserError(f"unknown parameter {name!r} of {path.stem}; known: {known}")
+            raise unknown("parameter", name, default, path.stem)
         kind = type(default[name])
         try:
             values[name] = words[str(text)] if kind is bool else kind(text)
@@ -204,7 +204,7 @@ def _execute(job: _Job, outputs: Path, jobs: int) -> tuple[float, str]:
             error = _told(e, out.with_suffix(".log"))
         except Exception as e:  # the notebook's file, the kernel: whatever it is, the other notebooks run
             logging.exception("not run")
-            error = cut(f"{type(e).__name__}: see {relative(out.with_suffix('.log'))}", 300)
+            error = cut(f"{type(e).__name__}: see {told(out.with_suffix('.log'))}", 300)
     return time.time() - start, error
 
 
@@ -212,5 +212,5 @@ def _told(error: Any, log: Path) -> str:
     """papermill's error in lines: what it is, its cell, the end of its traceback, and where the whole is."""
     lines = [line.rstrip() for part in error.traceback for line in COLOR.sub("", part).splitlines() if line.strip()]
     what = cut(f"{error.ename}: {(error.evalue.splitlines() or [''])[0]}", 300)
-    where = f"in cell [{error.exec_count}]; all of it is in {relative(log) if log.is_relative_to(ROOT) else log}"
+    where = f"in cell [{error.exec_count}]; all of it is in {told(log)}"
     return "\n".join([what, where, *(f"| {cut(line, 200)}" for line in lines[-TOLD:])])

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa import citations, plot, provenance
-from fa.errors import UserError, did_you_mean
-from fa.paths import ROOT, read_json, write_bytes
+from fa.errors import UserError, unknown
+from fa.paths import ROOT, need_repository, read_json, write_bytes
 from fa.results import records
 from fa.results.page import Page
 
@@ -50,7 +50,7 @@ def cite(name: str, format: str = "text") -> str:
             paper of the figure: the entries that the latex form cites.
 
     Raises:
-        UserError: an unknown figure or format; the sentence names the known ones.
+        UserError: an unknown figure or format; the sentence names the known ones. The package is no part of a clone.
 
     Example:
         >>> print(cite("p3_fig2", "latex").splitlines()[0])
@@ -58,7 +58,7 @@ def cite(name: str, format: str = "text") -> str:
     """
     path = _sidecar(name)
     if format not in FORMATS:
-        raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
+        raise unknown("format", format, FORMATS)
     forms = {"text": _text, "markdown": _markdown, "latex": _latex, "bibtex": _bibtex}
     return forms[format](read_json(path, name=str, caption=str, cite=str, paper=str))
 
@@ -81,8 +81,9 @@ def draw(name: str, width: float = 0, formats: Sequence[str] = tuple(FILES), fol
             texts of the figure meet or are cut off, or the folder cannot be written.
     """
     _sidecar(name)
-    if unknown := [f for f in formats if f not in FILES]:
-        raise UserError(f"unknown format {unknown[0]!r}; known: {', '.join(FILES)}")
+    for format in formats:
+        if format not in FILES:
+            raise unknown("format", format, FILES)
     if width and not 1 <= width <= WIDEST:
         raise UserError(f"width={width:g} must be 1 to {WIDEST} inches; a column has about 3.5, a page about 7.2")
     experiment, mode = records.figure_of(name)
@@ -146,9 +147,12 @@ def tex(text: str) -> str:
 
 
 def _sidecar(name: str) -> Path:
+    need_repository()
     path, known = ROOT / "figures" / f"{name}.json", sorted(p.stem for p in (ROOT / "figures").glob("*.json"))
+    if (small := f"{name}_small") in known and name not in known:
+        raise UserError(f"{name} has no figure at the paper's scale; {small} has")
     if name not in known:
-        raise UserError(f"unknown figure {name!r}; known: {', '.join(known) or 'none yet'}{did_you_mean(name, known)}")
+        raise unknown("figure", name, known)
     return path
 
 

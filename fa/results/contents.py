@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fa.errors import UserError
+from fa.errors import UserError, unknown
 from fa.experiments import EXPERIMENTS
 from fa.paths import ROOT, read_json
 from fa.plot import in_order
 from fa.results import claims
 from fa.results.page import Page
 from fa.rules import RULES
+from fa.tables import plural
 
 THUMBNAIL = 150  # pixels that a figure in the index is wide
 
@@ -21,14 +22,17 @@ def find(names: Sequence[str] = ()) -> list[Path]:
     """Notebooks by file name, stem or beginning of it ("32"); all of them without names.
 
     Raises:
-        UserError: a name that fits none; the message lists the notebooks.
+        UserError: a name that fits none, or one letter that fits several; the message lists the notebooks.
     """
     there = sorted((ROOT / "notebooks").glob("*.ipynb"))
     found: list[Path] = []
     for name in names:
         fits = [p for p in there if p.stem == Path(name).stem] or [p for p in there if name and p.stem.startswith(name)]
         if not fits:
-            raise UserError(f"unknown notebook {name!r}; known: {', '.join(p.stem for p in there)}")
+            raise unknown("notebook", name, [p.stem for p in there])
+        if len(name) == 1 < len(fits):
+            stems = ", ".join(p.stem for p in fits)
+            raise UserError(f"{name!r} is the beginning of {len(fits)} notebooks, {stems}; give the numbers of some")
         found += fits
     return list(dict.fromkeys(found)) if names else there
 
@@ -56,7 +60,7 @@ def index() -> str:
                 continue
             for scale in ("small", "paper") if about.small else ("paper",):
                 page = Page(name, scale=scale)
-                runs = f"{page.table().run.nunique()} runs" if len(page.table()) else ""
+                runs = plural(page.table().run.nunique(), "run") if len(page.table()) else ""
                 which = f"{scale}: " if about.small else ""
                 held.append(which + ", ".join(filter(None, [runs, page.partial()])))
                 verdicts.append(which + claims.counted(page.verdicts().verdict))

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fa.errors import UserError
+from fa.errors import UserError, unknown
 
 
 def pick_device(device: str, needed: bool = True) -> str:
@@ -29,7 +29,7 @@ def pick_device(device: str, needed: bool = True) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device, re.ASCII):
-        raise UserError(f"unknown device {device!r}; known devices: auto, cpu, cuda, cuda:0, cuda:1, ...")
+        raise unknown("device", device, ("auto", "cpu", "cuda", "cuda:0", "cuda:1"), more=", ...")
     if needed and device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise UserError(f"device {device!r} is not there; use device='cpu' or 'auto'")
     return device

@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from fa import citations, experiments, plot, provenance, tables
-from fa.paths import ROOT, need_repository, relative
+from fa.errors import unknown
+from fa.paths import ROOT, need_repository, relative, told
 from fa.results import claims, records
 from fa.results.live import Picture
 from fa.results.markdown import labelled
@@ -43,6 +44,8 @@ from fa.tables import Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_OF_FEEDBACK = {"angle_deg": "angle", "norm_ratio": "norm ratio", "sign_concordance": "sign concordance"}
 
 SHOWN_DPI = 136  # pixels of the page an inch of the figure is wide; the picture itself has 300, for sharp screens
 
@@ -95,15 +98,17 @@ class Page(FigureTable):
             return "Nothing is trained for this page: its figure is drawn from the code of the rules."
         rows, where, part = self.table(), relative(self.path), self.partial()
         if rows.empty:
-            return (
-                f"Nothing was trained, and there is no {where} yet: published values only. mode quick or paper trains."
-            )
-        repeats = f"{rows.seed.nunique()} {'seeds' if self.datasets else 'repeats'}"
+            shown = ": published values only" if len(self.reference()) else ""
+            return f"Nothing was trained, and there is no {where} yet{shown}. To train: {self.about.remedy}."
+        repeats = tables.plural(rows.seed.nunique(), "seed" if self.datasets else "repeat")
         rules = ", ".join(map(self.about.named, plot.in_order(rows.rule)))
-        what = f"{rows.run.nunique()} runs ({rules}; {repeats})" + (f"; PARTIAL: {part}" if part else "")
+        what = f"{tables.plural(rows.run.nunique(), 'run')} ({rules}; {repeats})"
+        what += f"; PARTIAL: {part}" if part else ""
         what += f"; {ended}" if (ended := self.diverged()) else ""
         if self.mode == "record":
             made = provenance.told(self._made[1]["environments"], "torch", "cuda", "gpu", "cpu")
+            *others, last = (relative(records.record_path(name)) for name in self._made[1]["records"])
+            where = f"{', '.join(others)} and {last}" if others else last
             return f"Nothing was trained: this page redraws {where}, {what}" + (f", made with {made}." if made else ".")
         return f"Made here, mode {self.mode!r}: {', '.join([what, *self.datasets])}; read back from {where}."
 
@@ -115,8 +120,14 @@ class Page(FigureTable):
             by: columns that make a row, such as ``("rule", "layer")``.
             epoch: epoch in our count.
             digits: decimals.
+
+        Raises:
+            UserError: neither table has such a metric or column; the sentence names the known ones.
         """
-        by, parts = list(by), []
+        by, parts, columns = list(by), [], list(dict.fromkeys([*self.table(), *self.reference()]))
+        for column in by:
+            if column not in columns:
+                raise unknown("column", column, columns)
         for frame in (self.table(), self.reference()):
             frame = frame[frame.metric == metric]
             frame = frame.reindex(columns=list(dict.fromkeys([*frame, *by])))  # no published value has a swept column
@@ -125,7 +136,7 @@ class Page(FigureTable):
         theirs = parts[1][["value", "sd", "n"]].first().set_axis(["paper", "sd ", "n "], axis=1)
         both = ours.join(theirs, how="outer", sort=False).reset_index()
         if both.empty:
-            return tables.several(f"no {metric} yet")
+            return tables.several(self._no(metric, epoch))
         if "variant" in both:
             both["variant"] = [self.about.labels.get(v, v) for v in both.variant]
         depth = list(dict.fromkeys([*self.table().sort_values("depth").layer, *self.reference().layer]))
@@ -134,6 +145,17 @@ class Page(FigureTable):
         whole = {n: lambda v: "-" if pd.isna(v) else f"{v:.0f}" for n in ("n", "n ")}
         form = f"{{:.{digits}f}}".format
         return tables.shown(both, index=False, float_format=form, na_rep="-", formatters=whole)
+
+    def _no(self, metric: str, epoch: int | None) -> str:
+        """Why neither table has this metric there."""
+        known = sorted({*self.table().metric, *self.reference().metric})
+        if metric in known:
+            return f"no {metric}" + ("" if epoch is None else f" at epoch {epoch}")
+        if metric in _OF_FEEDBACK and {c.rule for c in self.runs} == {"bp"}:
+            return f"BP has no feedback, so no {_OF_FEEDBACK[metric]}"
+        if known and metric not in plot.LABELS:
+            raise unknown("metric", metric, known)
+        return f"no {metric} {'in these runs' if len(self.table()) else 'yet'}"
 
     def judged(self) -> Shown:
         """Table of this figure's claims: target, measured, n and verdict, then how many hold.
@@ -242,12 +264,13 @@ class Page(FigureTable):
         if self.mode == "quick":
             words = [", ".join(["quick mode", *self.datasets]) + ": not the paper's scale"]
             n = self.table().seed.nunique() if self.runs else 0
-            told = [*self.datasets, *[f"{n} seed" + "s" * (n != 1)] * bool(n), *given]
+            told = [*self.datasets, *[tables.plural(n, "seed")] * bool(n), *given]
             caption = f"Quick mode ({', '.join(told)}), without the paper's values. At the paper's scale: {caption}"
         elif self.parameters:
             caption = f"With {', '.join(f'{n}={v}' for n, v in self.parameters.items())}. {caption}"
         if part := self.partial():
-            words.append("no run yet: published values only" if self.table().empty else f"partial: {part}")
+            only = "no run yet" + (": published values only" if len(self.reference()) else "")
+            words.append(only if self.table().empty else f"partial: {part}")
         if self.runs and (ended := self.diverged()):
             words.append(ended)
         if words:
@@ -261,7 +284,7 @@ def _show(path: Path, fig: Figure) -> None:
     import matplotlib.pyplot as plt
 
     plt.close(fig)
-    files = f"{relative(path)}, .png and .json"
+    files = f"{told(path)}, .png and .json"
     if "ipykernel" not in sys.modules:
         print(files)
         return

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fa import experiments
-from fa.errors import UserError, did_you_mean
+from fa.errors import UserError, unknown
 from fa.results.executors import pick_device
 
 STANDARD: dict[str, type] = {"mode": str, "seeds": int, "epochs": int, "rules": str, "dataset": str, "device": str}
@@ -22,19 +22,16 @@ def check(values: Mapping[str, Any], types: Mapping[str, type]) -> None:
     """
     for name in values:
         if name not in types:
-            raise UserError(f"unknown parameter {name!r}; known: {', '.join(types)}{did_you_mean(name, types)}")
+            raise unknown("parameter", name, types)
     for name, kind in types.items():
         if name not in values:
             raise UserError(f"parameter {name!r} is missing from the cell tagged 'parameters'")
         if type(values[name]) is not kind and not (kind is float and type(values[name]) is int):
             raise UserError(f"parameter {name!r} must be of type {kind.__name__}, not {values[name]!r}")
     if values["mode"] not in (modes := ("record", *experiments.MODES)):
-        known = f"{', '.join(modes)}{did_you_mean(values['mode'], modes)}"
-        raise UserError(f"unknown mode {values['mode']!r}; known: {known}")
+        raise unknown("mode", values["mode"], modes)
     if values.get("scale", "") not in ("", "small", "paper"):
-        raise UserError(
-            f"unknown scale {values['scale']!r}; known: small, paper, or empty for the largest complete record"
-        )
+        raise unknown("scale", values["scale"], ("small", "paper"), more=", or empty for the largest complete record")
     experiments.check(values["rules"], values["dataset"], values["seeds"], values["epochs"])
     pick_device(values["device"], needed=values["mode"] != "record")
 

@@ -14,6 +14,7 @@ from fa.results import runs
 from fa.results.costs import Recorded, kind, measure_all, steps
 from fa.results.executors import pick_device, pick_workers
 from fa.results.progress import clock
+from fa.tables import plural
 from fa.train import stack
 from fa.train.config import Config, parse_options
 from fa.train.timing import Cost, Spread, plus, quartiles, times
@@ -153,7 +154,7 @@ def table(forecast: Forecast) -> str:
             step = f"{steps(same[0]):,} steps of {spread(times(1000, cost.step), _short)} ms"
         name, step = (next(names), step) if steps(same[0]) else (same[0].rule, "no steps")
         memory = f"{cost.memory / 1e9:.2f} GB" if cost.memory else ""
-        lines.append((name, _runs(len(same)), step, f"{spread(took, _time)} a run", memory, cost.source))
+        lines.append((name, plural(len(same), "run"), step, f"{spread(took, _time)} a run", memory, cost.source))
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths) if w).rstrip() for line in lines]
     return "\n".join([*text, *totals(forecast), *unknown(forecast)])
@@ -168,7 +169,7 @@ def totals(forecast: Forecast) -> list[str]:
     what = "longest stack" if forecast.stacked else "longest run"
     devices = "1 device" if forecast.devices == 1 else f"{forecast.devices} devices"
     return [
-        f"  {_runs(len(known))}: {hours} device-hours; the {what} {spread(longest, _time)}",
+        f"  {plural(len(known), 'run')}: {hours} device-hours; the {what} {spread(longest, _time)}",
         f"  on {devices}: {wall}" + _memory(forecast),
     ]
 
@@ -188,12 +189,8 @@ def unknown(forecast: Forecast) -> list[str]:
     for reason, kinds in why.items():
         names = list(dict.fromkeys(_names(list(kinds))))
         more = f" and {len(names) - 6} more kinds" if len(names) > 6 else ""
-        found.append(f"  not known: {_runs(sum(kinds.values()))} ({', '.join(names[:6])}{more}), for {reason}")
+        found.append(f"  not known: {plural(sum(kinds.values()), 'run')} ({', '.join(names[:6])}{more}), for {reason}")
     return found
-
-
-def _runs(n: int) -> str:
-    return f"{n} run" if n == 1 else f"{n} runs"
 
 
 def _memory(forecast: Forecast) -> str:
@@ -265,5 +262,8 @@ def report(
     if len(found) > 1 and every:
         costs = next(iter(found.values())).costs
         whole = Forecast(list(every.values()), costs, devices, gpu)
-        lines += [f"all: {_runs(len(every))}, {_runs(len(whole.known))} of which are known", *totals(whole)]
+        lines += [
+            f"all: {plural(len(every), 'run')}, {plural(len(whole.known), 'run')} of which are known",
+            *totals(whole),
+        ]
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from fa.paths import read_json
 from fa.results import live
 from fa.results.executors import pick_device, pick_workers
 from fa.results.store import RunFolder, run_seconds, runs_root
+from fa.tables import plural
 from fa.train.loop import progress_lines
 
 
@@ -156,7 +157,7 @@ def forecast(todo: list[Any], budget: float | None = None, workers: str | int = 
         return "nothing like them has been trained here yet"
     text = f"about {clock(total)} by the finished runs of their kind"
     if len(known) < len(todo):
-        return f"{text}, and {len(todo) - len(known)} runs of a kind that has not been trained here yet"
+        return f"{text}, and {plural(len(todo) - len(known), 'run')} of a kind that has not been trained here yet"
     return f"{text}; {math.ceil(total / budget)} calls of {clock(budget)}" if budget else text
 
 

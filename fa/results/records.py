@@ -23,7 +23,7 @@ import pandas as pd
 
 from fa import experiments
 from fa.errors import UserError
-from fa.paths import ROOT, read_csv, relative, user_folder, write_bytes, writing
+from fa.paths import ROOT, need_repository, read_csv, told, user_folder, write_bytes, writing
 from fa.results import registered
 from fa.results.store import RunFolder, locked, read_sidecar, run_seconds
 
@@ -53,13 +53,16 @@ def figure_of(name: str) -> tuple[str, str]:
 
 
 def build(mode: str) -> Path:
-    """Folder of what a mode makes and nobody commits: $FA_BUILD/MODE (default: build/MODE, in the repository)."""
+    """Folder of what a mode makes and nobody commits: $FA_BUILD/MODE (default: build/MODE in :func:`fa.paths.home`)."""
     return user_folder("FA_BUILD", "build") / mode
 
 
 def folder_of(mode: str) -> Path:
-    """Where a mode's tables are: :func:`build` for quick, else data/records."""
-    return build("quick") if mode == "quick" else ROOT / "data" / "records"
+    """Where a mode's tables are: :func:`build` for quick, else data/records, which only a clone has (`UserError`)."""
+    if mode == "quick":
+        return build(mode)
+    need_repository()
+    return ROOT / "data" / "records"
 
 
 def record_path(name: str, mode: str = "paper") -> Path:
@@ -74,14 +77,10 @@ def read(name: str, mode: str = "paper") -> pd.DataFrame:
     Raises:
         UserError: there is no such table, or its checksum is not the one in its sidecar.
     """
-    path = record_path(name, mode)
-    if not path.exists():
-        raise UserError(f"there is no {relative(path)}; set mode='quick', 'small' or 'paper' to make it")
+    path = _there(record_path(name, mode), name)
     if hashlib.sha256(path.read_bytes()).hexdigest() != sidecar(name, mode)["sha256"]:
-        raise UserError(
-            f"{relative(path)} was changed after {name}.json, which holds its sha256, was written; "
-            "restore both, or collect again where a collect was killed"
-        )
+        why = f"{told(path)} was changed after {name}.json, which holds its sha256, was written"
+        raise UserError(f"{why}; restore both, or collect again where a collect was killed")
     return read_csv(path)
 
 
@@ -91,10 +90,14 @@ def sidecar(name: str, mode: str = "paper") -> dict[str, Any]:
     Raises:
         UserError: there is none.
     """
-    path = folder_of(mode) / f"{name}.json"
-    if not path.exists():
-        raise UserError(f"there is no {relative(path)}; set mode='quick', 'small' or 'paper' to make it")
+    path = _there(folder_of(mode) / f"{name}.json", name)
     return _sidecar(path, path.stat().st_mtime_ns)
+
+
+def _there(path: Path, name: str) -> Path:
+    if not path.exists():
+        raise UserError(f"there is no {told(path)}; {experiments.find(figure_of(name)[0]).remedy} to make it")
+    return path
 
 
 @lru_cache(maxsize=64)
@@ -123,14 +126,11 @@ def union(experiment: str, mode: str, configs: Sequence[Any]) -> tuple[pd.DataFr
     Raises:
         UserError: none of the runs is there.
     """
-    where = holders(mode)
-    if mode == "quick":
-        own = sidecar(experiment, mode)["configs"]
-        where = {run: experiment for run in own}
+    where = dict.fromkeys(sidecar(experiment, mode)["configs"], experiment) if mode == "quick" else holders(mode)
     there = [c for c in configs if c.run in where]
     names = list(dict.fromkeys(where[c.run] for c in there))
     if not there:
-        raise UserError(f"no record holds a run of {experiment}; set mode='quick', 'small' or 'paper' to train them")
+        raise UserError(f"no record holds a run of {experiment}; {experiments.find(experiment).remedy} to train them")
     sides, swept = [sidecar(name, mode) for name in names], experiments.find(experiment).swept
     columns = pd.DataFrame([{"run": c.run, **swept(c)} for c in there]).drop_duplicates("run")
     runs, tables = set(columns.run), []
@@ -155,7 +155,7 @@ def union(experiment: str, mode: str, configs: Sequence[Any]) -> tuple[pd.DataFr
 
 def reference(name: str) -> pd.DataFrame:
     """Published values, in our names and epochs; an empty table where there are none."""
-    path = ROOT / "data" / "reference" / f"{name}.csv"
+    path = folder_of("paper").parent / "reference" / f"{name}.csv"
     return read_csv(path) if path.exists() else pd.DataFrame(columns=REFERENCE_COLUMNS)
 
 
@@ -168,8 +168,7 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write(name: str, mode: str, table: pd.DataFrame, about: dict[str, Any]) -> Path:
-    """Write a table, sorted and in fixed column order, and its sidecar; ``.csv.gz`` above 2 MB. Returns the table's
-    path.
+    """Write a table, sorted and in fixed column order, and its sidecar; ``.csv.gz`` above 2 MB. Returns its path.
 
     The table is put in its place last: until then the old one is there, and :func:`collect` brings a killed call to its
     end.
@@ -187,9 +186,7 @@ def write(name: str, mode: str, table: pd.DataFrame, about: dict[str, Any]) -> P
 
 
 def _mend(name: str, mode: str) -> None:
-    """Of a record's tables, the present and those that a killed :func:`write` left, keep the one that its sidecar
-    means.
-    """
+    """Of a record's tables, the present and those a killed :func:`write` left, keep the one that its sidecar means."""
     folder = folder_of(mode)
     places = [folder / f"{name}.csv{packed}" for packed in ("", ".gz")]
     there = {p: place for place in places for p in (place.with_name(f".{place.name}.new"), place) if p.exists()}
@@ -204,11 +201,8 @@ def _mend(name: str, mode: str) -> None:
 
 
 def lacking(experiment: str, mode: str, configs: Sequence[Any]) -> list[Any]:
-    """The runs that :func:`collect` of ``configs`` would miss: planned, in no record, and not finished or not among
-    ``configs``.
-
-    Of a quick table, and of other settings than the figure's, all runs are those of ``configs``.
-    """
+    """The runs that :func:`collect` of ``configs`` would miss: planned, in no record, and not finished or not given.
+    Of a quick table, and of other settings than the figure's, all runs are those of ``configs``."""
     chosen, whole = {c.run for c in configs}, _whole(experiment, mode, configs)
     held = holders(mode) if whole is not configs else {}
     return [c for c in whole if c.run not in held and not (c.run in chosen and RunFolder(c).finished)]
@@ -221,7 +215,7 @@ def _whole(experiment: str, mode: str, configs: Sequence[Any]) -> Sequence[Any]:
 
 
 def collect(
-    experiment: str, mode: str, configs: Sequence[Any], partial: bool = False, given: str = ""
+    experiment: str, mode: str, configs: Sequence[Any], partial: bool = False, given: str = "", own_name: str = ""
 ) -> tuple[Path, int]:
     """Merge the finished runs of a figure into its record, and write what made them beside it.
 
@@ -235,6 +229,7 @@ def collect(
         configs: the runs to take from the run store.
         partial: write the table although planned runs are missing; it is marked, and figures made from it say so.
         given: options of the command that trains the missing runs (default: the mode).
+        own_name: of the table in build/MODE, of a part of a quick table too (default: the record's name).
 
     Returns:
         The table's path, and how many runs are new in it. With none it is left as it is.
@@ -246,12 +241,12 @@ def collect(
     whole, missing = _whole(experiment, mode, configs), lacking(experiment, mode, configs)
     if len(missing) == len(whole) or (missing and not partial):
         remedy = "" if len(missing) == len(whole) else ", or collect with --partial what there is"
-        raise UserError(
-            f"{len(whole) - len(missing)} of {len(whole)} runs of {experiment} are finished; "
-            f"go on with: python -m fa run {experiment}{given or f' --mode {mode}'}{remedy}"
-        )
-    if mode != "quick" and whole is configs:
-        return apart(experiment, build(mode) / f"{name_of(experiment, mode)}.csv", configs), len(configs) - len(missing)
+        go_on = f"go on with: python -m fa run {experiment}{given or f' --mode {mode}'}{remedy}"
+        raise UserError(f"{len(whole) - len(missing)} of {len(whole)} runs of {experiment} are finished; {go_on}")
+    name = name_of(experiment, mode)
+    if whole is configs and (mode != "quick" or own_name not in ("", name)):
+        path = build(mode) / f"{own_name or name}.csv"
+        return path, apart(experiment, path, configs)
     with locked(build(mode) / "lock", folder_of(mode)):
         return _merge(experiment, mode, configs, whole)
 
@@ -264,11 +259,17 @@ def _another(folder: RunFolder, about: dict[str, Any]) -> bool:
     return status != about["status"][folder.config.run] or any(m not in about["environments"] for m in machines)
 
 
-def apart(experiment: str, path: Path, configs: Sequence[Any]) -> Path:
-    """Write the finished ones of these runs, which are not the figure's own, to a table outside of the records."""
+def apart(experiment: str, path: Path, configs: Sequence[Any]) -> int:
+    """Write the finished ones of these runs, which are not the figure's own, to a table outside of the records; returns
+    how many are new in it. With none it is left as it is."""
     swept = experiments.find(experiment).swept
-    finished = [f.table().assign(**swept(f.config)) for f in map(RunFolder, configs) if f.finished]
-    return write_bytes(path, pd.concat(finished).to_csv(index=False, lineterminator="\n").encode())
+    finished = {f.config.run: f.table().assign(**swept(f.config)) for f in map(RunFolder, configs) if f.finished}
+    content = _sorted(pd.concat(finished.values())).to_csv(index=False, lineterminator="\n").encode()
+    if path.exists() and path.read_bytes() == content:
+        return 0
+    before = set(read_csv(path).run) if path.exists() else set()
+    write_bytes(path, content)
+    return len(finished.keys() - before) or len(finished)  # with none: all of them were trained again
 
 
 def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[Any]) -> tuple[Path, int]:

@@ -57,7 +57,8 @@ class Summary:
     def __str__(self) -> str:
         finished = self.before + self.done
         text = f"{finished} of {finished + self.left} runs are finished, {self.done} of them now"
-        text += f", {self.busy} are being trained by another process" if self.busy else ""
+        are = "is" if self.busy == 1 else "are"
+        text += f", {self.busy} {are} being trained by another process" if self.busy else ""
         return f"{text}, in {clock(self.seconds)}"
 
 

@@ -18,6 +18,7 @@ from fa.paths import read_csv, relative, user_switch
 from fa.results import claims, records, registered, runs
 from fa.results.store import RunFolder
 from fa.rules import RULES
+from fa.tables import plural
 
 
 @dataclass
@@ -73,8 +74,9 @@ class FigureTable:
     @property
     def parameters(self) -> dict[str, Any]:
         """The parameters whose value is not the figure's own; the device and the storage of a search are none of them,
-        for they change no recipe."""
-        named = {"seeds": self.seeds, "epochs": self.epochs, "rules": ",".join(self.rules), "dataset": self.dataset}
+        for they change no recipe. Rules are in the figures' order, whatever the reader's was."""
+        rules = ",".join(plot.in_order(self.rules))
+        named = {"seeds": self.seeds, "epochs": self.epochs, "rules": rules, "dataset": self.dataset}
         own = {n: v for n, v in self.own.items() if v != self.about.own[n] and n != "storage"}
         return {n: v for n, v in named.items() if v} | own
 
@@ -112,10 +114,11 @@ class FigureTable:
         if self.mode != "record" and self.chosen:
             return records.build(self.mode) / f"{self.own_name}.csv"
         own = records.record_path(self.name, self.trained)
-        if self.trained == "quick" or own.exists():
+        if self.trained == "quick":
             return own
         held = records.holders()
-        return next((records.record_path(held[c.run]) for c in self.runs if c.run in held), own)
+        names = [held[c.run] for c in self.runs if c.run in held]
+        return own if self.name in names or not names else records.record_path(names[0])
 
     def table(self) -> pd.DataFrame:
         """The figure's table, read back from disk; `quick`, `small` and `paper` first train what is missing.
@@ -142,7 +145,7 @@ class FigureTable:
         for config in self.runs:  # one that is planned and not there yet makes the table partial; any other is refused
             none = begun and not any(c.run in held for c in self.runs)
             if config.run not in held and (config.run not in {c.run for c in planned} or none):
-                raise UserError(f"{_describe(config)} is not in {relative(self.path)}; set mode='quick' or 'paper'")
+                raise UserError(f"{_describe(config)} is not in {relative(self.path)}; {self.about.remedy}")
         if not begun:
             return self._nothing(), {"environments": [], "records": []}
         return records.union(self.experiment, self.trained, self.runs)
@@ -206,16 +209,16 @@ class FigureTable:
             of = {rule: len({c.seed for c in there if c.rule == rule}) for rule in {c.rule for c in there}}
             have = {rule: table[table.rule == rule].seed.nunique() for rule in of}
             worst = min(of, key=lambda rule: have[rule] / of[rule])
-            said += [f"{have[worst]} of {of[worst]} seeds"] if have[worst] < of[worst] else []
-        if "seeds" not in "".join(said) and not {c.run for c in there} <= set(reached.index):  # e.g. points of a sweep
-            said.append(f"{len(reached)} of {len(planned)} runs")
+            said += [f"{have[worst]} of {plural(of[worst], 'seed')}"] if have[worst] < of[worst] else []
+        if "seed" not in "".join(said) and not {c.run for c in there} <= set(reached.index):  # e.g. points of a sweep
+            said.append(f"{len(reached)} of {plural(len(planned), 'run')}")
         if short := {
             c.run: reached[c.run]
             for c in there
             if c.run in set(reached.index) - ended and reached[c.run] < getattr(c, "epochs", 0)
         }:
             run = min(short, key=short.__getitem__)
-            said.append(f"{short[run]:.0f} of {planned[run].epochs} epochs")
+            said.append(f"{short[run]:.0f} of {plural(planned[run].epochs, 'epoch')}")
         return ", ".join(said)
 
     def diverged(self) -> str:
@@ -223,7 +226,7 @@ class FigureTable:
         ended = [run for run, status in self._made[1].get("status", {}).items() if status["state"] == "diverged"]
         rules = plot.in_order({c.rule for c in self.runs if c.run in ended})
         labels = ", ".join(map(self.about.named, rules))
-        return f"{len(ended)} of {len(self.runs)} runs diverged: {labels}" if ended else ""
+        return f"{len(ended)} of {plural(len(self.runs), 'run')} diverged: {labels}" if ended else ""
 
     def reference(self) -> pd.DataFrame:
         """The published values, from data/reference/; none where these runs are of another kind than the paper's."""

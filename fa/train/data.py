@@ -36,8 +36,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fa.errors import UserError
-from fa.paths import ROOT, user_folder
+from fa.errors import UserError, unknown
+from fa.paths import home, user_folder
 from fa.train.photos import DiskSplit, ImageFolderSource
 from fa.train.sources import SETS, Source
 
@@ -90,7 +90,8 @@ class Data:
 def root() -> Path:
     """The data folder: ``$FA_DATA``, or ``data`` in the repository.
 
-    A relative ``$FA_DATA`` is taken from :data:`fa.ROOT`, whatever the working folder is.
+    A relative ``$FA_DATA`` is taken from :data:`fa.ROOT`, whatever the working folder is; where that is no clone of the
+    repository, both are taken from the working folder.
     """
     return _folder(None)
 
@@ -108,7 +109,7 @@ def load(
         name: a key of :data:`fa.train.sources.SETS`.
         device: where the tensors shall live.
         dtype: floating type of the images.
-        root: the data folder; default :func:`root`. A relative one is taken from :data:`fa.ROOT`.
+        root: the data folder; default :func:`root`. A relative one is taken as ``$FA_DATA`` is.
 
     Raises:
         UserError: an unknown name, a file that is not there, or a damaged one; nothing has been parsed then.
@@ -228,14 +229,14 @@ def describe(root: str | Path | None = None) -> "pd.DataFrame":
 
 def _source(name: str) -> Source | ImageFolderSource:
     if name not in SETS:
-        raise UserError(f"unknown data set {name!r}; known: {', '.join(SETS)}")
+        raise unknown("data set", name, SETS)
     return SETS[name]
 
 
 def _folder(root: str | Path | None, name: str = "") -> Path:
     """What ``Source.files`` are below: the data folder; for digits scikit-learn's package (importing it takes 2 s)."""
     if name != "digits":
-        return (ROOT / Path(root).expanduser() if root else user_folder("FA_DATA", "data")).resolve()
+        return (home() / Path(root).expanduser() if root else user_folder("FA_DATA", "data")).resolve()
     spec = find_spec("sklearn")
     if spec is None:
         raise UserError("the digits are a file of scikit-learn, which is not installed: pip install scikit-learn")
