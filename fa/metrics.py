@@ -108,7 +108,7 @@ def exact_backprop(net: nn.Module) -> Iterator[nn.Module]:
         yield net
 
 
-@torch.enable_grad()
+@torch.inference_mode(False)  # with gradients, wherever it is called
 def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> pd.DataFrame:
     """Angles between what every layer gets under the rule and under exact backprop, on one batch; changes nothing.
 

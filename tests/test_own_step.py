@@ -183,6 +183,7 @@ READS = {
     "scaled": lambda h, W: F.linear(h, (W / W.norm()).t()),
     "elementwise": lambda h, W: (h[:, :, None] * W).sum(1),
     "convolution": lambda h, W: F.conv1d(h[:, :, None], W.t()[:, :, None])[:, :, 0],
+    "rows that are looked up": lambda h, W: F.embedding(Y, W) * h.sum(1, keepdim=True),
 }
 
 

@@ -114,7 +114,7 @@ class Graph:
                 joining = name.partition("Backward")[0] not in _SUMS if fb else name.startswith(_PRODUCTS)
                 if joining and any(map(joins, beside)):
                     return "another module reads it directly"
-                if with_constant(node) if direct else not fb and node in self.active:
+                if with_constant(node) and name[:9] != "Embedding" if direct else not fb and node in self.active:
                     continue
                 small = math.prod(node._input_metadata[0].shape) == 1 and leaf.variable.numel() > 1
                 if node not in seen and not small:  # a single number made of the weight is a penalty
