@@ -79,7 +79,7 @@ def flat(x: Tensor) -> Tensor:
         UserError: a nested tensor of another layout, or with rows of no sample, or with its axes exchanged.
     """
     if x.layout is not torch.jagged or x.lengths() is not None or x._ragged_idx != 1:
-        raise UserError("a nested tensor must be jagged here: torch.nested.nested_tensor(..., layout=torch.jagged)")
+        raise UserError("a nested tensor must be (n, ragged, in), no holes: nested_tensor(..., layout=torch.jagged)")
     return x.values()
 
 
