@@ -108,7 +108,7 @@ def exact_backprop(net: nn.Module) -> Iterator[nn.Module]:
         yield net
 
 
-@torch.enable_grad()
+@torch.inference_mode(False)  # with gradients, wherever it is called
 def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> pd.DataFrame:
     """Angles between what every layer gets under the rule and under exact backprop, on one batch; changes nothing.
 
@@ -142,7 +142,7 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
 
                 stack.enter_context(layer.register_forward_hook(keep, with_kwargs=True))
             # the generator is put back, so that both passes draw the same dropout
-            stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
+            stack.enter_context(torch.random.fork_rng({p.device for p in net.parameters() if p.is_cuda}))
             stack.enter_context(nn.utils.parametrize.cached())  # a weight is computed once
             value = loss(net(x), y)
             names = list(edges)
@@ -157,9 +157,8 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
         with exact_backprop(net):
             _, delta_bp, dW_bp = backward()
     finally:
-        with torch.no_grad():
-            for k, v in net.named_buffers():
-                v.copy_(buffers[k])
+        for k, v in net.named_buffers():
+            v.data.copy_(buffers[k])  # its version stays: a pass may wait for its backward pass, which needs the buffer
     rows = []
     for depth, (name, layer) in enumerate(layers.items(), 1):
         if name not in delta:

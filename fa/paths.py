@@ -35,13 +35,13 @@ def home() -> Path:
 def user_folder(variable: str, default: str) -> Path:
     """A folder that a user may move: ``$VARIABLE``, or ``default`` where that is not set or empty.
 
-    A tilde is the home folder, a relative path is taken from :func:`home`.
+    A tilde is the home folder, ``$NAME`` another variable, a relative path is taken from :func:`home`.
 
     Raises:
         UserError: a tilde before the name of a user who is not known.
     """
     try:
-        return home() / Path(os.environ.get(variable) or default).expanduser()
+        return home() / Path(os.path.expandvars(os.environ.get(variable) or default)).expanduser()
     except RuntimeError:
         raise UserError(f"{variable}={os.environ[variable]} names the home of a user who is not known here") from None
 

@@ -413,6 +413,22 @@ def test_a_wrong_number_of_classes_raises_and_names_the_remedy():
     assert pooled[2].feedback.B.shape == (4, 10)
 
 
+@pytest.mark.parametrize("end", [nn.LogSoftmax(-1), nn.Softmax(-1), nn.Sigmoid(), nn.LogSigmoid()])
+@pytest.mark.parametrize("n_out", [3, 1])
+def test_A11_a_network_that_ends_in_probabilities_is_refused_for_their_error_is_none_of_logits(end, n_out):
+    """Under log_softmax and nll_loss the error would be that of the labels, whatever the network says."""
+    net, x, y = oracles.mlp(6, 9, n_out)
+    net = fa.convert(nn.Sequential(net, end, nn.Flatten(0) if n_out == 1 else nn.Identity()), "dfa")
+    with pytest.raises(fa.UserError, match=f"return them, and leave {type(end).__name__} to the loss"):
+        net(x)
+    with torch.no_grad():
+        assert len(net(x)) == len(x)
+    with fa.exact_backprop(net):
+        net(x).square().sum().backward()
+    net[1] = nn.Tanh()  # no loss takes it for probabilities
+    net(x).square().sum().backward()
+
+
 def test_an_output_that_is_no_tensor_raises():
     class Two(nn.Module):
         def __init__(self):

@@ -354,7 +354,7 @@ def test_A09_a_run_that_another_process_trains_is_said_to_be(number: int, monkey
     assert "0 of 1 runs are finished, 0 of them now, 1 is being trained by another process" in capsys.readouterr().out
 
 
-def test_A25_a_tilde_is_the_home_folder_in_every_variable(monkeypatch, tmp_path: Path) -> None:
+def test_A25_a_tilde_or_a_variable_is_the_home_folder_in_every_variable(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for variable, place in (
         ("FA_DATA", data.root),
@@ -362,6 +362,8 @@ def test_A25_a_tilde_is_the_home_folder_in_every_variable(monkeypatch, tmp_path:
         ("FA_BUILD", lambda: records.build("quick").parent),
     ):
         monkeypatch.setenv(variable, "~/x")
+        assert place() == tmp_path / "x", variable
+        monkeypatch.setenv(variable, "$HOME/x")  # as a file of settings has it, which no shell expands
         assert place() == tmp_path / "x", variable
         monkeypatch.setenv(variable, "elsewhere")
         assert place() == fa.ROOT / "elsewhere", variable

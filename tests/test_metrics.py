@@ -202,9 +202,9 @@ def test_measuring_changes_nothing(rule, training):
     calls = []
     net.stem.register_forward_hook(lambda *a: calls.append(1))
     table = fa.gradient_angles(net, x, y, F.cross_entropy)
-    with torch.no_grad():
-        again = fa.gradient_angles(net, x, y, F.cross_entropy)  # also where gradients are off
-    assert table.equals(again) and len(table) == 7
+    for off in (torch.no_grad(), torch.inference_mode()):
+        with off:
+            assert table.equals(fa.gradient_angles(net, x, y, F.cross_entropy)) and len(table) == 7
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert all(torch.equal(p.grad, held[n]) for n, p in net.named_parameters())
     assert torch.equal(rng, torch.get_rng_state())
@@ -212,6 +212,33 @@ def test_measuring_changes_nothing(rule, training):
     assert len(net.stem._forward_hooks) == 1 and calls
     assert np.isnan(table.delta_angle_local_deg).all() == (rule == "dfa")
     grads(net, x, y)  # and the network's own check is not upset
+
+
+@pytest.mark.parametrize("rule", ["fa", "pfa", "wm", "dfa"])
+@pytest.mark.parametrize("training", [True, False])
+def test_A27_a_pass_may_wait_for_its_backward_pass_while_gradients_are_measured(rule, training):
+    net, x, y = oracles.resnet()
+    fa.convert(net, rule).train(training)
+    waiting = copy.deepcopy(net)
+    want = grads(net, x, y)
+    loss = F.cross_entropy(waiting(x), y)
+    fa.gradient_angles(waiting, x, y, F.cross_entropy)
+    loss.backward()
+    assert all(torch.equal(waiting.get_parameter(n).grad, g) for n, g in want.items())
+
+
+def test_gradient_angles_take_whatever_the_network_takes():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, batch):
+            return {"logits": self.b(torch.tanh(self.a(batch["x"])))}
+
+    net, y = fa.convert(Named(), "fa"), torch.arange(4) % 3
+    table = fa.gradient_angles(net, {"x": torch.randn(4, 6)}, y, lambda out, y: F.cross_entropy(out["logits"], y))
+    assert table.layer.tolist() == ["a", "b"]
 
 
 def test_a_loss_that_fails_leaves_nothing_behind():

@@ -183,6 +183,7 @@ READS = {
     "scaled": lambda h, W: F.linear(h, (W / W.norm()).t()),
     "elementwise": lambda h, W: (h[:, :, None] * W).sum(1),
     "convolution": lambda h, W: F.conv1d(h[:, :, None], W.t()[:, :, None])[:, :, 0],
+    "rows that are looked up": lambda h, W: F.embedding(Y, W) * h.sum(1, keepdim=True),
 }
 
 
@@ -684,6 +685,25 @@ def test_a_step_by_hand_that_leaves_learned_feedback_out_is_told_once(rule, chan
     assert own == [False] * 3  # held by an optimizer: nothing more to look for
 
 
+@pytest.mark.parametrize("rule", ["brsf", "frozen", "kp"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_A05_a_target_network_that_follows_another_one_is_not_taken_for_trained(rule, frozen):
+    """Polyak averaging, a mean teacher: passes with gradients on, whose outputs are detached."""
+    net = fa.convert(mlp(), rule)
+    opt = sgd(net)
+    step(net, opt)
+    target = copy.deepcopy(net).requires_grad_(not frozen)
+    followed = list(zip(oracles.forward_parameters(target).values(), oracles.forward_parameters(net).values()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(20):
+            opt.zero_grad()
+            F.mse_loss(net(X), target(X).detach() + 1).backward()
+            opt.step()
+            with torch.no_grad():
+                [p.lerp_(q, 0.1) for p, q in followed]
+
+
 @pytest.mark.parametrize("rule", ["brsf", "kp"])
 def test_values_that_an_optimizer_tries_within_its_step_are_no_steps(rule):
     """LBFGS calls its closure many times."""
@@ -745,6 +765,39 @@ def test_A08_added_feedback_has_the_rate_and_decay_of_its_weight_or_no_decay(rul
     assert [len(g["params"]) for g in opt.param_groups] == before
     for _ in range(3):
         step(net, opt)
+
+
+@pytest.mark.parametrize("rule", ["wm", "sa", "kp", "pfa"])
+@pytest.mark.parametrize("made", ["param_groups", "added"])
+def test_A08_feedback_moves_alike_where_a_loss_is_minimized_and_where_its_negative_is_maximized(rule, made):
+    ends = []
+    for maximize in (False, True):
+        net = mlp()
+        if made == "added":
+            opt = torch.optim.SGD(net.parameters(), lr=0.5, maximize=maximize)
+            opt = fa.add_feedback(opt, fa.convert(net, rule))
+        else:
+            opt = torch.optim.SGD(fa.param_groups(fa.convert(net, rule), 0.5), maximize=maximize)
+        for _ in range(10):
+            opt.zero_grad()
+            (F.cross_entropy(net(X), Y) * (-1) ** maximize).backward()
+            opt.step()
+        ends.append(net.state_dict())
+    assert all(apart(ends[1][k], t) < 1e-12 for k, t in ends[0].items())
+
+
+@pytest.mark.parametrize(
+    "rule, own, options",
+    [("sa", {}, {"maximize": True}), ("kp", {"lr": 0.01}, {}), ("pfa", {"weight_decay": 0.0}, {"weight_decay": 0.1})],
+)
+def test_A08_feedback_that_gets_another_step_than_its_rule_asks_for_is_told(rule, own, options, recwarn):
+    net = fa.convert(mlp(), rule)
+    step(net, torch.optim.SGD(fa.param_groups(net, 0.1, options.get("weight_decay", 0.0)), **options))
+    assert not recwarn.list
+    net = fa.convert(mlp(), rule)
+    groups = [{"params": oracles.forward_parameters(net).values()}, {"params": fa.feedback_parameters(net), **own}]
+    with pytest.warns(UserWarning, match=f"{rule}: feedback .*; use fa.param_groups"):
+        step(net, torch.optim.SGD(groups, lr=0.1, **options))
 
 
 def test_A08_the_fixed_point_is_that_of_param_groups():

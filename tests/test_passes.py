@@ -197,6 +197,50 @@ def test_A07_a_matrix_that_came_after_the_conversion_is_refused_by_name():
         net(x).square().sum().backward()
 
 
+class Late(nn.Module):
+    """A module that comes after the conversion, called as its kind is called."""
+
+    def __init__(self, late=None):
+        super().__init__()
+        self.first, self.late = nn.Linear(6, 8), late
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        out = self.late(h, h) if isinstance(self.late, nn.Bilinear) else self.late(h)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.LSTMCell, partial(nn.Bilinear, 8)])
+def test_A07_a_recurrent_or_bilinear_layer_that_came_after_the_conversion_is_refused(make, dtype):
+    """In float32 an LSTM is one operation, which is no product of matrices by name."""
+    net = fa.convert(Late(nn.Identity()).to(dtype), "fa")
+    net.late = make(8, 3).to(dtype)
+    with pytest.raises(RuntimeError, match="'late.weight.*', which has no rule"):
+        net(randn(5, 6, dtype=dtype)).square().sum().backward()
+
+
+class Memory(nn.Module):
+    """Attention of ``heads`` to slots that an embedding holds."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.first, self.slots, self.last, self.heads = nn.Linear(6, 8), nn.Embedding(5, 8), nn.Linear(8, 3), heads
+
+    def forward(self, x):
+        q, k = (t.unflatten(-1, (self.heads, -1)).movedim(-2, -3) for t in (self.first(x), self.slots.weight))
+        k = k.expand(len(x), -1, -1, -1)
+        return self.last(F.scaled_dot_product_attention(q, k, k).movedim(-3, -2).flatten(-2))
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_A07_attention_to_an_embedding_is_a_product_with_a_matrix(rule, heads):
+    net = fa.convert(Memory(heads), rule)
+    with pytest.raises(RuntimeError, match="'slots.weight', which has no rule"):
+        net(torch.randn(2, 4, 6)).square().sum().backward()
+
+
 def test_what_is_converted_and_what_never_learns_may_come_later():
     net, x = fa.convert(oracles.mlp(6, 8, 8, 3, dtype=torch.float32)[0], "fa"), torch.randn(5, 6)
     net[2] = fa.convert(nn.Linear(8, 8), "kp")
@@ -405,6 +449,19 @@ def test_A16_a_nested_tensor_of_another_layout_is_refused_in_the_forward_pass():
         net(torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)], layout=torch.strided))
 
 
+@pytest.mark.parametrize("rule", ["fa", "wm", "dfa"])
+def test_A16_a_nested_tensor_with_rows_of_no_sample_or_exchanged_axes_is_refused_as_by_the_stock_layer(rule):
+    stock, rows = nn.Linear(6, 3).double(), randn(9, 6)
+    holes = torch.nested.nested_tensor_from_jagged(rows, torch.tensor([0, 3, 6, 9]), torch.tensor([2, 2, 3]))
+    exchanged = torch.nested.nested_tensor_from_jagged(rows, torch.tensor([0, 2, 5, 9])).transpose(1, 2)
+    net = fa.convert(nn.Sequential(copy.deepcopy(stock)), rule)
+    for x in (holes, exchanged):
+        with pytest.raises(ValueError, match="NestedTensor"):
+            stock(x)
+        with pytest.raises(ValueError, match="must be .n, ragged, in., no holes|NestedTensor"):
+            net(x)
+
+
 # ------------------------------------------------------------------------------------------ checkpoints
 
 
@@ -579,6 +636,23 @@ def test_A29_torch_func_is_refused_in_a_sentence(rule):
         torch.func.grad(loss)(p)
     with torch.no_grad():
         assert apart(torch.vmap(net)(x), net(x)) < 1e-14
+
+
+@every_rule
+def test_A29_an_ensemble_is_refused_in_a_sentence_and_evaluated(rule):
+    nets, x = [fa.convert(oracles.mlp(6, 9, 3, seed=seed)[0], rule) for seed in (1, 2)], randn(4, 6)
+    p, buffers = torch.func.stack_module_state(nets)
+
+    def outputs(p, buffers):
+        return torch.func.functional_call(nets[0], (p, buffers), (x,))
+
+    for run in (lambda: torch.vmap(outputs)(p, buffers), lambda: torch.vmap(nets[0])(x)):
+        with pytest.raises(RuntimeError, match="torch.func .*does not pass through a learning rule"):
+            run()
+    with torch.no_grad():
+        assert all(apart(out, net(x)) < 1e-14 for out, net in zip(torch.vmap(outputs)(p, buffers), nets))
+    nets[0](x).sum().backward()
+    assert nets[0][0].weight.grad.any()
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -183,7 +183,7 @@ def param_groups(
 
     Feedback that follows W's own update (kp, pfa, pfa_o) shares W's learning rate and decay: the mismatch vanishes only
     if both decay alike. Feedback whose gradient holds a decay of its own (wm, ia, sa, aa) gets none from the optimizer,
-    because a second decay would shift the rule's fixed point. Momentum makes it overshoot W (notebook 28).
+    because a second decay would shift its fixed point, and is never maximized. Momentum makes it overshoot W (page 28).
 
     Args:
         net: a network, converted or not.
@@ -200,10 +200,11 @@ def param_groups(
     if own:
         rest = [p for p in net.parameters() if id(p) in own]
         feedback_lr = lr if feedback_lr is None else feedback_lr
-        groups.append({"params": rest, "lr": feedback_lr, "weight_decay": 0.0, "own_decay": True})
+        groups.append({"params": rest, "lr": feedback_lr, **_OWN})
     return groups
 
 
+_OWN = {"weight_decay": 0.0, "maximize": False, "own_decay": True}  # options of feedback with an objective of its own
 # What PyTorch's schedulers keep for every group of their optimizer.
 _BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
 
@@ -255,7 +256,7 @@ def add_feedback(optimizer: torch.optim.Optimizer, net: nn.Module) -> torch.opti
             group.get("param_names", []).extend(named.get("param_names", []))
             continue
         n = len(optimizer.param_groups)
-        optimizer.add_param_group({**group, **named, "params": feedback, "weight_decay": 0.0, "own_decay": True})
+        optimizer.add_param_group({**group, **named, "params": feedback, **_OWN})
         for scheduler in schedulers:
             for key, value in vars(scheduler).items():
                 if key in _BY_GROUP and isinstance(value, list) and len(value) == n:

@@ -20,7 +20,7 @@ from fa.errors import UserError
 from fa.layers.feedback import generator
 from fa.layers.hooks import Converted
 from fa.layers.maps import flat, geometry, nested
-from fa.layers.passes import note_trace, saved_elsewhere, traced_effect
+from fa.layers.passes import NO_FUNCTORCH, note_trace, saved_elsewhere, traced_effect
 from fa.layers.tape import Spread, Tape, patterns
 from fa.rules import RULES, Rule, random_mask, rms, uniform
 
@@ -171,6 +171,8 @@ class DirectFeedback(nn.Module):
                 f"layer {self.layer_name!r} is under dfa: call the whole network that was converted, not a part of it; "
                 "gradient checkpointing works with use_reentrant=False"
             )
+        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+            raise RuntimeError(NO_FUNCTORCH)
         if self.exact:
             self.exact = False
         if x.requires_grad:

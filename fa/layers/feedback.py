@@ -86,7 +86,7 @@ class Feedback(nn.Module):
         self.steps_alone = 0  # optimizer steps of the weight without its learned feedback
         self.acts = rule.clamp_forward or bool(after)  # after every optimizer step
         self.waits = self.acts or bool(rule.learned and not rule.needs_sgd)  # for an optimizer step, without one so far
-        self.sizes: list[float] = []  # of the weight and the learned feedback, when last looked at
+        self.sizes: list[Any] = []  # ``made``, norms of the weight and of the learned feedback, when last looked at
         self.stepped(layer.weight)
 
     def forward(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
@@ -97,6 +97,8 @@ class Feedback(nn.Module):
         """
         if x.is_nested and isinstance(self.op, LinearMap):
             return nested(self.forward(flat(x), W, b), x)
+        if torch._C._are_functorch_transforms_active():  # compiled, upper layers would get gradients of zero
+            raise RuntimeError(passes.NO_FUNCTORCH)
         if torch.compiler.is_compiling():
             passes.note_trace(self)
             # Dynamo makes inputs of floats that differ between two rules in the forward pass alone: use each once.
@@ -110,8 +112,6 @@ class Feedback(nn.Module):
         if dtype := passes.autocast_dtype(x.device):
             x, b = passes.lowered(x, dtype), b if b is None else passes.lowered(b, dtype)
         function = passes.ExactBackward if self.use_backprop else passes.LocalBackward
-        if torch._C._are_functorch_transforms_active():  # compiled, upper layers would get gradients of zero
-            raise RuntimeError(passes.NO_FUNCTORCH)
         return function.apply(x, W, b, self, *[getattr(self, n) for n in self.names])
 
     def tensors(self, W: Tensor) -> dict[str, Any]:
@@ -224,20 +224,20 @@ class Feedback(nn.Module):
         vars(self).update(version=W._version, uses=0, moves=0, sizes=[])
 
     def look(self, W: Tensor) -> None:
-        """Warn once where the weight moves and no optimizer steps, so that its rule would not act, or not learn.
+        """Warn once where a weight with gradients moves and no optimizer steps, so that its rule will not act or learn.
 
         The weight's version tells when to look; steps through ``weight.data`` leave it, and are seen now and then.
         """
         before, self.version = self.sizes, W._version
         learned = [p for p in self.parameters() if p.requires_grad]
-        self.sizes = [torch.linalg.vector_norm(t.detach()).item() for t in (W, *learned)]
-        vars(self)["moves"] += bool(before) and before[0] != self.sizes[0]
+        self.sizes = [self.made, *(torch.linalg.vector_norm(t.detach()).item() for t in (W, *learned))]
+        vars(self)["moves"] += bool(before) and before[0] != self.sizes[0] and before[1] != self.sizes[1]
         if self.moves < 3 or under_way():
             return
         self.waits, why = False, "acts after every step: call fa.after_step(net) after each step"
         if not self.acts:
             why = "learns feedback that has not changed: step fa.feedback_parameters(net) as well"
-        if self.acts or (learned and before[1:] == self.sizes[1:]):
+        if self.acts or (learned and before[2:] == self.sizes[2:]):
             warnings.warn(
                 f"the weight of layer {self.layer_name!r} has changed three times without a step of a torch.optim "
                 f"optimizer that holds it, and rule {self.rule.name!r} {why}",

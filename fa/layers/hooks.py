@@ -86,8 +86,8 @@ class Converted(Watched):
     def rewatch(self) -> None:
         """Put the hook on the leaf tensors that the weight is made of now (``functional_call`` may have put others)."""
         kept, sources = _watches.get(self, []), [p for p in self.sources if p.is_leaf]
-        if not sources:
-            return  # computed from the layer's own weight, whose hook stays
+        if not sources or torch._C._are_functorch_transforms_active():
+            return  # computed from the layer's own weight, whose hook stays; or no weight of its own
         if [id(p) for p, _ in kept] == [id(p) for p in sources]:
             for p in sources:
                 p._backward_hooks = p._backward_hooks  # torch.utils.swap_tensors leaves them behind

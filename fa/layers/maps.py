@@ -76,16 +76,16 @@ def flat(x: Tensor) -> Tensor:
     """The rows of all samples of a jagged nested tensor, one after the other: (n, ragged, in) -> (rows, in).
 
     Raises:
-        UserError: a nested tensor of another layout.
+        UserError: a nested tensor of another layout, or with rows of no sample, or with its axes exchanged.
     """
-    if x.layout is not torch.jagged:
-        raise UserError("a nested tensor must be jagged here: torch.nested.nested_tensor(..., layout=torch.jagged)")
+    if x.layout is not torch.jagged or x.lengths() is not None or x._ragged_idx != 1:
+        raise UserError("a nested tensor must be (n, ragged, in), no holes: nested_tensor(..., layout=torch.jagged)")
     return x.values()
 
 
 def nested(rows: Tensor, like: Tensor) -> Tensor:
     """Rows (rows, out) as a jagged nested tensor (n, ragged, out), with the samples of ``like``."""
-    return torch.nested.nested_tensor_from_jagged(rows, like.offsets(), like.lengths(), like._ragged_idx)
+    return torch.nested.nested_tensor_from_jagged(rows, like.offsets())
 
 
 def geometry(layer: nn.Conv2d) -> dict[str, Any]:

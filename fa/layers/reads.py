@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution", "Mv", "Addmv", "Embedding")
+_PRODUCTS += ("Trilinear", "MkldnnRnn", "CudnnRnn", "ScaledDotProduct")  # names begin so
 _PASSES = ("LocalBackward", "ExactBackward")  # of a converted layer
 _SUMS = ("Add", "Sub", "Rsub", "Cat", "Stack")  # a sum of a weight and activity is no product
 _last: tuple[int, dict[int, str]] = (-1, {})  # the backward pass last looked at: its number, and what was found
@@ -35,15 +36,10 @@ def roots() -> list[Any]:
     return [node for node in found if node is not None]
 
 
-def is_kind(node: Any, kinds: Iterable[str]) -> bool:
-    """Whether a node is the backward pass of one of these operations."""
-    return node.name().removesuffix("Backward0").removesuffix("Backward") in kinds
-
-
 def with_constant(node: Any) -> bool:
     """Whether a node is a product with a constant, such as the data, or picks rows of a table."""
-    lone = is_kind(node, ("Embedding",)) or any(child is None for child, _ in node.next_functions)
-    return lone and is_kind(node, _PRODUCTS)
+    lone = node.name().startswith("Embedding") or any(child is None for child, _ in node.next_functions)
+    return lone and node.name().startswith(_PRODUCTS)
 
 
 class Graph:
@@ -115,10 +111,10 @@ class Graph:
                         return "compiled"
                     continue
                 beside = [child for i, (child, _) in enumerate(node.next_functions) if i != slot]
-                joining = not is_kind(node, _SUMS) if fb else is_kind(node, _PRODUCTS)
+                joining = name.partition("Backward")[0] not in _SUMS if fb else name.startswith(_PRODUCTS)
                 if joining and any(map(joins, beside)):
                     return "another module reads it directly"
-                if with_constant(node) if direct else not fb and node in self.active:
+                if with_constant(node) and name[:9] != "Embedding" if direct else not fb and node in self.active:
                     continue
                 small = math.prod(node._input_metadata[0].shape) == 1 and leaf.variable.numel() > 1
                 if node not in seen and not small:  # a single number made of the weight is a penalty

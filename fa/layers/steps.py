@@ -109,8 +109,12 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             fb.waits = fb.acts
         if feedback and all(id(p) in group_of for p in feedback):
             _unheld.discard(layer)
-            if fb.rule.own_decay and any(optimizer.param_groups[group_of[id(p)]].get("weight_decay") for p in feedback):
-                warnings.warn(f"{fb.rule.name}: feedback has a decay of its own; use fa.param_groups", stacklevel=3)
+            own = fb.rule.own_decay
+            groups = [optimizer.param_groups[group_of[id(p)]] for p in (*feedback, leader(layer)) if id(p) in group_of]
+            meant, option = ({}, "maximize") if own else (groups[-1], "lr")
+            if any(g.get(k, 0) != meant.get(k, 0) for g in groups[: len(feedback)] for k in ("weight_decay", option)):
+                why = "descends an objective, with a decay, of its own" if own else "needs W's own rate and decay"
+                warnings.warn(f"{fb.rule.name}: feedback {why}; use fa.param_groups", stacklevel=3)
         elif feedback and id(leader(layer)) in group_of:
             without += [layer] * (fb.steps_alone > 0)
             fb.steps_alone += 1
@@ -185,12 +189,10 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     if skipped is not None and skipped.item():
         return
     group_of = groups_of(optimizer, _enclosing(sys._getframe(1)))
-    for layer in list(_stepping):
-        if id(leader(layer)) in group_of:
-            act(layer)
-    for layer in list(_implicit):
-        if id(leader(layer)) in group_of:
-            note_weight(layer)
+    for layers, call in ((_stepping, act), (_implicit, note_weight)):
+        for layer in list(layers):
+            if id(leader(layer)) in group_of:
+                call(layer)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fa.errors import UserError
 from fa.layers.hooks import Converted
 from fa.layers.maps import flat, nested
-from fa.layers.passes import NO_FUNCTORCH, once_differentiable
+from fa.layers.passes import once_differentiable
 
 Spread = tuple[Tensor, Tensor | None, Tensor | None]
 """What sends an error to a tap: S (classes, in, ...) and, for a map, two index vectors. Positions inside a map are
@@ -146,8 +146,6 @@ class Tape:
 
         The end of the pass shows whether the output has an error for each row or for each sample; both are prepared.
         """
-        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
-            raise RuntimeError(NO_FUNCTORCH)
         rows = x.dim() - spread[0].dim() + 1  # number of leading axes
         taps = [Tap.apply(x, leading, spread, feedback) for leading in ((rows,) if rows < 2 else (rows, 1))]
         # within a gradient checkpoint the compiler hands out what operations make, and not what a Function makes
@@ -161,7 +159,8 @@ class Tape:
         classes, axes of one entry aside.
 
         Raises:
-            UserError: the output is not one tensor, its last axis does not have ``classes`` entries, or it is a map.
+            UserError: the output is not one tensor, its last axis does not have ``classes`` entries, it is a map, or it
+                holds probabilities (log_softmax, softmax, sigmoid; not seen in a compiled pass).
             RuntimeError: the output has an error neither for each row of a tapped input nor for each sample.
         """
         if not self.taps:
@@ -170,21 +169,22 @@ class Tape:
             raise UserError(f"dfa needs a network whose output is one tensor, not {type(out).__name__}")
         if out.is_nested:
             return nested(self.close(flat(out)), out)
+        end = None if torch.compiler.is_compiling() else out.grad_fn
+        while end and end.name().startswith(("Squeeze", "View")):
+            end = end.next_functions[0][0]
+        kind = end.name().partition("Backward")[0] if end else ""
+        if kind in ("LogSoftmax", "Softmax", "LogSigmoid", "Sigmoid"):
+            raise UserError(f"dfa sends the error of logits: let the network return them, and leave {kind} to the loss")
         strides, chosen = [stride for stride, n in zip(out.stride(), out.shape) if n != 1], []
         # axes that lie in memory in another order than a layer makes them have been exchanged
         exchanged = len(strides) > 2 and strides != sorted(strides, reverse=True)
         for name, taps in self.taps:
             fitting = [tap for tap in taps if tap.shape == out.shape]
-            fitting = fitting or [tap.view(out.shape) for tap in taps if _long(tap) == _long(out)]
+            fitting = fitting or [tap.view(out.shape) for tap in taps if tap.squeeze().shape == out.squeeze().shape]
             if exchanged or not fitting:
                 raise _misfit(out, name, taps)
             chosen.append(fitting[0])
         return Close.apply(out, *chosen)
-
-
-def _long(x: Tensor) -> list[int]:
-    """Sizes of the axes of more than one entry."""
-    return [n for n in x.shape if n != 1]
 
 
 def _misfit(out: Tensor, layer: str, taps: list[Tensor]) -> Exception:
