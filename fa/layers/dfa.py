@@ -169,7 +169,7 @@ class DirectFeedback(nn.Module):
                 return x if self.exact else x.detach()  # the first pass has tapped x; another guess fails loudly
             raise RuntimeError(
                 f"layer {self.layer_name!r} is under dfa: call the whole network that was converted, not a part of it; "
-                "gradient checkpointing works with use_reentrant=False"
+                "gradient checkpointing works with use_reentrant=False, a traced graph if it is converted itself"
             )
         if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
             raise RuntimeError(NO_FUNCTORCH)

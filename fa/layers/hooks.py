@@ -210,9 +210,9 @@ def _hook(parameter: Tensor, layer: nn.Module, name: str = "") -> Any:
         why = evidence(parameter, lambda p: owner.get(id(p)))
         if why == "compiled":
             raise RuntimeError(
-                f"the weight of layer {fb.layer_name!r} got a gradient from a compiled graph in which the layer's rule "
-                "is not: compile after fa.convert (torch.compiler.reset() forgets older graphs); if another module "
-                f"reads the weight in that graph, leave the layer out with convert(..., skip=[{fb.layer_name!r}])"
+                f"the weight of layer {fb.layer_name!r} got a gradient from a compiled graph without the layer's rule: "
+                "compile after fa.convert (torch.compiler.reset() forgets older graphs), add a penalty outside of it, "
+                f"or, if another module reads the weight there, leave the layer out with convert(..., skip=[{fb.layer_name!r}])"
             )
         unmarked *= not why  # the next one is looked at again
         if why and fb is None:
