@@ -212,7 +212,7 @@ def _hook(parameter: Tensor, layer: nn.Module, name: str = "") -> Any:
             raise RuntimeError(
                 f"the weight of layer {fb.layer_name!r} got a gradient from a compiled graph without the layer's rule: "
                 "compile after fa.convert (torch.compiler.reset() forgets older graphs), add a penalty outside of it, "
-                f"or, if another module reads the weight there, leave the layer out with convert(..., skip=[{fb.layer_name!r}])"
+                f"or, if a module reads the weight, leave the layer out with convert(..., skip=[{fb.layer_name!r}])"
             )
         unmarked *= not why  # the next one is looked at again
         if why and fb is None:
