@@ -110,7 +110,7 @@ def _list(args: argparse.Namespace) -> int:
     from fa import experiments
     from fa.results import records, runs
 
-    held, lines = records.holders(), [("figure", "title", "notebook", "record", "run store")]
+    held, lines = records.holders(), [("figure", "notebook", "record", "run store", "title")]
     for name, e in experiments.EXPERIMENTS.items():
         in_record, in_store = [], []
         for mode in ("paper", "small", "quick") if e.small else ("paper", "quick"):
@@ -119,7 +119,7 @@ def _list(args: argparse.Namespace) -> int:
                 in_record.append(f"{mode} {sum(c.run in held for c in planned)}/{len(planned)}")
             if planned:
                 in_store.append(f"{mode} {len(planned) - len(runs.missing(planned))}/{len(planned)}")
-        lines.append((name, e.title, e.notebook, ", ".join(in_record), ", ".join(in_store)))
+        lines.append((name, e.notebook, ", ".join(in_record), ", ".join(in_store), e.title))
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
