@@ -174,7 +174,7 @@ class Harness:
         processes = [self.start(folder, after=s, out=f"said{i}") for i, s in enumerate(seconds)]
         statuses = [self.end(process) for process in processes]
         said = "".join((folder / f"said{i}").read_text() for i in range(len(seconds)))
-        fine = {0, 2, -signal.SIGKILL} | ({1} if "are being trained by another process" in said else set())
+        fine = {0, 2, -signal.SIGKILL} | ({1} if "being trained by another process" in said else set())
         if "Traceback" in said or not set(statuses) <= fine:
             return f"status {statuses}: {said}"
         return self.goes_on(folder)

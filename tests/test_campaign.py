@@ -125,7 +125,7 @@ def test_runs_that_another_process_holds_make_the_command_fail(monkeypatch, caps
     arguments = ["run", "p3_fig2", "--mode", "quick", "--workers", "1", "--device", "cpu"]
     with RunFolder(configs[0]).lock():
         assert command.main(arguments) == 1
-    assert "1 of 2 runs are finished, 1 of them now, 1 are being trained by another process" in capsys.readouterr().out
+    assert "1 of 2 runs are finished, 1 of them now, 1 is being trained by another process" in capsys.readouterr().out
     assert command.main(arguments) == 0 and "another process" not in capsys.readouterr().out
 
 
@@ -506,9 +506,9 @@ def test_a_page_in_paper_mode_shows_the_runs_that_it_trained(add, monkeypatch, t
 
 
 def test_a_record_that_is_not_there():
-    with pytest.raises(fa.UserError, match="mode='quick', 'small' or 'paper'"):
+    with pytest.raises(fa.UserError, match="mode='quick' or 'paper'"):
         records.read("p3_fig2", "quick")
-    with pytest.raises(fa.UserError, match="mode='quick', 'small' or 'paper'"):
+    with pytest.raises(fa.UserError, match="mode='quick' or 'paper'"):
         records.sidecar("p3_fig2", "quick")
 
 

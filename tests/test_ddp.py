@@ -304,7 +304,7 @@ def test_what_does_not_go_with_ranks_is_one_sentence(options: list[str], said: s
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--syncbn"], "unrecognized arguments: --syncbn; see python -m fa --help"),
+    (["--syncbn"], "unrecognized arguments: --syncbn; "),
     (["--mode", "quick", "--device", "cuda:7"], "device 'cuda:7' is not there"),
     (["--mode", "quick", "--workers", "none"], "workers='none' is not a positive number"),
 ])  # fmt: skip

@@ -30,7 +30,7 @@ from fa.results.page import Page
 from fa.train import data
 
 DRAWN = {p.stem for p in (fa.ROOT / "figures").glob("*.json")}
-SMALL = next(name for name in experiments.EXPERIMENTS if f"{name}_small" in DRAWN and name not in DRAWN)
+SMALL = next((n for n in experiments.EXPERIMENTS if f"{n}_small" in DRAWN and n not in DRAWN), "no figure is here")
 ONE = "run p3_fig2 --mode quick --rules fa --seeds 1 --epochs 1 --workers 1 --device cpu".split()
 
 

@@ -33,7 +33,7 @@ import pandas as pd
 
 from fa import citations, experiments, plot, provenance, tables
 from fa.errors import unknown
-from fa.paths import ROOT, need_repository, relative, told
+from fa.paths import ROOT, need_repository, relative
 from fa.results import claims, records
 from fa.results.live import Picture
 from fa.results.markdown import labelled
@@ -284,7 +284,7 @@ def _show(path: Path, fig: Figure) -> None:
     import matplotlib.pyplot as plt
 
     plt.close(fig)
-    files = f"{told(path)}, .png and .json"
+    files = f"{relative(path)}, .png and .json"
     if "ipykernel" not in sys.modules:
         print(files)
         return

@@ -46,7 +46,7 @@ class Primitives(Estimate):
     """
 
     name = "primitives"
-    equation = "dx = B^T dy, dB = 2d B - a <y x^T> + 2n <y (B^T y)^T> + 2p <(B x) x^T> - s W"
+    equation = "dx = B^T dy, dB = 2d*B - a <y x^T> + 2n <y (B^T y)^T> + 2p <(B x) x^T> - s W"
     source = "Kunin et al. 2020"
     own_decay = True
     choices = Estimate.choices | {"positions": ("mean", "sum"), "input": ("data", "normal", "uniform")}
@@ -120,17 +120,17 @@ class Primitives(Estimate):
 
 TABLE = {
     "wm": (
-        dict(decay=1e-3, amp=1e-3), "dB = 2d B - a <y x^T>",
+        dict(decay=1e-3, amp=1e-3), "dB = 2d*B - a <y x^T>",
         "Weight mirror: a Hebbian term and decay; here with the layer's own input, in every step, together with the "
         "task. For mirror phases and a mirror before training see :class:`fa.train.config.Config`. Source: Akrout et "
         "al. 2019; p2's code.",
     ),
     "ia": (
-        dict(decay=1e-3, amp=2e-3, null=1e-3), "dB = 2d B - a <y x^T> + 2n <y (B^T y)^T>",
+        dict(decay=1e-3, amp=2e-3, null=1e-3), "dB = 2d*B - a <y x^T> + 2n <y (B^T y)^T>",
         "Information alignment: the decoder of a regularised linear autoencoder. Source: p2's code.",
     ),
     "sa": (
-        dict(decay=1e-3, self_=2e-3), "dB = 2d B - s W",
+        dict(decay=1e-3, self_=2e-3), "dB = 2d*B - s W",
         "Symmetric alignment: a leaky estimate of W. Source: p2's code.",
     ),
     "aa": (
