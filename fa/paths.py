@@ -148,7 +148,8 @@ def read_csv(path: Path, **how: Any) -> pd.DataFrame:
     import pandas as pd
 
     words = ["run", "paper", "figure", "rule", "layer", "metric", "source"]
-    exact = {"float_precision": "round_trip"} if pd.__version__ < "3" else {}  # from pandas 3 on numbers are read so
+    old = int(pd.__version__.partition(".")[0]) < 3  # from pandas 3 on numbers are read to the last bit
+    exact = {"float_precision": "round_trip"} if old else {}
     try:
         table = pd.read_csv(path, **exact, **(how or {"dtype": dict.fromkeys(words, str)}))
         if how:

@@ -152,7 +152,8 @@ def by_gain(ax: Axes, rows: pd.DataFrame) -> None:
             at = of.groupby("gain").value.agg(["mean", "std"])
             line = {"color": own.color, "ls": ls, "lw": 0.9, "marker": own.marker, "ms": 3.4, "elinewidth": 0.8}
             ax.errorbar(at.index, at["mean"], at["std"], **line, **face)
-            ax.plot(of[of.diverged].gain, of[of.diverged].value, "x", color=own.color, ms=10 - 3 * i, mew=1, ls="")
+            size = max(10 - 3 * i, 3)  # crosses of several rules at one place are nested
+            ax.plot(of[of.diverged].gain, of[of.diverged].value, "x", color=own.color, ms=size, mew=1, ls="")
     plot.note(ax, "filled: Adam; open: SGD")
     ax.set(xscale="log", xlabel="Gain of the feedback")
     ax.set_xticks((0.01, 0.1, 1, 10))

@@ -132,7 +132,8 @@ def _clashes(fig: Figure) -> set[str]:
     unseen = {t.label1 for axis in axes for t in axis.get_major_ticks() if not _within(t, *axis.get_view_interval())}
     texts = [t for t in fig.findobj(Text) if t.get_visible() and t.get_text().strip() and t not in unseen]
     boxes = [(t.get_text().replace("\n", " "), t.get_window_extent().shrunk(0.9, 0.8)) for t in texts]
-    cut = {f"{text!r} is cut off" for text, b in boxes if not (-2 < b.x0 and b.x1 < fig.bbox.width + 2)}
+    page = fig.bbox.padded(2)  # pixels
+    cut = {f"{text!r} is cut off" for text, b in boxes if not (page.contains(b.x0, b.y0) and page.contains(b.x1, b.y1))}
     return cut | {f"{a!r} meets {b!r}" for (a, p), (b, q) in combinations(boxes, 2) if p.overlaps(q)}
 
 
