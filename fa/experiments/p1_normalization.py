@@ -92,7 +92,9 @@ def draw(page: Page) -> Figure:
     signs = ends.rule.isin(["usf", "brsf", "frsf", "bp"])
     by_setting(ax["a"], ends[~signs])
     by_setting(ax["b"], ends[signs])
-    ax["b"].axhline(ends[ends.rule == "bp"].value.mean(), color=plot.look("bp").color, lw=0.8, ls=":", zorder=0)
+    bp = ends[ends.rule == "bp"].value.mean()
+    ax["b"].axhline(bp, color=plot.look("bp").color, lw=0.8, ls=":", zorder=0)
+    ax["b"].annotate("BP", (1, bp), (0, 2), ("axes fraction", "data"), "offset points", fontsize="x-small", ha="right")
     ax["a"].set(ylabel=plot.LABELS[metric].replace(", best", ",\nbest"))
     plot.note(ax["b"], plot.repeats(ends, ["rule", "feedback", "forward"]) + " (dots)")
     handles = plot.key(dict.fromkeys(SETTINGS.values(), "0.3"), ls="")
@@ -153,7 +155,9 @@ def growth_by_layer(ax: Axes, rows: pd.DataFrame) -> None:
     ax.set(xticks=range(len(names)), ylabel="Weight norm over initial")
     ax.set_xticklabels(names)
     ax.axhline(1, color="0.75", lw=0.6, ls=":", zorder=0)
-    ax.legend(handles=plot.key({name(r): plot.look(r).color for r in rules}), loc="upper right", ncols=2)
+    styles = [*plot.key({"feedback fixed": "0.3"}), *plot.key({"feedback follows": "0.3"}, ls="--")]
+    handles = plot.key({name(r): plot.look(r).color for r in rules})
+    ax.legend(handles=[*handles, *styles], loc="upper right", ncols=2)
 
 
 def accuracies(page: Page) -> str:

@@ -164,7 +164,9 @@ def draw(page: Page) -> Figure:
     axes["c"].set_xticklabels([f"{tick:g}" for tick in ticks])
     axes["c"].minorticks_off()
     axes["d"].set(xlabel="Layer, from the input", ylabel="Lag (steps)", ylim=(-1.5, None))
-    plot.rule_key(axes["a"], rules, loc="upper left", bbox_to_anchor=None, ncols=1)
+    plot.rule_key(axes["a"], rules, loc="upper left", bbox_to_anchor=None, ncols=1, handlelength=1.4)
+    for handle, rule in zip(axes["a"].get_legend().legend_handles, rules):
+        handle.set(marker=plot.look(rule).marker, ms=4, mew=0)
     plot.letters(axes.values())
     return fig
 
@@ -188,5 +190,7 @@ def draw_run(ax: Axes, rows: pd.DataFrame) -> None:
         ax.errorbar(x, of["mean"], of["std"], fmt=own.marker, color=own.color, ms=3.5, elinewidth=0.7, mew=0)
     if len(expected := rows[(rows.metric == "lag_theory") & (rows.rule != "kp")]):
         ax.axhline(expected.value.mean(), color="0.6", lw=0.8, zorder=0)
+        ax.annotate("theory", (1, expected.value.mean()), (0, -2), ("axes fraction", "data"), "offset points",
+                    fontsize="x-small", color="0.4", ha="right", va="top")  # fmt: skip
     ax.set_xticks(sorted(rows.depth.unique()))
     plot.note(ax, plot.repeats(rows))

@@ -103,8 +103,8 @@ EXPERIMENT = Experiment(
 
 TEXT = """ a, d: test accuracy after the last epoch against the variance v of the noise: after every step each noisy
 entry moves by the learning rate times a normal number of variance v. Noisy are the feedback of SA, AA, KP and WM, the
-weights of BP, or BP's reading of W, drawn anew at every step; leftmost: no noise; crosses: levels at which seeds
-diverged, which count as chance. b, e: angle between W and the feedback after training, mean of the layers; where
+weights of BP, or BP's reading of W, drawn anew at every step; leftmost: no noise; thin crosses: levels at which
+seeds diverged, which count as chance. b, e: angle between W and the feedback after training, mean of the layers; where
 learning fails W outgrows the noise, and the angle falls. c, f: root mean square of B - W under SA in each layer, side
 by side; line: the stationary value of the formula, the same for every layer; dotted: without noise. Levels at which a
 seed diverged are left out of b, c, e and f. Bars: +/- 1 sd over seeds."""

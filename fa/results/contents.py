@@ -62,7 +62,8 @@ def index() -> str:
                 page = Page(name, scale=scale)
                 runs = plural(page.table().run.nunique(), "run") if len(page.table()) else ""
                 which = f"{scale}: " if about.small else ""
-                held.append(which + ", ".join(filter(None, [runs, page.partial()])))
+                part = page.partial()  # it may tell the number of runs, too
+                held.append(which + ", ".join(filter(None, ["" if part.endswith("runs") else runs, part])))
                 verdicts.append(which + claims.counted(page.verdicts().verdict))
         cells = [f"[{name}]({path.name})" for name in (*pictures[:1], path.stem)]
         cells = ["", *cells][-2:] + [title, "; ".join(held), "; ".join(verdicts)]

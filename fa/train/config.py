@@ -76,7 +76,7 @@ class Config:
             ``every=1`` is backprop that reads W through noise.
         augment: random crops (of the data set's ``pad`` pixels) and mirrored images.
         precision: "float32" (on CUDA convolutions are then made in TF32, PyTorch's default), or "bfloat16": forward and
-            backward under autocast, weights and optimizer in float32.
+            backward under autocast, weights and optimizer in float32 (on any CPU: :mod:`fa.train.rounding`).
         weights: initial weights, a ``kind`` of :func:`fa.train.network.initial_`.
         measure: a further measurement, by its name in ``fa.train.measure.MEASURES`` ("": none).
         first_steps: steps of the first epoch after which layers are measured as well, comma separated; their rows stand

@@ -26,6 +26,7 @@ from fa.layers.hooks import converted
 from fa.train import data
 from fa.train.config import Config
 from fa.train.ddp import ONE_PROCESS, Ranks
+from fa.train.rounding import arithmetic
 
 WARM = 3  # eager steps before a capture: they choose convolution algorithms, make the momenta, and compile
 
@@ -60,7 +61,9 @@ class Stepper:
         self.net, self.opt, self.config, self.train = net, opt, config, train
         self.seeds, self.ranks = tuple(seeds) or (config.seed,), ranks
         self.device = next(net.parameters()).device
-        self.forward = ranks.wrap(net, compile_(net, self.device) if compiled and not ranks.sync else net)
+        compiled = compiled and not ranks.sync
+        self.forward = ranks.wrap(net, compile_(net, self.device) if compiled else net)
+        self.arithmetic = arithmetic(self.device, config.precision, compiled)
         resident = isinstance(train, data.Split)  # photographs come from disk, and are cropped there
         if capture is None:
             wanted = os.environ.get("FA_CAPTURE", "1") != "0"
@@ -171,15 +174,17 @@ class Stepper:
             )  # (runs * batch, c, ..) -> (batch, runs * c, ..)
         if self.device.type == "cuda" and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, self.config.precision == "bfloat16", cache_enabled=False):
-            out = self.forward(x)  # (batch, runs * classes)
-            if runs == 1:
-                loss = total = F.cross_entropy(out, y)  # ()
-            else:
-                out = out.unflatten(1, (runs, -1)).transpose(0, 1).flatten(0, 1)  # -> (runs * batch, classes)
-                loss = F.cross_entropy(out, y, reduction="none").view(runs, -1).mean(1)  # (runs,)
-                total = loss.sum()
-        total.backward()
+        half = self.config.precision == "bfloat16"
+        with self.arithmetic:
+            with torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False):
+                out = self.forward(x)  # (batch, runs * classes)
+                if runs == 1:
+                    loss = total = F.cross_entropy(out, y)  # ()
+                else:
+                    out = out.unflatten(1, (runs, -1)).transpose(0, 1).flatten(0, 1)  # -> (runs * batch, classes)
+                    loss = F.cross_entropy(out, y, reduction="none").view(runs, -1).mean(1)  # (runs,)
+                    total = loss.sum()
+            total.backward()
         resting = {"joint": None, "task": True, "mirror": False}[self.phase]
         for group in self.opt.param_groups:
             if group["own_decay"] is resting:
