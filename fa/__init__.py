@@ -10,8 +10,19 @@ from fa.paths import ROOT
 
 if TYPE_CHECKING:
     from fa.library import (
-        RULES, Rule, add_feedback, after_step, alignment, check_rule, convert, decay_for, exact_backprop,
-        feedback_parameters, feedback_weight, gradient_angles, param_groups,
+        RULES,
+        Rule,
+        add_feedback,
+        after_step,
+        alignment,
+        check_rule,
+        convert,
+        decay_for,
+        exact_backprop,
+        feedback_parameters,
+        feedback_weight,
+        gradient_angles,
+        param_groups,
     )  # fmt: skip
     from fa.results.cite import cite
     from fa.results.page import notebook
