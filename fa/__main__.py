@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fa.commands import PROG, launched, parsed
 from fa.errors import UserError
-from fa.paths import need_repository
+from fa.paths import need_repository, runs_root
 from fa.tables import plural
 
 if TYPE_CHECKING:
@@ -107,19 +107,9 @@ def _given(args: argparse.Namespace, *more: str) -> str:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from fa import experiments
-    from fa.results import records, runs
+    from fa.results import listing
 
-    held, lines = records.holders(), [("figure", "notebook", "record", "run store", "title")]
-    for name, e in experiments.EXPERIMENTS.items():
-        in_record, in_store = [], []
-        for mode in ("paper", "small", "quick") if e.small else ("paper", "quick"):
-            planned = experiments.plan(name, mode) if e.grid else []
-            if planned and mode != "quick":
-                in_record.append(f"{mode} {sum(c.run in held for c in planned)}/{len(planned)}")
-            if planned:
-                in_store.append(f"{mode} {len(planned) - len(runs.missing(planned))}/{len(planned)}")
-        lines.append((name, e.notebook, ", ".join(in_record), ", ".join(in_store), e.title))
+    lines = listing.lines()
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
@@ -127,6 +117,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    begin = time.time()  # a budget holds for the imports too
     from fa.results import cluster, executors
     from fa.train import ddp, loop
 
@@ -144,13 +135,13 @@ def _run(args: argparse.Namespace) -> int:
     asked = {n: v for n in ("workers", "together", "executor") if (v := getattr(args, n)) != args.parser.get_default(n)}
     with ddp.joined(device, args.sync_batch_norm, **asked) as ranks:
         if ranks.rank == 0:
-            return _lead(args, ranks)
+            return _lead(args, ranks, begin)
         loop.follow(ranks)
     return 0
 
 
-def _lead(args: argparse.Namespace, ranks: Ranks) -> int:
-    from fa.results import cluster, progress, records, registered, runs, store
+def _lead(args: argparse.Namespace, ranks: Ranks, begin: float) -> int:
+    from fa.results import cluster, progress, records, registered, runs
     from fa.train import data
 
     budget, here = progress.seconds(args.budget) if args.budget else None, args.executor == "local"
@@ -173,9 +164,8 @@ def _lead(args: argparse.Namespace, ranks: Ranks) -> int:
     for name in planned if args.mode != "quick" else ():
         registered.note(records.name_of(name, args.mode))
     compiled = {"auto": None}.get(args.compile, args.compile == "yes")
-    begin = time.time()
     until = begin + budget if budget else math.inf
-    with cluster.opened(args.executor, store.runs_root(), datasets, until) as executor:
+    with cluster.opened(args.executor, runs_root(), datasets, until) as executor:
         device = args.device
         if executor and device == "auto":
             device = executor.device

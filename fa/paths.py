@@ -46,6 +46,11 @@ def user_folder(variable: str, default: str) -> Path:
         raise UserError(f"{variable}={os.environ[variable]} names the home of a user who is not known here") from None
 
 
+def runs_root() -> Path:
+    """The run store: ``$FA_RUNS`` (a relative path is taken from :func:`home`) or ``data/runs``."""
+    return user_folder("FA_RUNS", "data/runs")
+
+
 def user_switch(variable: str) -> bool:
     """Whether a user switched something on: ``$VARIABLE`` is 1, and not 0, empty or not set.
 

@@ -80,7 +80,7 @@ LABELS = {
 """Axis label of every metric and swept parameter."""
 
 _SPARE_COLORS = ("#6699CC", "#CC6677", "#DDCC77", "#AA4466", "#999999", "#004488")
-_SPARE_MARKERS = ("1", "2", "3", "4", "|", "_")
+_SPARE_MARKERS = ("8", "d", "<", ">", "h", "*")  # of rules in few figures; one of strokes is thin, or not seen at all
 _STYLE = Path(__file__).with_name("fa.mplstyle")
 
 

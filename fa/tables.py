@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Shown(str):
@@ -34,6 +35,8 @@ def shown(frame: pd.DataFrame, **form: Any) -> Shown:
         form: what ``DataFrame.to_string`` and ``DataFrame.to_html`` both take: ``index``, ``float_format``, ``na_rep``,
             ``formatters``.
     """
+    import pandas as pd  # here, for who needs the words alone
+
     with pd.option_context("display.max_colwidth", None):  # else the HTML table cuts its texts
         html = frame.to_html(border=0, **form)
     html = re.sub(r"\n\s*(?=<t[dh]|</tr)", "", html)  # a row a line

@@ -20,7 +20,7 @@ LAYERS = [  # from the ground up; a chapter may import itself and whatever stand
     {"train"},
     {"experiments"},
     {"results"},
-    {"", "__main__", "commands"},  # fa/__init__.py holds the public names
+    {"", "library", "__main__", "commands"},  # fa/library.py holds the public names, fa/__init__.py hands them on
 ]
 LEVEL = {chapter: level for level, chapters in enumerate(LAYERS) for chapter in chapters}
 

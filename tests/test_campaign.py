@@ -3,13 +3,15 @@ command line."""
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import pytest
@@ -93,15 +95,67 @@ def test_a_finished_run_is_never_trained_twice():
     assert json.loads((folder.path / "config.json").read_text())["rule"] == "bp"
 
 
-def test_a_budget_stops_a_campaign_and_the_next_call_goes_on():
+def test_a_budget_stops_a_campaign_and_the_next_call_goes_on(monkeypatch):
     configs = plan("bp,pfa", epochs=3)
-    stopped = run(configs, budget=1e-6)
+    with monkeypatch.context() as m:  # time is up when a run is about to train its first epoch
+        m.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: math.inf))
+        stopped = run(configs, budget=3600)
     assert (stopped.before, stopped.done, stopped.left, stopped.failed) == (0, 0, 2, [])
     assert all((RunFolder(c).path / "checkpoint.pt").exists() for c in configs)
     done = run(configs, budget=3600)
     assert (done.before, done.done, done.left) == (0, 2, 0)
     undisturbed = train.train(configs[1])
     assert (RunFolder(configs[1]).table().value.to_numpy() == undisturbed.value.to_numpy()).all()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_budget_leaves_no_time_for_is_not_begun_and_told(workers, monkeypatch, capsys, tmp_path):
+    configs = plan("bp,fa,pfa", epochs=1)
+    monkeypatch.setattr(campaign, "processes", None)  # none is started
+    summary = run(configs, budget=1e-6, workers=workers, progress=True)
+    assert (summary.before, summary.done, summary.left, summary.failed) == (0, 0, 3, [])
+    assert capsys.readouterr().err == "fa: time was up before any run began; the next call needs a longer budget\n"
+    assert not list(tmp_path.iterdir())
+    assert campaign.run_one(configs[:2], until=time.time()) == [{"state": "waiting"}] * 2, "its worker came too late"
+    clock = iter([0.0, 1.0, 2.0, *[math.inf] * 9])  # begin, before the first worker, the first run, all that follows
+    monkeypatch.setattr(campaign, "time", types.SimpleNamespace(time=lambda: next(clock), monotonic=time.monotonic))
+    monkeypatch.setattr(campaign, "train_runs", lambda runs, *_: [None] * len(runs))
+    run(configs, budget=3600)
+    assert capsys.readouterr().err == "fa: time was up before 2 of the 3 runs began\n"
+
+
+@dataclass(frozen=True)
+class Needing:
+    """A recipe that needs another run."""
+
+    needs: tuple = ()
+    rule: str = "bp"
+    run: str = "needing"
+
+
+def test_the_time_of_a_run_that_others_need_counts_once(monkeypatch):
+    now, ends = [0.0], []
+
+    def trained(configs, until, **_):
+        now[0] += 4.0
+        ends.append(until)
+        RunFolder(configs[0]).finish(pd.DataFrame({"value": [0.0]}), {"state": "finished", "seconds": 4.0})
+        return [{"state": "finished"}]
+
+    monkeypatch.setattr(campaign, "time", types.SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(campaign, "run_one", trained)
+    assert run([Needing(tuple(plan("bp")))], budget=10).left == 0 and ends == [10.0, 10.0]
+
+
+def test_a_budget_counts_from_the_beginning_of_the_command(monkeypatch, capsys):
+    """What the command imports takes seconds."""
+    seen = []
+    nothing = campaign.Summary(0, 0, 1, [], 0.0)
+    monkeypatch.setattr(campaign, "run", lambda configs, budget, *_, **__: seen.append(budget) or nothing)
+    now = iter([0.0, *[5.0] * 9])
+    monkeypatch.setattr(command, "time", types.SimpleNamespace(time=lambda: next(now)))
+    grid = "run p3_fig2 --mode quick --rules bp --seeds 1 --epochs 1 --workers 1 --device cpu --budget 20s"
+    assert command.main(grid.split()) == 0 and seen == [15.0]
 
 
 def test_runs_that_were_begun_come_first():

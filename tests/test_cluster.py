@@ -231,7 +231,7 @@ def test_jobs_that_no_worker_begins_end_with_the_budget(stores, capsys: pytest.C
     later.join()
     assert (summary.done, summary.left, summary.failed) == (0, 3, [])
     assert [future.cancelled() for future in pool.taken] == [True, True, False]
-    assert "time is up, and no worker has begun 2 of the runs; their jobs are cancelled" in capsys.readouterr().err
+    assert "fa: time was up before 2 of the 3 runs began\n" in capsys.readouterr().err
 
 
 class Asked:

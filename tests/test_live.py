@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from fa.results import live
+from fa.results import live, progress
+from fa.results.store import RunFolder
 from fa.train import loop
+from fa.train.config import Config
 
 
 class Screen:
@@ -98,6 +100,18 @@ def test_it_is_silent_where_nobody_looks(asks: bool | None, seen: bool, monkeypa
     kernel = {} if asks is None else {"kernel": SimpleNamespace(_allow_stdin=asks)}
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(**kernel)))
     assert live.watched() is seen
+
+
+def test_a_notebook_that_nobody_looks_at_keeps_no_bar(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The file that papermill writes would hold it as it was at first, at 0 %."""
+    kernel = SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=False))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: kernel))
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    monkeypatch.setattr(RunFolder, "finished", True)
+    with progress.Progress([RunFolder(Config("bp", 0, epochs=3))], 1, ""):
+        pass
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "1 of 1 runs to train" and last.startswith("1/1 runs, 3/3 epochs")
 
 
 def test_a_picture_has_its_alternative_text_wherever_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

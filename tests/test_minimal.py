@@ -50,6 +50,40 @@ def test_a_campaign_runs_without_the_rest(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*/metrics.csv"))) == 6
 
 
+def test_what_needs_no_torch_does_not_wait_for_it(tmp_path: Path) -> None:
+    """Torch and pandas are two seconds of an import; where they are not to be had, these commands answer all the same."""
+    env = {**os.environ, "FA_BUILD": str(tmp_path), "FA_RUNS": str(tmp_path), "PYTHONPATH": str(fa.ROOT)}
+
+    def said(command: str, without: str = "") -> str:
+        hide = "import sys; sys.modules |= dict.fromkeys('torch numpy pandas matplotlib'.split()); " if without else ""
+        program = f"{hide}from fa.__main__ import main; main({command.split()})"
+        done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+        return done.stdout + done.stderr
+
+    assert said("--version", "torch") == f"fa {fa.__version__}\n"
+    assert "usage: python -m fa" in said("--help", "torch") and "--budget" in said("run --help", "torch")
+    assert said("lst", "torch").startswith("fa: unknown command 'lst'; did you mean 'list'?")
+    first = said("list")  # makes the plans
+    assert "p3_fig2" in first and said("list", "torch") == first
+    plans = tmp_path / "plans.json"
+    for changed in (plans.read_text().replace('"code": "', '"code": "0'), "{"):  # of other code; damaged
+        plans.write_text(changed)
+        assert said("list") == first and said("list", "torch") == first
+
+
+def test_the_library_comes_with_its_first_name() -> None:
+    program = """
+import sys, fa
+assert "torch" not in sys.modules and {*fa.__all__} <= {*dir(fa)} and not hasattr(fa, "__wrapped__")
+assert "dfa" in fa.RULES and fa.rules.RULES is fa.RULES and fa.theory.decay_for is fa.decay_for
+from fa import *
+assert convert is fa.convert is fa.layers.convert.convert and notebook is fa.notebook
+"""
+    env = {**os.environ, "PYTHONPATH": str(fa.ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 EXTRAS = """
 import sys
 

@@ -65,6 +65,7 @@ class TestForm:
         (cell,) = tagged(read(path), "parameters")
         for line in cell.source.splitlines():
             assert re.fullmatch(r"\w+: (int|float|bool|str) = [^=#]+  # [^=]+", line), line
+            assert len(line) <= 88, f"read at one glance, in papermill's --help-notebook too: {line}"
         known = papermill.inspect_notebook(str(path))
         assert list(known)[: len(parameters.STANDARD)] == list(parameters.STANDARD)
         for name, kind in parameters.STANDARD.items():
@@ -633,6 +634,7 @@ def test_quick_mode_of_a_notebook_from_another_folder(tmp_path):
     shown = unescape("".join(o.get("data", {}).get("text/html", "") for o in outputs))
     assert "Made here, mode 'quick'" in shown and "not tested" in shown
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 1, "nobody looks: no figure while it trains"
+    assert not [o for o in outputs if "epoch/s" in str(o) or "widget" in str(o.get("data", {}).keys())], "no bar at 0 %"
 
 
 def test_a_rule_of_a_page_is_trained_anew_when_its_code_has_changed(monkeypatch, tmp_path):

@@ -252,3 +252,11 @@ def test_what_a_saved_figure_holds(tmp_path):
     assert png.shape[1] == 7.2 * 300
     about = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
     assert about == {"name": "x", "caption": "A caption, ± 1 sd.", "table": "t.csv", "runs": 3}
+
+
+@pytest.mark.parametrize("rule", ["mine", *map(str, range(50))])
+def test_a_rule_of_ones_own_has_a_filled_marker(rule):
+    """Strokes are thin, and where a figure draws markers without an edge they are not there at all."""
+    from matplotlib.lines import Line2D
+
+    assert plot.look(rule).marker in Line2D.filled_markers and plot.look(rule).label == rule

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from fa import rules
 from fa.errors import UserError
+from fa.layers import dfa  # noqa: F401  (registers "dfa")
 from fa.layers.feedback import Feedback, NoisyFeedback
 from fa.layers.hooks import converted, know, unwatch, watch_other
 from fa.layers.maps import ConvMap, LinearMap, geometry
 from fa.layers.steps import groups_of, leader, learned
 from fa.layers.targets import targets
-from fa.rules import Rule
 
 
 @torch.inference_mode(False)  # whose tensors cannot be trained with
 def convert(
     net: nn.Module,
-    rule: str | Rule,
+    rule: str | rules.Rule,
     *,
     seed: int = 0,
     skip: str | Iterable[str] = (),
@@ -72,7 +72,7 @@ def convert(
     if not isinstance(net, nn.Module):
         raise UserError(f"convert takes a torch.nn.Module, not a {type(net).__name__}")
     r = rules.rule(rule, **options) if isinstance(rule, str) else rule
-    if not isinstance(r, Rule):
+    if not isinstance(r, rules.Rule):
         raise UserError(f"rule must be a name of fa.RULES or a fa.Rule, not {type(rule).__name__}")
     if options and r is rule:
         raise UserError(f"options go with the name of a rule; a rule object has its own: {', '.join(options)}")
@@ -98,7 +98,7 @@ def convert(
     return net
 
 
-def _draw(rule: Rule, layers: dict[str, nn.Module], sizes: dict[str, Any], seed: int) -> dict[str, Feedback]:
+def _draw(rule: rules.Rule, layers: dict[str, nn.Module], sizes: dict[str, Any], seed: int) -> dict[str, Feedback]:
     """Layer name -> its feedback, under a layer-wise rule."""
     feedback = {}
     for i, (name, layer) in enumerate(layers.items()):

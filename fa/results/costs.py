@@ -19,10 +19,10 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from fa.errors import UserError
-from fa.paths import writing
+from fa.paths import runs_root, writing
 from fa.results import records
 from fa.results.executors import processes
-from fa.results.store import run_seconds, runs_root
+from fa.results.store import run_seconds
 from fa.train import data
 from fa.train.config import Config, parse_options
 from fa.train.step import can_compile

@@ -14,10 +14,10 @@ from dataclasses import asdict
 from typing import Any
 
 from fa.errors import UserError
-from fa.paths import read_json
+from fa.paths import read_json, runs_root
 from fa.results import live
 from fa.results.executors import pick_device, pick_workers
-from fa.results.store import RunFolder, run_seconds, runs_root
+from fa.results.store import RunFolder, run_seconds
 from fa.tables import plural
 from fa.train.loop import progress_lines
 
@@ -49,8 +49,9 @@ def in_words(config: Any) -> str:
 
 
 class Progress(threading.Thread):
-    """Shows how far a campaign is, from the run folders: a bar in a terminal or a notebook, with a figure
-    (:class:`fa.results.live.Live`) where somebody looks at it, else a line every half minute and at the end.
+    """Shows how far a campaign is, from the run folders: a bar in a terminal or in a notebook that somebody looks at,
+    there with a figure (:class:`fa.results.live.Live`), else a line every half minute and at the end. The file of a
+    notebook that papermill runs would keep the bar as it was at 0 %.
 
     Args:
         folders: of the runs to train.
@@ -65,7 +66,7 @@ class Progress(threading.Thread):
         self.total = sum(getattr(f.config, "epochs", 1) for f in folders)
         self.read()
         self.before, text = sum(self.epochs.values()), f"{len(folders)} of {planned} runs to train"
-        if sys.stderr.isatty() or "ipykernel" in sys.modules:
+        if sys.stderr.isatty() or live.watched():
             try:
                 from tqdm.auto import tqdm
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fa.errors import UserError
-from fa.paths import ROOT, read_json, write_bytes
-from fa.results.store import locked, runs_root
+from fa.paths import ROOT, read_json, runs_root, write_bytes
+from fa.results.store import locked
 from fa.train.config import Config
 from fa.train.loop import fingerprint
 

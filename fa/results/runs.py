@@ -89,11 +89,14 @@ def run_one(
 
     Returns:
         A status for each run. Its ``state`` is "finished" or "diverged", as in the run's ``status.json``; "stopped"
-        where time was up; "busy" where another process trains the run; or "failed", with ``error``.
+        where time was up, "waiting" where it was up before the run was taken up; "busy" where another process trains
+        the run; or "failed", with ``error``.
 
     Raises:
         UserError: from a run that has one, e.g. a damaged checkpoint; after the other runs were trained.
     """
+    if time.time() >= until:
+        return [{"state": "waiting"}] * len(configs)
     environment()  # as it is before a long run
     found: dict[str, dict[str, Any]] = {}
     reached: dict[int, list[RunFolder]] = defaultdict(list)  # only runs with as many epochs behind them can be stacked
@@ -186,6 +189,7 @@ def run(
         UserError: from the first run that has one, e.g. a data set that is not there; or a rank is gone.
     """
     begin = time.time()
+    until = begin + budget if budget else math.inf
     device, todo = pick_device(device, needed=executor is None), missing(configs)
     ranks.check(todo)
     if needed := missing(list({c.run: c for config in todo for c in getattr(config, "needs", ())}.values())):
@@ -194,19 +198,19 @@ def run(
             left = len(missing(configs))  # some of them may be needed by others of them
             done = len(todo) - left
             return Summary(len(configs) - len(todo), done, left, first.failed, first.seconds, first.busy)
-        budget = budget and max(budget - first.seconds, 1.0)
     if compiled and executor is None and not can_compile(device):
         raise UserError("torch.compile finds no compiler on this machine; install one (g++), or leave --compile out")
     if compiled is None:
         compiled = device != "cpu" and can_compile(device)
     jobs = stack.groups(todo, 1 if device == "cpu" or ranks.size > 1 else together or STACK)
+    if waiting := len(todo) if executor is None and time.time() >= until else 0:
+        jobs = []  # no process is started for them
     workers = 1 if ranks.size > 1 else workers
     n = min(pick_workers(workers, device), len(jobs)) if executor is None else len(jobs)
-    until = begin + budget if budget else math.inf
     work = partial(run_one, device=device, until=until, compiled=compiled, ranks=ranks)
-    done, busy, waiting, failed, attempts = 0, 0, 0, [], executor.attempts if executor else ATTEMPTS
+    done, busy, failed, attempts = 0, 0, [], executor.attempts if executor else ATTEMPTS
     with ExitStack() as open_:
-        if progress and todo:
+        if progress and jobs:
             started = f"starting {n} processes ..." if n > 1 and executor is None else ""
             open_.enter_context(Progress([RunFolder(c) for c in todo], len(configs), started))
         new = (lambda: executor) if executor else Here if n <= 1 else open_.enter_context(processes())
@@ -216,15 +220,18 @@ def run(
             if results and executor:
                 results = executor.receive(results)
             elif not (results or why):
-                waiting, results = waiting + len(job), [{"state": "stopped"}] * len(job)
+                results = [{"state": "waiting"}] * len(job)
             results = results or [{"state": "failed", "error": f"its worker died {attempts} times: {why}"}] * len(job)
             for config, status in zip(job, results):
                 done += status["state"] in ("finished", "diverged")
                 busy += status["state"] == "busy"
+                waiting += status["state"] == "waiting"
                 if status["state"] == "failed":
                     failed.append(f"{in_words(config)} ({config.run}): {status['error']}")
     if waiting:
-        sys.stderr.write(f"fa: time is up, and no worker has begun {waiting} of the runs; their jobs are cancelled\n")
+        which = f"{waiting} of the {len(todo)} runs" if waiting < len(todo) else "any run"
+        remedy = "" if waiting < len(todo) else "; the next call needs a longer budget"
+        sys.stderr.write(f"fa: time was up before {which} began{remedy}\n")
     return Summary(len(configs) - len(todo), done, len(todo) - done, failed, time.time() - begin, busy)
 
 

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 from fa.errors import UserError
-from fa.paths import read_csv, read_json, user_folder, write_bytes, writing
+from fa.paths import read_csv, read_json, runs_root, write_bytes, writing
 from fa.provenance import environment
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.old.pt")
@@ -31,11 +31,6 @@ CHECKPOINTS = ("checkpoint.pt", "checkpoint.old.pt")
 
 FILES = (*CHECKPOINTS, "config.json", "progress.csv", "weights.pt", "metrics.csv", "status.json")
 """All that a run's folder may hold, in the order of its writing: the status makes a run a finished one."""
-
-
-def runs_root() -> Path:
-    """``$FA_RUNS`` (a relative path is taken from the repository's root) or ``data/runs``."""
-    return user_folder("FA_RUNS", "data/runs")
 
 
 class RunFolder:

@@ -22,7 +22,7 @@ __all__ = [
 RULES: dict[str, type] = {
     rule.name: rule for rule in (BP, FA, USF, BRSF, FRSF, Frozen, KP, PFA, PFAo, Primitives, WM, IA, SA, AA)
 }
-"""Name -> rule. Extend it with your own; :mod:`fa.layers.dfa` adds ``dfa``."""
+"""Name -> rule. Extend it with your own; :mod:`fa.layers` adds ``dfa``."""
 
 
 def rule(name: str, **options: Any) -> Rule:
