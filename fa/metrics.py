@@ -43,12 +43,12 @@ def _sample_angle(a: Tensor, b: Tensor) -> Tensor:
     return torch.rad2deg(torch.arccos(cosine.clip(-1, 1))).nanmean()
 
 
-def _table(rows: list[dict[str, object]], columns: list[str]) -> pd.DataFrame:
+def _table(rows: list[tuple[object, ...]], columns: list[str]) -> pd.DataFrame:
     """A table of rows; numbers that are tensors are read from their device all at once."""
-    values = [v for row in rows for v in row.values() if isinstance(v, Tensor)]
+    values = [v for row in rows for v in row if isinstance(v, Tensor)]
     numbers = iter(torch.stack(values).tolist() if values else [])
-    told = [{k: next(numbers) if isinstance(v, Tensor) else v for k, v in row.items()} for row in rows]
-    return pd.DataFrame(told, columns=columns)
+    told = [[next(numbers) if isinstance(v, Tensor) else v for v in row] for row in rows]
+    return pd.DataFrame(told, columns=["layer", "depth", *columns])
 
 
 def feedback_weight(layer: nn.Module) -> Tensor:
@@ -79,23 +79,16 @@ def alignment(net: nn.Module) -> pd.DataFrame:
     """
     layers, rows = converted(net), []
     if not layers:
-        raise UserError(
-            "no layer of this network has a rule, so there is no feedback to measure: call fa.convert first"
-        )
+        raise UserError("no layer of this network has a rule, and so none has feedback: call fa.convert first")
     for depth, (name, layer) in enumerate(layers.items(), 1):
         try:
             K, W = float64(feedback_weight(layer)), float64(layer.weight)
         except UserError:  # dfa, and dense feedback between maps, have no kernel of W's shape
             continue
-        rows.append({
-            "layer": name,
-            "depth": depth,
-            "angle_deg": _angle(W, K),
-            "norm_ratio": torch.linalg.vector_norm(K) / torch.linalg.vector_norm(W),
-            "sign_concordance": float64(W.sign() == K.sign()).mean(),
-            "weight_norm": torch.linalg.vector_norm(W),
-        })  # fmt: skip
-    return _table(rows, ["layer", "depth", "angle_deg", "norm_ratio", "sign_concordance", "weight_norm"])
+        ratio = torch.linalg.vector_norm(K) / torch.linalg.vector_norm(W)
+        concordance = float64(W.sign() == K.sign()).mean()
+        rows.append((name, depth, _angle(W, K), ratio, concordance, torch.linalg.vector_norm(W)))
+    return _table(rows, ["angle_deg", "norm_ratio", "sign_concordance", "weight_norm"])
 
 
 @contextmanager
@@ -113,8 +106,7 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
     """Angles between what every layer gets under the rule and under exact backprop, on one batch; changes nothing.
 
     Args:
-        net: a converted network; its mode (train or eval) is kept and its buffers, e.g. running statistics, are
-            restored.
+        net: a converted network; its mode (train or eval) and buffers, e.g. running statistics, are kept.
         x: inputs (n, ...), on the network's device.
         y: targets, as ``loss`` takes them.
         loss: (output, target) -> scalar.
@@ -170,13 +162,8 @@ def gradient_angles(net: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor
                 out = layer(probe)
             through_W = torch.autograd.grad(out, probe, delta[name])[0]
             local = _sample_angle(torch.autograd.grad(layer(probe), probe, delta[name])[0], through_W)
-        rows.append({
-            "layer": name,
-            "depth": depth,
-            "delta_angle_local_deg": local,
-            "delta_angle_global_deg": _sample_angle(delta[name], delta_bp[name]),
-            "grad_angle_global_deg": _angle(dW[name], dW_bp[name]) if name in dW else float("nan"),
-            "delta_norm_ratio": torch.linalg.vector_norm(float64(delta[name])) / float64(delta_bp[name]).norm(),
-        })  # fmt: skip
+        gradients = _angle(dW[name], dW_bp[name]) if name in dW else float("nan")
+        ratio = torch.linalg.vector_norm(float64(delta[name])) / float64(delta_bp[name]).norm()
+        rows.append((name, depth, local, _sample_angle(delta[name], delta_bp[name]), gradients, ratio))
     angles = ["delta_angle_local_deg", "delta_angle_global_deg", "grad_angle_global_deg"]
-    return _table(rows, ["layer", "depth", *angles, "delta_norm_ratio"])
+    return _table(rows, [*angles, "delta_norm_ratio"])

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fa.errors import UserError
+from fa.errors import UserError, unknown
 
 
 class MLP(nn.Module):
     """Fully connected ReLU network with biases; layers ``fc1``, ``fc2``, ..., and ``fc`` at the output, as p3 names
-    them; p3's MNIST network for ``inputs = 784`` (default widths: the paper's).
-    """
+    them; p3's MNIST network for ``inputs = 784`` (default widths: the paper's)."""
 
     def __init__(self, inputs: int, hidden: Sequence[int] = (512, 512), classes: int = 10) -> None:
         super().__init__()
@@ -58,10 +57,8 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)
         self.shortcut = Shortcut(stride, outputs - inputs) if outputs > inputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,8 +77,7 @@ class ResNet(nn.Module):
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise UserError(f"resnet{depth}: a CIFAR ResNet has 6 n + 2 layers: 20, 32, 44, 56, 110, ...")
-        self.conv1 = nn.Conv2d(inputs, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.conv1, self.bn1 = nn.Conv2d(inputs, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
         widths, blocks = (16, 16, 32, 64), (depth - 2) // 6
         for stage in (1, 2, 3):
             self.add_module(f"layer{stage}", nn.Sequential(*(
@@ -156,15 +152,12 @@ class Arch1(nn.Module):
 
     def __init__(self, shape: Sequence[int] = (3, 24, 24), classes: int = 10, padding: str = "valid") -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(shape[0], 64, 5, padding=padding)
-        self.conv2 = nn.Conv2d(64, 64, 5, padding=padding)
+        self.conv1, self.conv2 = (nn.Conv2d(c, 64, 5, padding=padding) for c in (shape[0], 64))
         lost = 4 if padding == "valid" else 0  # pixels that a convolution takes off each axis
         height, width = (((n - lost) // 2 - lost) // 2 for n in shape[1:])
         if min(height, width) < 1:
             raise UserError(f"arch1 takes images of 16x16 and more, not {shape[1]}x{shape[2]}; arch1-same takes 8x8")
-        self.fc1 = nn.Linear(64 * height * width, 384)
-        self.fc2 = nn.Linear(384, 192)
-        self.fc = nn.Linear(192, classes)
+        self.fc1, self.fc2, self.fc = nn.Linear(64 * height * width, 384), nn.Linear(384, 192), nn.Linear(192, classes)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,8 +179,7 @@ class LeNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(shape[0], 6, 5, padding=((32 - shape[1]) // 2, (32 - shape[2]) // 2))
         self.conv2, self.conv3 = nn.Conv2d(6, 16, 5), nn.Conv2d(16, 120, 5)
-        self.fc1 = nn.Linear(120, 84)
-        self.fc = nn.Linear(84, classes)
+        self.fc1, self.fc = nn.Linear(120, 84), nn.Linear(84, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (n, channels, height, width) -> logits (n, classes)."""
@@ -197,8 +189,7 @@ class LeNet(nn.Module):
 
 
 class Plain(nn.Module):
-    """A plain stack: 3x3 convolutions of 16 channels with ReLU, the first of stride 2; average-pooling by 2; a layer
-    of ``classes`` units.
+    """3x3 convolutions of 16 channels with ReLU, the first of stride 2; average-pooling by 2; ``classes`` linear units.
 
     Args:
         convolutions: how many, ``conv1``, ``conv2``, ...
@@ -270,6 +261,5 @@ def build(name: str, shape: Sequence[int], classes: int, hidden: Sequence[int] =
         return ResNet(int(name[6:]), classes, shape[0])
     if plain := re.fullmatch(r"plain([1-9]\d?)(?:-(bn|local))?", name, re.ASCII):
         return Plain(int(plain[1]), shape, classes, plain[2] or "")
-    known = "mlp, lenet, arch1, arch1-same, resnet20, resnet32, resnet56, resnet110, resnet18, resnet50, resnet50v2, "
-    known += "resnet101v2, resnet152v2, alexnet, plain4, plain4-bn, ..."
-    raise UserError(f"unknown model {name!r}; known models: {known}")
+    known = "mlp lenet arch1 arch1-same resnet20 resnet32 resnet56 resnet110 resnet18 resnet50 resnet50v2 resnet101v2 "
+    raise unknown("model", name, (known + "resnet152v2 alexnet plain4 plain4-bn").split(), more=", ...")

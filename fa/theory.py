@@ -27,8 +27,7 @@ def path_angle(expansion: ArrayLike, density: ArrayLike = 1.0, n_out: float = ma
 
     Args:
         expansion: λ, units of the population per output; any shape.
-        density: d, fraction of the entries of B and of R that exist (default 1); a shape that broadcasts with
-            `expansion`.
+        density: d, fraction of the entries of B and of R that exist (default 1); broadcasts with `expansion`.
         n_out: outputs of the layer (default: the limit of many).
     """
     λ, d = np.asarray(expansion, dtype=float), np.asarray(density, dtype=float)
@@ -40,9 +39,8 @@ def mismatch_left(schedule: Iterable[tuple[float, float]], momentum: float, step
 
     .. math:: v \leftarrow \mu v + \gamma D, \qquad D \leftarrow D - \eta v
 
-    D is R - B^T W under product feedback and B - W under Kolen and Pollack's rule: no gradient reaches it, and only the
-    weight decay moves it, so that the share is one number for all layers, networks and data. Source: p3's argument; the
-    momentum is ours.
+    D is R - B^T W under product feedback and B - W under Kolen and Pollack's rule: weight decay moves it, no gradient
+    does, so that the share is one number for all layers, networks and data. Source: p3's argument; momentum: ours.
 
     Args:
         schedule: (learning rate η, weight decay γ) of each epoch.
@@ -105,8 +103,7 @@ def concordant_angle(weights: str, magnitudes: str) -> float:
     .. math:: \cos\theta = \frac{E|w|}{\sqrt{E w^2}} \cdot \frac{E|b|}{\sqrt{E b^2}}
 
     Args:
-        weights: distribution of W around 0: "uniform", "normal", or "truncated" (normal, cut at two standard
-            deviations).
+        weights: distribution of W around 0: "uniform", "normal", or "truncated" (normal, cut at two sd).
         magnitudes: distribution whose absolute values are the feedback's magnitudes, or "constant".
 
     Source: our derivation.

@@ -280,3 +280,178 @@ def test_A01_feedback_drawn_within_autocast_has_the_precision_of_the_weight(rule
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             states.append(fa.convert(mlp().float(), rule, implicit=True, density=density).state_dict())
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*(s.values() for s in states)))
+
+
+# ------------------------------------------------------------------------------------------ layers and weights that come
+
+
+class Stack(nn.Module):
+    """Layers in a container that has a method ``insert``."""
+
+    def __init__(self, kind):
+        super().__init__()
+        layers = (nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+        self.layers = nn.ModuleList(layers) if kind is nn.ModuleList else nn.Sequential(*layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, nn.ModuleList])
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_a_layer_that_a_container_inserts_is_refused_as_one_that_is_assigned(kind, rule):
+    net, stock = fa.convert(Stack(kind), rule), kind()
+    for one in (net, copy.deepcopy(net) if rule == "fa" else fa.convert(Stack(kind), rule)):
+        one.layers.insert(1, nn.Linear(6, 6))
+        with pytest.raises(RuntimeError, match="multiplied by 'layers.1.weight', which has no rule"):
+            one(X.float()).square().sum().backward()
+        fa.convert(one, rule)(X.float()).square().sum().backward()
+    assert stock.insert(0, nn.Linear(6, 6)) is (stock if kind is nn.Sequential else None)  # as PyTorch's own
+    stock(X.float()).sum().backward() if kind is nn.Sequential else None
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+@pytest.mark.parametrize("geometry", [dict(kernel_size=3, padding=1), dict(kernel_size=(5, 3), padding=(3, 2), stride=2, dilation=(1, 2)),
+                                      dict(kernel_size=4, padding="same")], ids=str)  # fmt: skip
+@pytest.mark.parametrize("how", ["eager", "compiled", "channels_last"])
+def test_direct_feedback_passes_any_padding(mode, geometry, how):
+    """The error that falls on the padding belongs to the positions that the padding shows."""
+    layer, x = nn.Conv2d(3, 4, padding_mode=mode, **geometry), randn(2, 3, 9, 10)
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), layer, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    stock = copy.deepcopy(layer)
+    fa.convert(net, "dfa")
+    if how == "channels_last":
+        net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    torch.compiler.reset()
+    run = torch.compile(net, backend="aot_eager", fullgraph=True) if how == "compiled" else net
+    run(x).sum().backward()
+    with torch.no_grad():
+        h = net[0](x)
+        stock.weight.copy_(net[1].feedback.B)
+    h.requires_grad_()
+    (dh,) = torch.autograd.grad(stock(h).sum(), h)
+    assert apart(net[0].weight.grad, torch.einsum("nohw,nihw->oi", dh, x)[..., None, None]) < 1e-12
+
+
+TAKEN_OFF = {
+    "weight_norm": (P.weight_norm, lambda m: nn.utils.parametrize.remove_parametrizations(m, "weight")),
+    "pruning": (lambda m: prune.l1_unstructured(m, "weight", 0.3), lambda m: prune.remove(m, "weight")),
+}
+
+
+@pytest.mark.parametrize("how", TAKEN_OFF)
+def test_a_second_rule_after_a_parametrization_is_told_to_take_it_off(how):
+    net = fa.convert(mlp(), "fa")
+    put_on, take_off = TAKEN_OFF[how]
+    put_on(net[2])
+    with pytest.raises(
+        fa.UserError, match="cannot convert 2 .*take parametrization, pruning off, and .* again"
+    ) as told:
+        fa.convert(net, "kp")
+    assert "ParametrizationList" not in str(told.value)  # whose matrices are no problem of their own
+    assert net[0].feedback.rule.name == "fa"  # nothing is changed
+    take_off(net[2])
+    put_on(fa.convert(net, "kp")[2])
+    net(X).sum().backward()
+    assert net[2].feedback.B.grad.norm() > 0
+
+
+def test_a_parametrized_attention_keeps_its_rule():
+    net = fa.convert(nn.MultiheadAttention(6, 2, batch_first=True).double(), "fa")
+    P.weight_norm(net, "in_proj_weight")
+    for rule, match in (("bp", "q, k, v were parametrized"), ("kp", "take parametrization, pruning off")):
+        with pytest.raises(fa.UserError, match=match):
+            fa.convert(net, rule)
+    net(X[None], X[None], X[None])[0].sum().backward()
+
+
+def images(n=9):
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(100, 3)
+    ).double()
+
+
+@pytest.mark.parametrize("rule", ["fa", "frsf", "brsf", "frozen", "kp", "pfa", "pfa_o", "wm", "sa", "usf", "dfa"])
+@pytest.mark.parametrize("change", ["outputs", "inputs", "kernel", "data", "one output"])
+def test_a_weight_of_another_shape_is_told_in_one_sentence(rule, change):
+    """A resized head, pruned channels: no feedback of the old shape, spread over the new one, trains in silence."""
+    net = mlp()
+    if change == "one output":  # feedback (1, 8) would be taken for one of each row
+        net[2], net[4] = nn.Linear(8, 1).double(), nn.Linear(1, 3).double()
+    net, x = (fa.convert(images(), rule), randn(2, 2, 9, 9)) if change == "kernel" else (fa.convert(net, rule), X)
+    if change == "kernel":
+        net[2].weight, net[2].padding = nn.Parameter(randn(4, 3, 5, 5)), (1, 1)
+    elif change == "inputs":
+        net[0] = nn.Linear(6, 7).double()
+        net[2].weight = nn.Parameter(randn(5, 7))
+        fa.convert(net[0], "fa")
+    elif change == "data":
+        net[2].weight.data, net[2].bias.data, net[4].weight.data = randn(7, 8), randn(7), randn(3, 7)
+    else:
+        net[2].weight, net[2].bias, net[4].weight = (nn.Parameter(randn(*s)) for s in ((7, 8), (7,), (3, 7)))
+    if rule == "usf":  # which keeps one number
+        return net(x).square().sum().backward()
+    with pytest.raises(fa.UserError, match="layer '[0-9]' was made for the shape .* call fa.convert again"):
+        net(x).square().sum().backward()
+    if change != "inputs":
+        fa.convert(net, rule)(x).square().sum().backward()
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "dfa"])
+def test_a_scripted_network_is_refused_in_one_sentence(rule):
+    net = fa.convert(mlp(), rule)
+    with pytest.raises(RuntimeError, match="torch.jit.script keeps no learning rule, and layer '0' has one"):
+        torch.jit.script(net)
+    net(X).sum().backward()
+    torch.jit.script(fa.convert(net, "bp"))(X)
+
+
+@pytest.mark.parametrize("rule, options, may", [
+    ("pfa", {"expansion": None}, "a finite number"), ("pfa", {"expansion": float("inf")}, "a finite number"),
+    ("fa", {"density": "0.5"}, "a finite number"), ("fa", {"gain": None}, "a finite number"),
+    ("fa", {"gain": [1.0]}, "a finite number"), ("fa", {"gain": float("nan")}, "a finite number"),
+    ("fa", {"init": None}, "match, xavier, kaiming or a positive number"),
+    ("kp", {"init": float("nan")}, "match, xavier, kaiming, copy or a positive number"),
+    ("fa", {"init": (1,)}, "match, xavier, kaiming or a positive number"),
+    ("wm", {"decay": None}, "a finite number"), ("sa", {"self_": "2"}, "a finite number"),
+    ("usf", {"scale": None}, "text or a finite number"), ("usf", {"concordance": None}, "a finite number"),
+    ("frozen", {"every": 2.5}, "a whole number"), ("frozen", {"part": None}, "a finite number"),
+    ("fa", {"clamp_forward": "no"}, "True or False"), ("dfa", {"blocks": None}, "text"),
+    ("dfa", {"classes": None}, "a whole number"), ("primitives", {"center": "yes"}, "True or False"),
+])  # fmt: skip
+def test_an_option_of_a_wrong_type_is_told_in_one_sentence(rule, options, may):
+    ((name, value),) = options.items()
+    with pytest.raises(fa.UserError) as told:
+        fa.rules.rule(rule, **options)
+    assert str(told.value) == f"{rule}: {name}={value!r} must be {may}"
+
+
+def test_numbers_of_any_library_are_numbers():
+    np = pytest.importorskip("numpy")
+    assert fa.rules.rule("pfa", expansion=np.float32(2), density=np.float64(0.5)).expansion == 2
+    assert fa.rules.rule("frozen", every=np.int64(3), gain=torch.tensor(2.0)).every == 3
+
+
+@pytest.mark.parametrize("rule", ["wm", "ia", "sa", "aa", "kp"])
+def test_fsdps_gradient_scaler_leaves_an_objective_of_its_own_alone(rule):
+    """Also where its class is made, or imported, after the conversion."""
+    net = fa.convert(mlp(), rule)
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        F.cross_entropy(net(X), Y).backward()
+        want = [p.grad.clone() for p in net.parameters()]
+        net.zero_grad()
+        group = torch.distributed.group.WORLD
+        opt = torch.optim.SGD(fa.param_groups(net, lr=0.1))
+        for kind in (ShardedGradScaler, type("Own", (ShardedGradScaler,), {})):
+            scaler = kind(device="cpu", init_scale=8.0, process_group=group)
+            scaler.scale(F.cross_entropy(net(X), Y)).backward()
+            scaler.unscale_(opt)
+            assert max(apart(p.grad, g) for p, g in zip(net.parameters(), want)) < 1e-6
+            net.zero_grad()
+    finally:
+        torch.distributed.destroy_process_group()

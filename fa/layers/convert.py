@@ -1,8 +1,7 @@
 """Put a learning rule on a network, and its learned feedback into an optimizer.
 
 Conversion changes a layer's class in place and adds one submodule, ``layer.feedback``, that holds the rule and its
-tensors. The parameters, their names, hooks, device, dtype and mode stay; an optimizer made before still holds the live
-weights.
+tensors. Parameters, their names, hooks, device, dtype and mode stay; an optimizer made before holds the live weights.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ def convert(
         skip: qualified names of modules or parameters (or one name) that stay plain backprop, with all modules inside
             them (default none). The name of a layer's parameter leaves out the layer.
         treat_as_base: subclasses of ``nn.Linear`` and ``nn.Conv2d`` (or one) that compute what their base class
-            computes, and so may be converted as their base, e.g. ``timm.layers.Linear`` (default none; a subclass is
-            refused).
+            computes, and so are converted as it is, e.g. ``timm.layers.Linear`` (default none: each is refused).
         sample: a batch of inputs (n, ...), for rules that need the sizes of the maps (``form="dense"``): the network is
             run on it once, in eval mode (default None).
         options: the rule's own, e.g. ``expansion=10`` for ``pfa``; refused beside a rule object, which has its own.
@@ -151,7 +149,7 @@ def revert(net: nn.Module) -> nn.Module:
         UserError: a layer was parametrized after its rule was put on.
     """
     layers = converted(net).values()
-    if late := [layer.feedback.layer_name for layer in layers if hasattr(layer, "parametrizations")]:
+    if late := [m.feedback.layer_name for m in layers if nn.utils.parametrize.is_parametrized(m.place[0])]:
         raise UserError(
             f"layers {', '.join(late)} were parametrized after fa.convert; remove the parametrizations first "
             f"(torch.nn.utils.parametrize.remove_parametrizations)"
@@ -239,8 +237,7 @@ def add_feedback(optimizer: torch.optim.Optimizer, net: nn.Module) -> torch.opti
     mine = [layer for layer in layers if id(leader(layer)) in held]
     if layers and not mine:
         raise UserError(
-            "this optimizer holds no weight of the network whose feedback learns, so that there is no learning rate to "
-            "take over; call fa.add_feedback with the optimizer of the weights"
+            "the optimizer holds no weight whose feedback learns; call fa.add_feedback with the weights' optimizer"
         )
     new: dict[tuple[int, bool], list[nn.Parameter]] = {}  # (W's group, own decay) -> feedback
     for layer in mine:

@@ -2,8 +2,7 @@
 
 This is the one rule here that is not layer-wise. The graph is cut at the input of every layer, and every cut gets its
 error from the network's output (:mod:`fa.layers.tape`). No error travels down layer by layer: the backward pass
-computes no dx at all and is cheaper than backprop's. A scaled loss scales every gradient, and a skip path adds its own
-error.
+computes no dx and is cheaper than backprop's. A scaled loss scales every gradient; a skip path adds its own error.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from fa.errors import UserError
 from fa.layers.feedback import generator
 from fa.layers.hooks import Converted
 from fa.layers.maps import flat, geometry, nested
-from fa.layers.passes import NO_FUNCTORCH, note_trace, saved_elsewhere, traced_effect
+from fa.layers.passes import NO_FUNCTORCH, misfit, note_trace, saved_elsewhere, traced_effect
 from fa.layers.tape import Spread, Tape, patterns
 from fa.rules import RULES, Rule, random_mask, rms, uniform
 
@@ -42,8 +41,7 @@ class DFA(Rule):
             output map and sent through the transposed convolution with the layer's own geometry. ``"dense"``
             (Nokland's): B_l is (classes, in, h, w), one column for each unit; needs ``convert(..., sample=x)``. A
             linear layer's B_l is (classes, in) in both. ``"shared"`` (Launay et al.'s): as dense, but all B_l are cut
-            from one random matrix (classes, largest input): a layer takes the first columns that it needs, times its
-            own scale.
+            from one random matrix (classes, largest input): a layer's is the first columns of it, times its own scale.
         blocks: class names of the modules that ``tap="block"`` cuts (default: the ResNets' here and in torchvision).
         classes: length of the output error (default 0: the outputs of the last linear or convolutional layer).
         init: scale of B_l. ``"match"`` (default): the RMS of the layer's own W at conversion; ``"xavier"``: Xavier on
@@ -85,15 +83,11 @@ class DFA(Rule):
         """
         classes = self.classes or next(reversed(layers.values())).weight.shape[0]
         if self.form != "kernel" and set(layers) - set(sizes):
-            raise UserError(
-                f"dfa: form={self.form!r} needs the sizes of the maps; pass a batch of inputs, convert(..., sample=x)"
-            )
+            raise UserError(f"dfa: form={self.form!r} needs the sizes of the maps; pass inputs, convert(..., sample=x)")
         named = {block.strip() for block in self.blocks.split(",")} if self.tap == "block" else set()
         blocks = [m for m in net.modules() if type(m).__name__ in named]
         if named and not blocks:
-            raise UserError(
-                f"dfa: tap='block' found no block of class {self.blocks}; name the network's with blocks='...'"
-            )
+            raise UserError(f"dfa: tap='block' found no block of class {self.blocks}; name yours with blocks='...'")
 
         def draw(shape: tuple[int, ...], std: float, like: Tensor, *labels: str) -> Tensor:
             gen = generator(seed, *labels)
@@ -147,6 +141,7 @@ class DirectFeedback(nn.Module):
 
         Raises:
             RuntimeError: the layer was called by itself, or by a reentrant gradient checkpoint.
+            UserError: the layer has another shape than at the conversion.
         """
         # The layer's own forward ran, so that its weight's hook (:mod:`fa.layers.hooks`) has nothing to find.
         if torch.compiler.is_compiling():
@@ -176,7 +171,10 @@ class DirectFeedback(nn.Module):
         if self.exact:
             self.exact = False
         if x.requires_grad:
-            kernel = isinstance(layer, nn.Conv2d) and self.rule.form == "kernel"
+            kernel, made = isinstance(layer, nn.Conv2d) and self.rule.form == "kernel", self.B.shape[1:]
+            now = (x.shape[-3], *layer.weight.shape[2:]) if kernel else x.shape[-len(made) :]
+            if now != made:
+                raise misfit(self.layer_name, made, now)
             self.tape.add(x, self.spread(layer, x) if kernel else (self.B, None, None), self)
         return x.detach()
 
@@ -195,16 +193,15 @@ class DirectFeedback(nn.Module):
     def spread(self, layer: nn.Conv2d, x: Tensor) -> Spread:
         """Where the error of each class goes on the input map; made once for each input size and memory format.
 
-        An error that is the same everywhere on the output map reaches an input position through all entries of B that
-        cover the position.
+        An error that is the same all over the output map reaches a position through all entries of B that cover it.
         """
         last = torch.compiler.is_compiling() or not x.is_contiguous()
-        key = (*x.shape[-2:], last, layer.stride, layer.padding, layer.dilation)
+        key = (*x.shape[-2:], last, layer.stride, layer.padding, layer.dilation, layer.padding_mode)
         if key not in self._spread:
             now = geometry(layer)
             left, right, top, bottom = now["pad"] or [n for n in reversed(now["padding"]) for _ in range(2)]
             axes = zip(x.shape[-2:], ((top, bottom), (left, right)), self.B.shape[2:], now["stride"], now["dilation"])
-            covered, indices = zip(*(patterns(*axis) for axis in axes))
+            covered, indices = zip(*(patterns(*axis, layer.padding_mode) for axis in axes))
             like = {"dtype": self.B.dtype, "device": x.device}
             tables = (torch.tensor(c, **like) for c in covered)  # (rows, kh), (columns, kw)
             S = torch.einsum("cihw,rh,qw->cirq", self.B, *tables)  # (classes, in, rows, columns)

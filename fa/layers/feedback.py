@@ -43,9 +43,7 @@ class Feedback(nn.Module):
         super().__init__()
         self.rule, self.op, self.layer_name, self.seed = rule, op, name, seed
         if rule.needs_sgd and not layer.weight.requires_grad:
-            raise UserError(
-                f"implicit feedback moves with its weight, and that of layer {name!r} is frozen; leave implicit out"
-            )
+            raise UserError(f"implicit feedback moves with W, and that of layer {name!r} is frozen; leave implicit out")
         W = layer.weight.detach()
         try:
             state = rule.state(op, W, generator(seed, name))
@@ -56,7 +54,7 @@ class Feedback(nn.Module):
                 self.register_parameter(key, nn.Parameter(value))
             else:
                 self.register_buffer(key, value)
-        self.names = tuple(state)
+        self.names, self.shape = tuple(state), W.shape
         self.numbers = tuple(option for option, value in vars(rule).items() if type(value) is float)
         local = ("W", "op", "x", "y", "dy", "dW", *state)
         self.kernel_args = _arguments(type(rule).kernel, ("W", *state))
@@ -94,6 +92,7 @@ class Feedback(nn.Module):
 
         Raises:
             RuntimeError: under a transformation of ``torch.func``, or of a nested tensor that is not jagged.
+            UserError: the weight has another shape than at the conversion.
         """
         if x.is_nested and isinstance(self.op, LinearMap):
             return nested(self.forward(flat(x), W, b), x)
@@ -111,6 +110,9 @@ class Feedback(nn.Module):
                 self.look(W)
         if dtype := passes.autocast_dtype(x.device):
             x, b = passes.lowered(x, dtype), b if b is None else passes.lowered(b, dtype)
+        if W.shape != self.shape and (x.requires_grad or self.rule.learned):  # the first layer may need no feedback
+            if any(getattr(self, n).dim() for n in self.names):
+                raise passes.misfit(self.layer_name, self.shape, W.shape)
         function = passes.ExactBackward if self.use_backprop else passes.LocalBackward
         return function.apply(x, W, b, self, *[getattr(self, n) for n in self.names])
 

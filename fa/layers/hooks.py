@@ -6,9 +6,11 @@ and does at optimizer steps is in :mod:`fa.layers.steps`.
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
+from functools import wraps
 from typing import Any
 
 import torch
@@ -61,8 +63,7 @@ class Converted(Watched):
     @property
     def computed(self) -> bool:
         """Whether the weight is computed from other parameters, since the layer was converted."""
-        module, name = self.place
-        return name not in module._parameters
+        return self.place[1] not in self.place[0]._parameters
 
     @property
     def sources(self) -> list[nn.Parameter]:
@@ -99,6 +100,10 @@ class Converted(Watched):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.watch()
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script calls before it reads the class."""
+        raise RuntimeError(NO_TRACE.format("torch.jit.script", self.feedback.layer_name))
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
         """What torch.jit.trace calls in place of ``forward``."""
@@ -169,6 +174,8 @@ def know(net: nn.Module, skip: set[str]) -> None:
     if not _arrivals:
         _arrivals.append(registry.register_module_module_registration_hook(_arrived))
         _arrivals.append(registry.register_module_parameter_registration_hook(_arrived))
+        for kind in (nn.Sequential, nn.ModuleList):  # whose insert tells no hook
+            kind.insert = _telling(inspect.unwrap(kind.insert))
     for name, module in net.named_modules():
         vars(module)["_place"] = name, skip
 
@@ -185,6 +192,18 @@ def _arrived(parent: nn.Module, name: str, new: nn.Module | Tensor | None) -> No
         vars(module)["_place"] = inner, skip
         for key, p in module._parameters.items() if not isinstance(module, Watched) else ():
             watch_other(module, f"{inner}.{key}", p)
+
+
+def _telling(insert: Callable[..., Any]) -> Callable[..., Any]:
+    """A container's ``insert``, which tells :func:`_arrived` as an assignment does."""
+
+    @wraps(insert)
+    def told(self: nn.Module, index: int, module: nn.Module) -> Any:
+        out = insert(self, index, module)
+        _arrived(self, next(name for name, child in self._modules.items() if child is module), module)
+        return out
+
+    return told
 
 
 def within(name: str, places: Iterable[str]) -> bool:
@@ -227,11 +246,10 @@ def _hook(parameter: Tensor, layer: nn.Module, name: str = "") -> Any:
                 f"{why}, so that it would train by backprop; leave it out with convert(..., skip=[{fb.layer_name!r}])"
             )
 
-    if parameter.requires_grad:
-        return parameter.register_hook(check)
+    trained = parameter.requires_grad
     parameter.requires_grad_(True)  # a frozen weight can be thawed, and PyTorch takes no hook while it is frozen
     handle = parameter.register_hook(check)
-    parameter.requires_grad_(False)
+    parameter.requires_grad_(trained)
     return handle
 
 

@@ -1,7 +1,6 @@
 """The linear map of a layer, without its bias: what a rule knows as ``op``.
 
-A map's methods take the kernel as an argument, so that a rule sends errors or noise through any kernel of the weight's
-shape.
+A map's methods take the kernel as an argument: a rule sends errors or noise through any kernel of the weight's shape.
 """
 
 from __future__ import annotations

@@ -7,12 +7,14 @@ autocast, hooks for saved tensors, a compiler or a transformation of ``torch.fun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fa.errors import UserError
 
 
 def cast(x: Tensor, like: Tensor) -> Tensor:
@@ -61,6 +63,14 @@ def note_trace(feedback: Any) -> None:
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
         raise RuntimeError(NO_TRACE.format("torch.export", feedback.layer_name))
     traced_effect(setattr, feedback, "traced", True)
+
+
+def misfit(layer: str, made: Iterable[int], now: Iterable[int]) -> UserError:
+    """The error of feedback that was ``made`` for another shape than a layer has ``now``."""
+    return UserError(
+        f"the feedback of layer {layer!r} was made for the shape {tuple(made)}, and the layer now has {tuple(now)}: "
+        "call fa.convert again after a weight or a map has got another shape"
+    )
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

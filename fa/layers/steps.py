@@ -29,7 +29,6 @@ _local: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose feedback'
 _implicit: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose feedback holds while SGD alone moves W
 _stepping: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers whose rule acts after every step
 _hooks: list[Any] = []
-_own_unscale_grads = inspect.unwrap(torch.amp.GradScaler._unscale_grads_)  # also where this module is loaded again
 
 
 def join(layer: nn.Module) -> None:
@@ -46,7 +45,8 @@ def join(layer: nn.Module) -> None:
             if not _hooks:  # once, for the first layer that needs them; never at import
                 _hooks.append(register_optimizer_step_pre_hook(_before_step))
                 _hooks.append(register_optimizer_step_post_hook(_after_step))
-                torch.amp.GradScaler._unscale_grads_ = _unscale_grads
+                _scale_apart(torch.amp.GradScaler)
+                torch.amp.GradScaler.__init_subclass__ = classmethod(_scale_apart)
     if rule.needs_sgd and fb.seen is None:
         note_weight(layer)
 
@@ -60,9 +60,8 @@ def leave(layer: nn.Module) -> None:
 def _enclosing(frame: Any) -> list[torch.optim.Optimizer]:
     """The optimizers from whose ``step`` an optimizer's own step is called.
 
-    Wrappers (SAM, ZeroRedundancyOptimizer) are optimizers whose step calls an inner optimizer's, and a subclass's step
-    calls its base class's. PyTorch runs the global hooks at each of them; a stack of calls survives an exception.
-    ``frame`` is PyTorch's, which called the hook.
+    Wrappers (SAM, ZeroRedundancyOptimizer) step an inner optimizer, and a subclass's step calls its base class's:
+    PyTorch runs the global hooks at each. A stack of calls survives an exception. PyTorch's ``frame`` called the hook.
     """
     return [f.f_locals["args"][0] for f, _ in walk_stack(frame.f_back) if f.f_code is frame.f_code]
 
@@ -137,11 +136,19 @@ def _rescale(optimizer: torch.optim.Optimizer, scale: Tensor) -> None:
             p.grad.mul_(scale.to(p.grad.device))
 
 
-@wraps(_own_unscale_grads)
-def _unscale_grads(scaler: Any, optimizer: torch.optim.Optimizer, inv_scale: Tensor, *args: Any) -> Any:
-    """``GradScaler``'s own, which ``unscale_`` and ``step`` call, and no hook precedes."""
-    _rescale(optimizer, 1 / inv_scale)
-    return _own_unscale_grads(scaler, optimizer, inv_scale, *args)
+def _scale_apart(kind: type) -> None:
+    """Have :func:`_rescale` precede ``unscale_`` and ``step`` of a kind of scaler, and of kinds made of it: FSDP's."""
+    own = inspect.unwrap(kind._unscale_grads_)  # also where this module is loaded again
+    if "_unscale_grads_" in vars(kind) and "_unscale_grads_" not in own.__code__.co_names:  # else it calls another one
+
+        @wraps(own)
+        def divide(scaler: Any, optimizer: torch.optim.Optimizer, inv_scale: Tensor, *args: Any) -> Any:
+            _rescale(optimizer, 1 / inv_scale)
+            return own(scaler, optimizer, inv_scale, *args)
+
+        kind._unscale_grads_ = divide
+    for made_of_it in kind.__subclasses__():
+        _scale_apart(made_of_it)
 
 
 def _check_implicit(layer: nn.Module, optimizer: torch.optim.Optimizer, group_of: dict[int, int]) -> None:

@@ -8,6 +8,7 @@ comes to it there, and one sent error lives at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -46,18 +47,26 @@ def send(e: Tensor, spread: Spread, shape: torch.Size) -> Tensor:
     return d.index_select(-1, columns).index_select(-2, rows)  # (n, in, h, w)
 
 
-def patterns(
-    n: int, padding: tuple[int, int], kernel: int, stride: int, dilation: int
-) -> tuple[list[list[bool]], list[int]]:
-    """Which of a kernel's entries cover each of the ``n`` input positions along one axis.
+_SHOWN: dict[str, Callable[[int, int], int]] = {
+    "zeros": lambda i, n: i,
+    "circular": lambda i, n: i % n,
+    "reflect": lambda i, n: n - 1 - abs(n - 1 - abs(i)),
+    "replicate": lambda i, n: min(max(i, 0), n - 1),
+}
+"""Mode of padding -> which of n positions the position i shows that may lie outside of them; outside again: none."""
+
+
+def patterns(n: int, padding: tuple[int, int], kernel: int, stride: int, dilation: int, mode: str) -> tuple[list, list]:
+    """How often a kernel's entries cover each of ``n`` input positions along one axis, its places in padding included.
 
     Returns:
         The distinct rows of the table of coverage (positions, kernel), and for each position the index of its row.
     """
     before, after = padding
     outputs = (n + before + after - dilation * (kernel - 1) - 1) // stride + 1
-    at = [[before + i - dilation * k for k in range(kernel)] for i in range(n)]
-    covered = [tuple(p % stride == 0 and 0 <= p < stride * outputs for p in row) for row in at]
+    shown = [_SHOWN[mode](i - before, n) for i in range(before + n + after)]
+    hits = [[i - dilation * k in range(0, stride * outputs, stride) for k in range(kernel)] for i in range(len(shown))]
+    covered = [tuple(sum(hit[k] for hit, j in zip(hits, shown) if j == i) for k in range(kernel)) for i in range(n)]
     known = list(dict.fromkeys(covered))
     return [list(row) for row in known], [known.index(row) for row in covered]
 
@@ -193,10 +202,7 @@ def _misfit(out: Tensor, layer: str, taps: list[Tensor]) -> Exception:
     got = f"dfa: the network's output has shape {tuple(out.shape)}"
     for tap in taps:
         if out.shape[:-1] == tap.shape[:-1] and out.shape[-1] != classes:
-            last = out.shape[-1]
-            return UserError(
-                f"dfa: the output's last axis has {last} entries, its feedback {classes}; convert(..., classes={last})"
-            )
+            return UserError(f"{got}, and its feedback {classes} classes; convert(..., classes={out.shape[-1]})")
         if out.shape == tap.shape[:-1]:
             return UserError(f"{got}, one error a sample, and its feedback {classes} classes; convert(..., classes=1)")
     takes = "dfa takes (n, classes), (n,) or, with as many tokens in every layer, (n, tokens, classes)"

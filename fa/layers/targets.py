@@ -19,6 +19,9 @@ _REFUSED_NAMES = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2", "DeformC
 # Names of tensors that are added to activity; and, if their shape repeats them over samples, of tokens and of scales.
 _ADDED = re.compile(r"(^|_)(pos(_|$|emb|ition)|bias)")
 _TOKEN, _SCALE = re.compile("token|emb"), re.compile("norm|scale|gamma|alpha|beta|temperature")
+_COMPUTED = (
+    "its weight is computed from others: take parametrization, pruning off, and put it on again after fa.convert"
+)
 _INTERNAL = vars(nn.Module()).keys()  # attributes that every module has
 Found = tuple[dict[str, nn.Module], list[tuple[nn.Module, str, Tensor]], set[str]]
 
@@ -57,6 +60,8 @@ def _own(m: nn.Module, known: set[int]) -> dict[str, Tensor]:
 def _refusal(m: nn.Module, as_base: set[type], holders: dict[int, list[str]]) -> str:
     """Why a module can be neither converted nor left alone; "" if it can. ``holders``: id of a parameter -> modules."""
     cls = type(m)
+    if isinstance(m, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)) and nn.utils.parametrize.is_parametrized(m):
+        return _COMPUTED
     if isinstance(m, nn.MultiheadAttention):
         if cls not in (nn.MultiheadAttention, attention.FeedbackAttention):
             return f"{cls.__name__}: a subclass with behaviour of its own"
@@ -69,7 +74,7 @@ def _refusal(m: nn.Module, as_base: set[type], holders: dict[int, list[str]]) ->
         return "lazy: run the network once first"
     base = nn.Conv2d if isinstance(m, nn.Conv2d) else nn.Linear
     if not isinstance(m._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed from other parameters: prune, or parametrize, after fa.convert"
+        return _COMPUTED
     if cls not in {base} | as_base and not isinstance(m, Converted):
         return (
             f"{cls.__name__}: a subclass of nn.{base.__name__}; if it computes what its base class computes, convert "
@@ -112,6 +117,7 @@ def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[
             continue
         if why := _refusal(m, as_base, holders):
             problems.append(f"{name or 'the root'} ({why})")
+            skip.add(f"{name}.parametrizations".lstrip("."))  # which are no problem of their own
         if isinstance(m, nn.MultiheadAttention):
             prefix = f"{name}." if name else ""
             found |= {prefix + key: attention.RowsLinear(m, key) for key in "qkv"}
@@ -121,9 +127,8 @@ def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[
             continue
         if layer:
             if m.weight.is_meta or m.weight.is_inference():
-                why = (
-                    "on the meta device; load the weights" if m.weight.is_meta else "of inference mode; make it outside"
-                )
+                why = "on the meta device; load the weights"
+                why = why if m.weight.is_meta else "of inference mode; make it outside"
                 raise UserError(f"the weight of {name or 'the root'} is {why}, then convert")
             found[name] = m
         for key, t in own[name].items():

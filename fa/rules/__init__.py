@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from fa.errors import UserError, did_you_mean
+from fa.errors import unknown
 from fa.rules.base import Rule, fans, random_mask, rms, uniform
 from fa.rules.estimation import AA, IA, SA, WM, Primitives
 from fa.rules.fixed import BP, BRSF, FA, FRSF, USF, Frozen
@@ -29,15 +29,12 @@ def rule(name: str, **options: Any) -> Rule:
     """The rule of that name with these options.
 
     Raises:
-        UserError: an unknown name or option, which names the known ones; text for an option that takes none.
+        UserError: an unknown name or option, which names the known ones; a value that the option does not take.
     """
     if name not in RULES:
-        raise UserError(f"unknown rule {name!r}; known rules: {', '.join(sorted(RULES))}{did_you_mean(name, RULES)}")
-    known = {f.name: str(f.type) for f in fields(RULES[name])}
-    for option, value in options.items():
+        raise unknown("rule", name, sorted(RULES))
+    known = [f.name for f in fields(RULES[name])]
+    for option in options:
         if option not in known:
-            known_options = f"{', '.join(known) or 'none'}{did_you_mean(option, known)}"
-            raise UserError(f"unknown option {option!r} of rule {name!r}; known options: {known_options}")
-        if isinstance(value, str) and "str" not in known[option]:
-            raise UserError(f"{name}: {option}={value!r} is text; the option takes a value of type {known[option]}")
+            raise unknown("option", option, known, f"rule {name!r}")
     return RULES[name](**options)

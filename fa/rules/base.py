@@ -1,7 +1,6 @@
 r"""What a learning rule is: the contract of a rule, and the tools that the rules share.
 
-A rule leaves the forward pass of a layer alone. It says which weight carries the error down, and how that weight
-learns:
+A rule leaves a layer's forward pass alone. It says which weight carries the error down, and how that weight learns:
 
 .. math:: y = W x + b, \qquad dx = K^T dy, \qquad dW = dy\,x^T, \qquad db = \sum dy,
 
@@ -48,7 +47,7 @@ A rule never sees the loss, another layer, or the optimizer.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +57,14 @@ from fa.errors import UserError
 from fa.provenance import memory
 
 Terms = list[tuple[Any, ...]]
+# Type of an option -> how the value of such an option is called, and a method that it has.
+_KINDS = {"float": ("a finite number", "__float__"), "int": ("a whole number", "__index__")}
+_KINDS |= {"bool": ("True or False", "__bool__"), "str": ("text", "isidentifier")}
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether an option of that type takes a value: numbers of any library, if they are finite."""
+    return hasattr(value, _KINDS[kind][1]) and (kind != "float" or math.isfinite(value))
 
 
 def fans(W: Tensor) -> tuple[int, int]:
@@ -81,10 +88,9 @@ def rms(W: Tensor) -> float:
 
 
 def uniform(shape: tuple[int, ...], std: float, like: Tensor, gen: torch.Generator) -> Tensor:
-    """Uniform draw with mean 0 and standard deviation ``std`` on the CPU in float64, then in the dtype and place of
-    ``like``.
+    """Uniform draw with mean 0 and standard deviation ``std``, in the dtype and place of ``like``.
 
-    Drawn in float64 so that a float32 and a float64 network share their feedback.
+    Drawn on the CPU in float64, so that a float32 and a float64 network share their feedback.
     """
     check_memory(shape)
     bound = math.sqrt(3.0) * std
@@ -108,8 +114,7 @@ def random_mask(shape: tuple[int, ...], density: float, like: Tensor, gen: torch
 
 
 def channel_product(A: Tensor, M: Tensor) -> Tensor:
-    """Product A M over channels, group by group: ``A`` (..., out/g, mid/g), ``M`` ``(mid, in, *kernel)`` ->
-    ``(out, in, *kernel)``.
+    """A M over channels, by group: A (..., out/g, mid/g), M ``(mid, in, *kernel)`` -> ``(out, in, *kernel)``.
 
     With one group ``A`` is an ordinary (out, mid) matrix and this is ``A @ M`` over the first axis of ``M``.
     """
@@ -174,15 +179,19 @@ class Rule:
     clamp_forward: bool = False
 
     def __post_init__(self) -> None:
-        if self.init not in self.inits if isinstance(self.init, str) else self.init <= 0:
+        if not (self.init in self.inits if isinstance(self.init, str) else _fits(self.init, "float") and self.init > 0):
             raise UserError(f"{self.name}: init={self.init!r} must be {', '.join(self.inits)} or a positive number")
+        for field in fields(self):
+            option, value, choices = field.name, getattr(self, field.name), self.choices
+            kinds = getattr(field.type, "__name__", str(field.type)).split(" | ")  # another type takes any value
+            if option in choices and value not in choices[option]:
+                raise UserError(f"{self.name}: {option}={value!r} is not one of {', '.join(map(str, choices[option]))}")
+            if option not in choices and _KINDS.keys() >= set(kinds) and not any(_fits(value, k) for k in kinds):
+                raise UserError(f"{self.name}: {option}={value!r} must be {' or '.join(_KINDS[k][0] for k in kinds)}")
         if not 0 < self.density <= 1:
             raise UserError(f"{self.name}: density={self.density!r} must lie in (0, 1]")
         if not 0 < self.gain < math.inf:
             raise UserError(f"{self.name}: gain={self.gain!r} must be a positive number")
-        for option, known in self.choices.items():
-            if (value := getattr(self, option)) not in known:
-                raise UserError(f"{self.name}: {option}={value!r} is not one of {', '.join(map(str, known))}")
 
     def std(self, W: Tensor) -> float:
         """Standard deviation that option ``init`` asks for, for feedback of ``W``'s shape."""

@@ -20,8 +20,7 @@ class Primitives(Estimate):
             + p \langle\|W x\|^2 + \|B x\|^2\rangle - s\,\mathrm{tr}(B^T W)
 
     with B of W's shape (p2's transposed). Only B descends it: x and W count as given, and no other layer receives a
-    gradient of it. A rule is a row of coefficients, so that a new combination is one call: ``fa.convert(net,
-    "primitives", amp=2e-3, sparse=1e-3)``.
+    gradient of it. A rule is a row of coefficients, a new one a call: ``fa.convert(net, "primitives", amp=2e-3)``.
 
     Args:
         decay: d, of local rules.
@@ -40,8 +39,7 @@ class Primitives(Estimate):
         activation: W x passes a rectifier before it is used. Default ``False``.
 
     ``< >`` is the mean over the batch; there is no factor 1/2 anywhere. Defaults of the named rules are p2's code's.
-    The gradient holds its own decay, so the optimizer must add none (``fa.param_groups`` sees to it). Scaling the loss
-    does not scale it.
+    The gradient holds its own decay: the optimizer must add none (``fa.param_groups``), and a loss scale leaves it.
     Source: p2 sections 1.5 and 2.1; authors' code Alignments/primitives.py.
     """
 
@@ -118,36 +116,22 @@ class Primitives(Estimate):
         return {"B": data.sub_(W, alpha=self.self_) if self.self_ else data}  # (out, in)
 
 
-TABLE = {
-    "wm": (
-        dict(decay=1e-3, amp=1e-3), "dB = 2d*B - a <y x^T>",
-        "Weight mirror: a Hebbian term and decay; here with the layer's own input, in every step, together with the "
-        "task. For mirror phases and a mirror before training see :class:`fa.train.config.Config`. Source: Akrout et "
-        "al. 2019; p2's code.",
-    ),
-    "ia": (
-        dict(decay=1e-3, amp=2e-3, null=1e-3), "dB = 2d*B - a <y x^T> + 2n <y (B^T y)^T>",
-        "Information alignment: the decoder of a regularised linear autoencoder. Source: p2's code.",
-    ),
-    "sa": (
-        dict(decay=1e-3, self_=2e-3), "dB = 2d*B - s W",
-        "Symmetric alignment: a leaky estimate of W. Source: p2's code.",
-    ),
-    "aa": (
-        dict(amp=2e-3, sparse=1e-3), "dB = 2p <(B x) x^T> - a <y x^T>",
-        "Activation alignment: B x is fitted to W x. Source: p2's code.",
-    ),
-}  # fmt: skip
-"""p2's named rules: name -> (default coefficients, gradient of B, docstring). The code: Alignments/primitives.py."""
-
-
-def _named(name: str) -> type[Primitives]:
-    """The class of a rule of :data:`TABLE`: :class:`Primitives` with other defaults."""
-    coefficients, gradient, doc = TABLE[name]
+def _named(name: str, gradient: str, doc: str, **coefficients: float) -> type[Primitives]:
+    """A named rule of p2: :class:`Primitives` with other default coefficients. The code: Alignments/primitives.py."""
     body = {"name": name, "equation": f"dx = B^T dy, {gradient}", "__doc__": doc, "__module__": __name__}
     body["source"] = "Akrout et al. 2019; Kunin et al. 2020" if name == "wm" else Primitives.source
     options = [(option, float, default) for option, default in coefficients.items()]
     return make_dataclass(name.upper(), options, bases=(Primitives,), namespace=body, frozen=True)
 
 
-WM, IA, SA, AA = (_named(name) for name in TABLE)
+WM = _named("wm", "dB = 2d*B - a <y x^T>",
+    "Weight mirror: a Hebbian term and decay; here with the layer's own input, in every step, together with the task. "
+    "For mirror phases and a mirror before training see :class:`fa.train.config.Config`. Source: Akrout et al. 2019; "
+    "p2's code.", decay=1e-3, amp=1e-3)  # fmt: skip
+IA = _named("ia", "dB = 2d*B - a <y x^T> + 2n <y (B^T y)^T>",
+    "Information alignment: the decoder of a regularised linear autoencoder. Source: p2's code.",
+    decay=1e-3, amp=2e-3, null=1e-3)  # fmt: skip
+SA = _named("sa", "dB = 2d*B - s W", "Symmetric alignment: a leaky estimate of W. Source: p2's code.",
+    decay=1e-3, self_=2e-3)  # fmt: skip
+AA = _named("aa", "dB = 2p <(B x) x^T> - a <y x^T>", "Activation alignment: B x is fitted to W x. Source: p2's code.",
+    amp=2e-3, sparse=1e-3)  # fmt: skip

@@ -33,9 +33,8 @@ class FA(Rule):
     Args:
         form: ``"kernel"`` (default): B has W's shape, so that a convolution sends errors down by a transposed
             convolution. ``"dense"``: a convolution's B is a dense matrix between the flattened maps, (out h' w', in h
-            w), which knows nothing of space; needs ``convert(..., sample=x)``. With ``init="match"`` it has the
-            Frobenius norm of the matrix that the convolution itself is, borders aside (ours), else the standard
-            deviation asked for.
+            w), blind to space; needs ``convert(..., sample=x)``. With ``init="match"`` it has the Frobenius norm of the
+            matrix that the convolution itself is, borders aside (ours), else the standard deviation asked for.
 
     Source: Lillicrap et al. 2016 (Nat. Commun. 7:13276); both forms for convolutions: p1.
     """
@@ -102,9 +101,9 @@ class USF(Rule):
     concordance: float = 1.0
 
     def __post_init__(self):
-        super().__post_init__()
         if isinstance(self.scale, str) and self.scale not in ("init", "xavier", "track"):
             raise UserError(f"usf: scale={self.scale!r} is not one of init, xavier, track or a number")
+        super().__post_init__()
         if not 0 <= self.concordance <= 1:
             raise UserError(f"usf: concordance={self.concordance!r} must lie in [0, 1]")
 

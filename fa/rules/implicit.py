@@ -1,5 +1,4 @@
-r"""Product feedback without a stored R: ``rule("pfa", implicit=True)``, or ``implicit="first"`` for the first layer
-only.
+r"""Product feedback without a stored R: ``rule("pfa", implicit=True)``, or ``implicit="first"``: in the first layer.
 
 The mismatch D = R - B^T W receives no gradient, because dR = B^T dW. Under SGD with one learning rate, momentum and
 decay for W and R it is therefore rescaled by the same factor whatever the data, so that
@@ -8,8 +7,7 @@ decay for W and R it is therefore rescaled by the same factor whatever the data,
 
 with one number c, which starts at 1 (our derivation). c is a parameter whose gradient is zero: the optimizer moves c as
 it would have moved R. Exact for momentum, Nesterov, dampening, schedules and decay of ``torch.optim.SGD``; every other
-optimizer raises. When the gradient's norm is clipped, leave the feedback out of the norm: c has gradient 0, R would
-not.
+optimizer raises. Where the gradient's norm is clipped, leave the feedback out of it: c has gradient 0, R would not.
 
 Dense feedback keeps no tensor of the population's size, and its kernel is B R = (B B^T) W + c (B D_0). Sparse feedback
 needs B and D_0, since the mask acts on R.

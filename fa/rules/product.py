@@ -45,8 +45,7 @@ class PFA(Rule):
     Args:
         expansion: size of the population relative to the layer's outputs (default 10, the paper's everywhere);
             ``expansion * out`` is rounded down.
-        density: as in :class:`Rule`, for B and R independently; B is rescaled by 1 / sqrt(density), R is not (authors'
-            code).
+        density: as in :class:`Rule`, of B and R independently; B is rescaled by 1 / sqrt(density), R not (their code).
         implicit: keep one number in place of R, which is exact under SGD: see :mod:`fa.rules.implicit`. Default
             ``False``. ``"first"``: in the first layer only, whose error nobody needs; useful with sparse feedback. An
             optimizer under which it is not exact raises.
@@ -113,8 +112,7 @@ class PFAo(PFA):
     .. math:: dx = (B R)^T dy, \qquad dR = B^T dW, \qquad B B^T = I
 
     The path B R obeys the Kolen-Pollack update exactly, though neither matrix ever resembles W. Sparse feedback
-    (``density`` < 1) is masked and rescaled as PFA's is, and B is then no longer orthogonal (ours; the paper's sparse
-    feedback leaves PFA-o out).
+    (``density`` < 1) is masked and rescaled as PFA's is, and B is then not orthogonal (ours; the paper has none).
     Source: Li & Benna 2024; authors' configuration ``expand_ratio: ortho``.
     """
 
