@@ -429,6 +429,33 @@ def test_A11_a_network_that_ends_in_probabilities_is_refused_for_their_error_is_
     net(x).square().sum().backward()
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda o: o.softmax(1).log(), lambda o: o - o.logsumexp(1, True), lambda o: o.softmax(1) + 1e-8,
+        lambda o: 2 * torch.sigmoid(o), lambda o: o.softmax(1).clamp(1e-8).log().unsqueeze(0)[0],
+    ],
+)  # fmt: skip
+def test_A11_probabilities_by_another_name_are_refused_too(end):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return end(super().forward(x))
+
+    net, x, _ = oracles.mlp(6, 9, 3)
+    with pytest.raises(fa.UserError, match="to the loss"):
+        fa.convert(Net(*net), "dfa")(x)
+
+
+@pytest.mark.parametrize("end", [lambda o: o * 2 + 1, lambda o: o * torch.sigmoid(o), lambda o: o - o.mean(1, True)])
+def test_logits_that_are_scaled_gated_or_centred_are_no_probabilities(end):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return end(super().forward(x))
+
+    net, x, y = oracles.mlp(6, 9, 3)
+    F.cross_entropy(fa.convert(Net(*net), "dfa")(x), y).backward()
+
+
 def test_an_output_that_is_no_tensor_raises():
     class Two(nn.Module):
         def __init__(self):

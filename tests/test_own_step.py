@@ -888,6 +888,7 @@ CHANGES = {
     "clipped": lambda net: net[2].weight.detach().clamp_(-0.1, 0.1),
     "clipped data": lambda net: net[2].weight.data.clamp_(-0.1, 0.1),
     "one entry": lambda net: net[2].weight.detach()[0, 3].zero_(),
+    "entries of the first input": lambda net: net[2].weight.detach()[:, 0].zero_(),
     "one entry of data": lambda net: net[2].weight.data[4, 1].mul_(2),
     "other data": lambda net: setattr(net[2].weight, "data", net[2].weight.data.flip(0)),
     "other weights": lambda net: net.load_state_dict({"2.weight": torch.randn(5, 8)}, strict=False),
@@ -904,6 +905,15 @@ def test_A21_a_weight_changed_by_anything_but_its_optimizer_ends_implicit_feedba
     CHANGES[change](net)
     with pytest.raises(RuntimeError, match="implicit feedback of layer '2'.*implicit=False"):
         step(net, opt)
+
+
+def test_A21_a_layer_of_one_input_is_watched_too():
+    net = fa.convert(oracles.mlp(6, 1, 3)[0], "pfa", expansion=2, implicit=True)
+    opt = sgd(net)
+    net[2].weight.detach().clamp_(-0.01, 0.01)
+    with pytest.raises(RuntimeError, match="implicit feedback of layer '2'"):
+        F.cross_entropy(net(X), Y).backward()
+        opt.step()
 
 
 def test_A21_a_run_that_diverges_is_not_taken_for_a_change():

@@ -478,6 +478,19 @@ class Region(nn.Module):
         return self.d(self.run(lambda h: torch.tanh(self.c(torch.relu(self.b(h)))), h))
 
 
+@pytest.mark.parametrize(
+    "rule", ["fa", "usf", "frozen", "pfa"]
+)  # PyTorch fails on a rule whose backward pass uses a number
+def test_A13_a_network_with_gradient_checkpoints_compiles_for_any_shapes(rule):
+    net = fa.convert(oracles.fixed_weights(Region().double()), rule)
+    x, y = randn(5, 6, seed=1), torch.arange(5) % 3
+    want = grads(net, x, y)
+    torch.compiler.reset()
+    net.zero_grad()
+    F.cross_entropy(torch.compile(net, backend="aot_eager", dynamic=True)(x), y).backward()
+    assert all(apart(net.get_parameter(n).grad, g) < 1e-12 for n, g in want.items())
+
+
 @every_rule
 def test_A13_a_network_with_gradient_checkpoints_compiles_in_one_graph(rule):
     net = fa.convert(oracles.fixed_weights(Region().double()), rule)
@@ -511,19 +524,36 @@ def test_A27_exact_backprop_holds_for_a_pass_that_a_checkpoint_runs_again_later(
     assert apart(got["a.weight"], want["a.weight"]) > 1e-3
 
 
-@pytest.mark.parametrize("rule", ["fa", "kp", "dfa"])
-def test_A27_a_reentrant_checkpoint_that_began_under_exact_backprop_says_so(rule):
+@pytest.mark.parametrize("rule", ["fa", "kp", "wm", "usf"])
+def test_A27_a_reentrant_checkpoint_that_began_under_exact_backprop_ends_under_it(rule):
+    """Whatever passes under the rule come between, and whatever became of other exact passes before."""
     net = oracles.fixed_weights(Region(reentrant=True).double())
     x, y = randn(5, 6, seed=1).requires_grad_(), torch.arange(5) % 3
     want = grads(net, x, y)
     fa.convert(net, rule)
+    under_rule = grads(net, x, y)
+    with fa.exact_backprop(net):
+        loss = F.cross_entropy(net(x), y)
+        F.cross_entropy(net(x), y)  # and this pass is thrown away
+        with torch.no_grad():
+            net(x)
+    assert all(torch.equal(g, under_rule[n]) for n, g in grads(net, x, y).items())
+    net.zero_grad()
+    loss.backward()
+    assert all(apart(net.get_parameter(n).grad, g) < 1e-14 for n, g in want.items())
+    with fa.exact_backprop(net):
+        got = grads(net, x, y)
+    assert all(torch.equal(got[n], g) for n, g in want.items())
+    assert all(torch.equal(g, under_rule[n]) for n, g in grads(net, x, y).items())
+
+
+def test_A27_a_reentrant_checkpoint_under_dfa_says_what_works():
+    net = fa.convert(Region(reentrant=True).double(), "dfa")
+    x, y = randn(5, 6, seed=1).requires_grad_(), torch.arange(5) % 3
     with fa.exact_backprop(net):
         loss = F.cross_entropy(net(x), y)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         loss.backward()
-    with fa.exact_backprop(net):
-        got = grads(net, x, y)
-    assert all(torch.equal(got[n], g) for n, g in want.items())
 
 
 def test_A27_exact_backprop_with_saved_tensors_elsewhere_may_be_differentiated_twice():

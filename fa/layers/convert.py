@@ -151,8 +151,7 @@ def revert(net: nn.Module) -> nn.Module:
     layers = converted(net).values()
     if late := [m.feedback.layer_name for m in layers if nn.utils.parametrize.is_parametrized(m.place[0])]:
         raise UserError(
-            f"layers {', '.join(late)} were parametrized after fa.convert; remove the parametrizations first "
-            f"(torch.nn.utils.parametrize.remove_parametrizations)"
+            f"layers {', '.join(late)} were parametrized after fa.convert; remove the parametrizations first"
         )
     tapes = _tapes([layer.feedback for layer in layers])
     for module in net.modules():
@@ -236,9 +235,7 @@ def add_feedback(optimizer: torch.optim.Optimizer, net: nn.Module) -> torch.opti
     layers = [layer for layer in converted(net).values() if learned(layer)]
     mine = [layer for layer in layers if id(leader(layer)) in held]
     if layers and not mine:
-        raise UserError(
-            "the optimizer holds no weight whose feedback learns; call fa.add_feedback with the weights' optimizer"
-        )
+        raise UserError("the optimizer holds no weight whose feedback learns; give fa.add_feedback the weights' own")
     new: dict[tuple[int, bool], list[nn.Parameter]] = {}  # (W's group, own decay) -> feedback
     for layer in mine:
         key = held[id(leader(layer))], layer.feedback.rule.own_decay

@@ -154,8 +154,7 @@ class DirectFeedback(nn.Module):
 
     def _tap(self, x: Tensor, layer: nn.Module | None) -> Tensor:
         if self.bypassed():
-            if torch.is_grad_enabled():
-                self.exact = True
+            self.exact |= torch.is_grad_enabled()
             return x
         if x.is_nested:
             return nested(self._tap(flat(x), layer), x)
@@ -168,8 +167,7 @@ class DirectFeedback(nn.Module):
             )
         if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
             raise RuntimeError(NO_FUNCTORCH)
-        if self.exact:
-            self.exact = False
+        vars(self)["exact"] = False
         if x.requires_grad:
             kernel, made = isinstance(layer, nn.Conv2d) and self.rule.form == "kernel", self.B.shape[1:]
             now = (x.shape[-3], *layer.weight.shape[2:]) if kernel else x.shape[-len(made) :]

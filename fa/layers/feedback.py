@@ -54,7 +54,7 @@ class Feedback(nn.Module):
                 self.register_parameter(key, nn.Parameter(value))
             else:
                 self.register_buffer(key, value)
-        self.names, self.shape = tuple(state), W.shape
+        self.names, self.shape, self.gains = tuple(state), W.shape, rule.gain != 1  # compared once: a compiler's floats
         self.numbers = tuple(option for option, value in vars(rule).items() if type(value) is float)
         local = ("W", "op", "x", "y", "dy", "dW", *state)
         self.kernel_args = _arguments(type(rule).kernel, ("W", *state))
@@ -76,7 +76,6 @@ class Feedback(nn.Module):
         self.steps: tuple[int, Tensor | None, int] = (0, None, 0)  # the buffer's value, the buffer, and its version
         self.seen: tuple[int, Tensor] | None = None  # of the weight as the last step left it (steps.note_weight)
         self.use_backprop = False  # True: plain backprop for the moment (fa.exact_backprop)
-        self.exact_without_graph = False  # the layer ran without a graph under exact backprop
         # A gradient without the error in it does not scale with the loss.
         self.follows_error = not rule.own_decay and not {"dy", "dW"}.isdisjoint(self.grad_args)
         self.made = -1, 0  # the last backward pass, by autograd's number, and gradients that the layer made in it
@@ -134,7 +133,7 @@ class Feedback(nn.Module):
         if self.rule.norm == "track":  # a kernel of zeros stays one
             size = torch.linalg.vector_norm(K)
             K = K * (torch.linalg.vector_norm(W) / size.clamp_min(torch.finfo(size.dtype).tiny))
-        return K if self.rule.gain == 1 else K * self.rule.gain
+        return K * self.rule.gain if self.gains else K
 
     def few(self, dy: Tensor, W: Tensor) -> bool:
         """Whether a product of weights costs more than the error through its factors: samples, positions < outputs."""
@@ -147,7 +146,7 @@ class Feedback(nn.Module):
         if dx is not None:
             return dx, W
         terms = self.terms(known)
-        if terms[0][0] is None or (self.rule.norm, self.rule.gain) != ("fixed", 1) or not self.few(dy, W):
+        if terms[0][0] is None or self.gains or self.rule.norm != "fixed" or not self.few(dy, W):
             return None, self.product(terms, W)
         for A, M, *c in terms:
             e = (dy * c[0].flatten()).to(dy.dtype) if c else dy  # (n, out) (1,)
@@ -190,23 +189,17 @@ class Feedback(nn.Module):
             self.seen = None  # weight and feedback were loaded together
 
     def bypassed(self) -> bool:
-        """Whether the forward pass at hand is the stock layer's: none to differentiate, or exact backprop asked for.
-
-        Raises:
-            RuntimeError: a reentrant gradient checkpoint that began under exact backprop runs again without it.
-        """
+        """Whether the forward pass at hand is the stock layer's: none to differentiate, or exact backprop asked for; a
+        reentrant gradient checkpoint that began under exact backprop runs again under it, wherever that is."""
         if not torch.is_grad_enabled():
-            if self.use_backprop:
-                self.exact_without_graph = True
+            if self.use_backprop and (node := passes.running()):
+                node.exact = True
             return True
-        if self.use_backprop:
+        elsewhere = torch.compiler.is_compiling() or not passes.saved_elsewhere()
+        again = elsewhere and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if self.use_backprop or (again and getattr(passes.running(), "exact", False)):
             self.exact_ran = True  # the gradient to come is meant
-            return torch.compiler.is_compiling() or not passes.saved_elsewhere()
-        if self.exact_without_graph and torch._C._current_graph_task_id() != -1 and not passes.saved_elsewhere():
-            raise RuntimeError(
-                f"layer {self.layer_name!r} ran under fa.exact_backprop, and a reentrant gradient checkpoint runs it "
-                "again outside of that block: checkpoint with use_reentrant=False, or call backward() within the block"
-            )
+            return elsewhere
         return False
 
     def own_gradient(self, grad: Tensor) -> bool:

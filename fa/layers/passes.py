@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache, wraps
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -38,6 +39,12 @@ def lowered(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 def saved_elsewhere() -> bool:
     """Whether hooks for saved tensors are in use, as in a gradient checkpoint of the non-reentrant kind."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def running() -> Any:
+    """The context of the autograd function that is running, e.g. of a reentrant gradient checkpoint; None outside."""
+    contexts = (frame.f_locals.get("ctx") for frame, _ in walk_stack(None))
+    return next((ctx for ctx in contexts if isinstance(ctx, torch.autograd.function.FunctionCtx)), None)
 
 
 def traced_effect(call: Callable[..., Any], *args: Any) -> Any:

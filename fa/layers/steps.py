@@ -173,7 +173,7 @@ def _check_implicit(layer: nn.Module, optimizer: torch.optim.Optimizer, group_of
 def note_weight(layer: nn.Module) -> None:
     """Keep a number of each row of the weight, (out,), which moves with any entry of the row, for ``_changed``."""
     rows = layer.weight.detach().flatten(1)  # (out, in)
-    layer.feedback.seen = layer.weight._version, rows @ torch.arange(rows.shape[1], device=rows.device).sin().to(rows)
+    layer.feedback.seen = layer.weight._version, rows @ torch.arange(rows.shape[1], device=rows.device).cos().to(rows)
 
 
 def _changed(layer: nn.Module) -> bool:

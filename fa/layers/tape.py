@@ -104,6 +104,9 @@ class Close(torch.autograd.Function):
         return e, *[e] * ctx.taps
 
 
+_ON = ("Squeeze", "Unsqueeze", "View", "Select", "ToCopy", "LogBackward", "Clamp", "Add", "Sub", "Mul", "Div")
+
+
 class Tape:
     """The taps of one forward pass of a network. Its :meth:`forward` takes the place of the network's ``forward``.
 
@@ -179,9 +182,11 @@ class Tape:
         if out.is_nested:
             return nested(self.close(flat(out)), out)
         end = None if torch.compiler.is_compiling() else out.grad_fn
-        while end and end.name().startswith(("Squeeze", "View")):
-            end = end.next_functions[0][0]
+        while end and len(below := [n for n, _ in end.next_functions if n]) == 1 and end.name().startswith(_ON):
+            end = below[0]
         kind = end.name().partition("Backward")[0] if end else ""
+        if kind == "Sub" and below[-1].name().startswith("Logsumexp"):
+            kind = "LogSoftmax"
         if kind in ("LogSoftmax", "Softmax", "LogSigmoid", "Sigmoid"):
             raise UserError(f"dfa sends the error of logits: let the network return them, and leave {kind} to the loss")
         strides, chosen = [stride for stride, n in zip(out.stride(), out.shape) if n != 1], []
