@@ -23,7 +23,8 @@ def lines() -> list[tuple[str, ...]]:
     """
     sidecars = sorted((ROOT / "data" / "records").glob("*.json"))
     held = {run for path in sidecars for run in read_json(path, configs=dict)["configs"]}
-    found, store = [("figure", "notebook", "record", "run store", "title")], runs_root()
+    found: list[tuple[str, ...]] = [("figure", "notebook", "record", "run store", "title")]
+    store = runs_root()
     for name, figure in plans().items():
         in_record, in_store = [], []
         for mode, runs in figure["runs"].items():
