@@ -162,6 +162,8 @@ MUTANTS = [
            "steps_alone > 1", "test_convert.py::test_feedback_that_no_optimizer_holds_raises_at_the_second_step"),
     Mutant("direct feedback with its kernel flipped", "layers/tape.py", "[i - dilation * k",
            "[i + dilation * k", "test_dfa.py::test_conv_net_by_hand"),
+    Mutant("error on circular padding left out", "layers/tape.py", '"circular": lambda i, n: i % n',
+           '"circular": lambda i, n: i', "test_silent.py::test_direct_feedback_passes_any_padding"),
     Mutant("direct error with the other sign", "layers/tape.py", "return e, *[e] * ctx.taps",
            "return e, *[-e] * ctx.taps", "test_dfa.py::test_mlp_by_hand"),
     Mutant("blocks are not cut", "layers/tape.py", 'if hasattr(feedback, "tape"):', "if False:",
