@@ -17,12 +17,13 @@ TORCH ?= $(made)
 pytest = OMP_NUM_THREADS=1 $(py) -m pytest -n logical --maxprocesses 4
 
 oldest := $(venv)-oldest
+newest := $(venv)-newest
 
 pages  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.ipynb)),$(wildcard notebooks/*.ipynb))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env test test-all test-slow test-oldest test-cluster test-browser harness mutants lint site reproduce refresh lab clean always
+.PHONY: help env test test-all test-slow test-oldest test-newest test-cluster test-browser harness mutants lint site reproduce refresh lab clean always
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -40,7 +41,7 @@ env: $(stamp)  ## make the environment, as requirements.lock pins it
 test: $(stamp)  ## units, properties and notebooks
 	$(pytest) -m "not slow and not browser" $(ARGS)
 
-test-all: test-slow harness mutants test-oldest test-cluster test-browser  ## everything: each of its parts can be run alone
+test-all: test-slow harness mutants test-oldest test-newest test-cluster test-browser  ## everything: each of its parts can be run alone
 	$(py) -m fa reproduce --mode quick
 
 test-slow: $(stamp)  ## units, properties and notebooks, the slow ones too
@@ -52,6 +53,12 @@ test-oldest: $(stamp)  ## as test, with the oldest packages that pyproject.toml 
 	@$(py) -c "$$lowest" | $(oldest)/bin/python -m pip install --quiet -r /dev/stdin
 	@$(oldest)/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	$(subst $(py),$(oldest)/bin/python,$(pytest)) -m "not slow and not browser" $(ARGS)
+
+test-newest: $(stamp)  ## as test, with the newest packages that pip finds, in an environment of their own
+	@[ -x '$(newest)/bin/python' ] || $(py) -m venv '$(newest)'
+	@$(newest)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[notebooks,dev]'
+	@$(newest)/bin/python -c "$$check"
+	$(subst $(py),$(newest)/bin/python,$(pytest)) -m "not slow and not browser" $(ARGS)
 
 test-cluster: $(stamp)  ## kills workers of a Dask cluster, and a search on PostgreSQL; the extra cluster is installed when it is not there
 	@$(py) -c 'import distributed, submitit, optuna, psycopg' 2>/dev/null || $(py) -m pip install --quiet -e '.[cluster]'

@@ -19,7 +19,7 @@ PROPERTIES = {
 """Rows of the table, named as in data/reference/p3_table1.csv: the paper's properties."""
 
 NUMBERS = [
-    "change of the error sent down · of the\nfeedback's lesson, under random signs",
+    "change of the error sent down · of the\nfeedback's gradient, under random signs",
     "the same, under permuted magnitudes",
     "passes that noise drives, not the data",
     "synapses that join a forward pair of\nneurons · highest correlation with W",

@@ -55,7 +55,8 @@ CAPTION = """Li & Benna (2024), Table 1, measured. Numbers: ours; at their right
 paper (a: unclear how the feedback could be learned plausibly; b: reduces explicit symmetry but does not remove it; c:
 below BP on harder tasks). Rows 1 to 3: interventions on each rule's code, on networks trained briefly on digits,
 largest value over layers, means of 3 seeds. Rows 4 to 6: MNIST, 784-512-512-10, 40 epochs, largest value over layers,
-means over seeds (BP, FA, SF, KP: 5; others: 3); row 6: mean +/- 1 sd of the difference to BP with the same seed."""
+means over seeds (BP, FA, SF, KP: 5; others: 3), but for row 4's percentages, means over the layers of the networks on
+digits; row 6: mean +/- 1 sd of the difference to BP with the same seed."""
 
 
 def listing(page: Page) -> str:

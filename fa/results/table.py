@@ -226,7 +226,8 @@ class FigureTable:
         ended = [run for run, status in self._made[1].get("status", {}).items() if status["state"] == "diverged"]
         rules = plot.in_order({c.rule for c in self.runs if c.run in ended})
         labels = ", ".join(map(self.about.named, rules))
-        return f"{len(ended)} of {plural(len(self.runs), 'run')} diverged: {labels}" if ended else ""
+        trained = [c for c in self.runs if hasattr(c, "epochs")]  # a timing is none
+        return f"{len(ended)} of {plural(len(trained), 'run')} diverged: {labels}" if ended else ""
 
     def reference(self) -> pd.DataFrame:
         """The published values, from data/reference/; none where these runs are of another kind than the paper's."""
