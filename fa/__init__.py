@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fa.errors import UserError, did_you_mean
@@ -39,14 +40,12 @@ __version__ = "0.2.0"
 def __getattr__(name: str) -> object:
     """A name on demand: ``fa --help`` and ``fa list`` need no torch, ``fa run`` no notebook library."""
     apart = {"notebook": "fa.results.page", "cite": "fa.results.cite"}
-    if name.startswith("__"):  # asked for by tools that look at a module
-        raise AttributeError(f"module 'fa' has no attribute {name!r}")
-    module = import_module(apart.get(name, "fa.library"))
-    if name in __all__ and hasattr(module, name):  # not so while the library itself is being imported
-        return globals().setdefault(name, getattr(module, name))
-    if name in globals():  # a chapter, such as fa.rules
-        return globals()[name]
-    raise AttributeError(f"module 'fa' has no attribute {name!r}{did_you_mean(name, [*__all__, '__version__'])}")
+    if name in __all__:
+        return globals().setdefault(name, getattr(import_module(apart.get(name, "fa.library")), name))
+    if not name.startswith("_") and find_spec(f"fa.{name}"):  # a chapter, such as fa.rules
+        return import_module(f"fa.{name}")
+    known = "" if name.startswith("_") else did_you_mean(name, [*__all__, "__version__"])  # tools ask for private names
+    raise AttributeError(f"module 'fa' has no attribute {name!r}{known}")
 
 
 def __dir__() -> list[str]:

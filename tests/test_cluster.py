@@ -143,9 +143,9 @@ def test_a_job_goes_on_from_the_workers_own_later_checkpoint(stores, monkeypatch
     reach(stores("there").config, stores("there"), 3, monkeypatch)
     stopped = partial(campaign.run_one, until=0.0)
     statuses, kept, wrong = apart(stores("there").config, [(stores("there").config, early)], stopped)
-    assert (statuses, wrong) == ([{"state": "stopped"}], "") and stores("there").checkpoint()["epoch"] == 3
+    assert (statuses, wrong) == ([{"state": "waiting"}], "") and stores("there").checkpoint()["epoch"] == 3
     stores("here")
-    assert receive((statuses, kept, wrong)) == [{"state": "stopped"}] and stores("here").checkpoint()["epoch"] == 3
+    assert receive((statuses, kept, wrong)) == [{"state": "waiting"}] and stores("here").checkpoint()["epoch"] == 3
 
 
 def test_a_table_that_arrives_while_another_process_holds_the_run_is_not_counted(stores) -> None:

@@ -84,6 +84,24 @@ assert convert is fa.convert is fa.layers.convert.convert and notebook is fa.not
     assert done.returncode == 0, done.stderr
 
 
+def test_any_module_may_be_the_first_that_is_imported() -> None:
+    program = """
+import importlib, pathlib, sys
+for path in sorted(pathlib.Path("fa").rglob("*.py")):
+    name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+    if not name.endswith("__main__"):
+        for known in [m for m in sys.modules if m.partition(".")[0] == "fa"]:
+            del sys.modules[known]
+        importlib.import_module(name)
+        assert "dfa" in importlib.import_module("fa").RULES, name
+"""
+    env = {**os.environ, "PYTHONPATH": str(fa.ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, cwd=fa.ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
 EXTRAS = """
 import sys
 
