@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-ROOT: Path = Path(os.path.expanduser(os.environ.get("FA_ROOT") or Path(__file__).parents[1])).resolve()
+_told = os.environ.get("FA_ROOT")
+ROOT: Path = Path(os.path.expanduser(os.path.expandvars(_told or Path(__file__).parents[1]))).resolve()
 """The repository's root, the folder above the package: notebooks, tables and figures are found from here, never from
 the working folder. For a package that was installed away from its repository, the environment variable ``FA_ROOT``
 says where the repository is."""
@@ -38,12 +39,15 @@ def user_folder(variable: str, default: str) -> Path:
     A tilde is the home folder, ``$NAME`` another variable, a relative path is taken from :func:`home`.
 
     Raises:
-        UserError: a tilde before the name of a user who is not known.
+        UserError: a tilde before the name of a user who is not known, or a variable that is not set.
     """
     try:
-        return home() / Path(os.path.expandvars(os.environ.get(variable) or default)).expanduser()
+        folder = Path(os.path.expandvars(os.environ.get(variable) or default)).expanduser()
     except RuntimeError:
         raise UserError(f"{variable}={os.environ[variable]} names the home of a user who is not known here") from None
+    if "$" in "".join(folder.parts[:1]):
+        raise UserError(f"{variable}={os.environ[variable]} names a variable that is not set")
+    return home() / folder
 
 
 def runs_root() -> Path:

@@ -1,7 +1,9 @@
 """What would train past its rule in silence is right, is refused, or is told: uses of a network that nobody foresees."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -455,3 +457,29 @@ def test_fsdps_gradient_scaler_leaves_an_objective_of_its_own_alone(rule):
             net.zero_grad()
     finally:
         torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------ A15, A19: memory, and numbers
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "wm", "pfa"])
+def test_A15_the_weights_of_a_network_that_is_gone_are_gone(rule):
+    net = fa.convert(oracles.mlp(6, 8, 3)[0], rule)
+    weight = weakref.ref(net[2].weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del net
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "usf", "pfa", "dfa"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_A19_a_weight_that_is_not_finite_is_refused(rule, value):
+    net = oracles.mlp(6, 8, 3)[0]
+    with torch.no_grad():
+        net[2].weight[0, 0] = value
+    with pytest.raises(fa.UserError, match="not finite.*initialise it before"):
+        fa.convert(net, rule)

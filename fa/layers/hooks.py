@@ -212,7 +212,7 @@ def within(name: str, places: Iterable[str]) -> bool:
 
 
 def _hook(parameter: Tensor, layer: nn.Module, name: str = "") -> Any:
-    ref, unmarked = weakref.ref(layer), 0
+    ref, key, unmarked = weakref.ref(layer), id(parameter), 0  # a hook that holds its parameter keeps it in memory
 
     @unserializable_hook
     @torch._disable_dynamo  # a compiled loop would trace this, and guard on what other networks have
@@ -226,7 +226,7 @@ def _hook(parameter: Tensor, layer: nn.Module, name: str = "") -> Any:
         if unmarked & (unmarked - 1) and unmarked % 64:  # a look takes time: often at first, then less
             return
         owner = {id(p): layer for layer, handles in _watches.items() for p, _ in handles}
-        why = evidence(parameter, lambda p: owner.get(id(p)))
+        why = evidence(key, lambda p: owner.get(id(p)))
         if why == "compiled":
             raise RuntimeError(
                 f"the weight of layer {fb.layer_name!r} got a gradient from a compiled graph without the layer's rule: "

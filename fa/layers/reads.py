@@ -123,15 +123,15 @@ class Graph:
         return ""
 
 
-def evidence(parameter: Tensor, module_of: Callable[[Tensor], nn.Module | None]) -> str:
-    """:meth:`Graph.evidence` in the backward pass under way for one parameter of the module that ``module_of`` tells.
+def evidence(key: int, module_of: Callable[[Tensor], nn.Module | None]) -> str:
+    """:meth:`Graph.evidence` in the backward pass under way for the parameter of id ``key``; ``module_of``: its module.
 
     The graph is walked once for all parameters, and no part of it is kept.
     """
     global _last
     task = torch._C._current_graph_task_id()
-    if _last[0] != task or id(parameter) not in _last[1]:
+    if _last[0] != task or key not in _last[1]:
         graph = Graph()
         pairs = [(leaf, module_of(leaf.variable)) for leaf in graph.leaves]
         _last = task, {id(leaf.variable): graph.evidence(leaf, m) for leaf, m in pairs if m is not None}
-    return _last[1].get(id(parameter), "")
+    return _last[1].get(key, "")

@@ -196,19 +196,18 @@ class Rule:
     def std(self, W: Tensor) -> float:
         """Standard deviation that option ``init`` asks for, for feedback of ``W``'s shape."""
         if self.init == "match":
-            return rms(W) if self.learned else self.nonzero(rms(W), "init")
+            return size if (size := rms(W)) < math.inf and self.learned else self.nonzero(size, "init")
         fan_in, fan_out = fans(W)
         variance: dict[Any, float] = {"xavier": 2 / (fan_in + fan_out), "kaiming": 1 / (3 * fan_in)}
         return math.sqrt(variance[self.init]) if self.init in variance else float(self.init)
 
     def nonzero(self, size: float, option: str, layer: str = "") -> float:
-        """``size``, the RMS of a weight, for feedback that will keep that size; a size of 0 raises UserError.
-
-        The message names the rule's ``option`` that can ask for another size, and the ``layer`` where it is given.
-        """
-        if not size:
+        """``size``, the RMS of a weight, for feedback that will keep it; 0, NaN or infinity raises UserError, which
+        names the rule's ``option`` that can ask for another size, and the ``layer`` where it is given."""
+        if not 0 < size < math.inf:
+            state = "is not finite" if size else "is all zeros"
             raise UserError(
-                f"{self.name}: the weight{layer and f' of layer {layer!r}'} is all zeros, and feedback of its size "
+                f"{self.name}: the weight{layer and f' of layer {layer!r}'} {state}, and feedback of its size "
                 f"would never send an error; initialise it before converting, or set {option}='xavier'"
             )
         return size
