@@ -230,7 +230,7 @@ def _join(rank: int, size: int, device: str, sync: bool) -> Ranks:
         why = f"rank {rank} on {host} cannot reach the others ({str(error).partition(chr(10))[0]})"
         raise UserError(f"{why}; name a network that joins them in GLOO_SOCKET_IFNAME, {again}") from error
     store.set_timeout(WAIT)
-    dist.distributed_c10d._set_pg_timeout(WAIT)
+    getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(WAIT)  # public in torch 2.14
     machines = {json.dumps(of["machine"], sort_keys=True): of["machine"] for of in found}
     return Ranks(rank, size, device, sync, tuple(machines.values()))
 
