@@ -195,11 +195,11 @@ class Feedback(nn.Module):
             if self.use_backprop and (node := passes.running()):
                 node.exact = True
             return True
-        elsewhere = torch.compiler.is_compiling() or not passes.saved_elsewhere()
-        again = elsewhere and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        stock = torch.compiler.is_compiling() or not passes.saved_elsewhere()
+        again = stock and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if self.use_backprop or (again and getattr(passes.running(), "exact", False)):
             self.exact_ran = True  # the gradient to come is meant
-            return elsewhere
+            return stock  # else ExactBackward, which saves what the rule saves
         return False
 
     def own_gradient(self, grad: Tensor) -> bool:
