@@ -68,14 +68,14 @@ def draw(page: Page) -> Figure:
     colors = plot.depth_colors(range(1, len(names) + 1))
     plot.curves(ax["c"], concordance, "epoch", "layer", dict(zip(names, colors.values())), hue_order=names)
     logarithmic(ax["c"], table)
-    ax["c"].set(ylabel="Sign concordance, FA")
+    ax["c"].set(ylabel="Share of equal signs, FA")
     ax["c"].margins(y=0.75)  # room for the key
     ax["c"].axhline(0.5, color="0.75", lw=0.6, ls=":", zorder=0)
     ax["c"].legend(handles=plot.key(dict(zip(names, colors.values()))), loc="upper left", ncols=2)
     end = table[table.epoch == table.epoch.max()]
     for panel, metric in (("d", "angle_deg"), ("e", "norm_ratio")):
         by_layer(ax[panel], end[end.metric == metric], names)
-        ax[panel].set_ylabel(plot.LABELS[metric])
+        ax[panel].set_ylabel({"d": "Weight angle (°)"}.get(panel, plot.LABELS[metric]))
     by_layer(ax["f"], growth(table), names)
     ax["f"].set_ylabel("Weight norm over initial")
     for panel in "ef":

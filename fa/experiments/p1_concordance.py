@@ -86,6 +86,7 @@ def draw(page: Page) -> Figure:
     ax["b"].plot(p, law(p), color="0.5", lw=0.9, zorder=0)
     ax["b"].set(ylabel="Weight angle (°)", ylim=(20, 100), yticks=(30, 60, 90))
     ax["b"].legend(handles=plot.key(colors), loc="lower left")
+    plot.note(ax["b"], "open: before training")
     by_share(ax["c"], end[(end.rule == "usf") & (end.depth < end.depth.max())], "grad_angle_global_deg", colors)
     ax["c"].set(ylabel=plot.LABELS["grad_angle_global_deg"], ylim=(0, None), yticks=(0, 30, 60, 90, 120, 150))
     ax["c"].axhline(90, color="0.75", lw=0.6, ls=":", zorder=0)

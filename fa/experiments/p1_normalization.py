@@ -155,7 +155,7 @@ def growth_by_layer(ax: Axes, rows: pd.DataFrame) -> None:
     ax.set(xticks=range(len(names)), ylabel="Weight norm over initial")
     ax.set_xticklabels(names)
     ax.axhline(1, color="0.75", lw=0.6, ls=":", zorder=0)
-    styles = [*plot.key({"feedback fixed": "0.3"}), *plot.key({"feedback follows": "0.3"}, ls="--")]
+    styles = [*plot.key({"norm of B fixed": "0.3"}), *plot.key({"norm of B follows W": "0.3"}, ls="--")]
     handles = plot.key({name(r): plot.look(r).color for r in rules})
     ax.legend(handles=[*handles, *styles], loc="upper right", ncols=2)
 

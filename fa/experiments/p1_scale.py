@@ -97,9 +97,9 @@ EXPERIMENT = Experiment(
 
 # ------------------------------------------------------------------------------------------------------------- figure
 
-TEXT = """ a: LeNet learns MNIST, test accuracy after the last epoch. b: a ResNet learns CIFAR-10 under SGD (filled) and
-Adam (open, not of every rule), alike. c: DFA on the ResNet of b with one piece of its recipe swapped; dotted: FA under
-SGD. d: angle between W and the feedback under FA after training, by depth: the first convolution of a block (circles),
+TEXT = """ a: LeNet learns MNIST, test accuracy after the last epoch. b: a ResNet learns CIFAR-10 under SGD (filled)
+and, for some rules, Adam (open). c: DFA on the ResNet of b with one piece of its recipe swapped; dotted: FA under SGD.
+d: angle between W and the feedback under FA after training, by depth: the first convolution of a block (circles),
 the second (squares), the network's first and last layer (diamonds). Dots: seeds; bars: +/- 1 sd over seeds."""
 SET_UP = "The rules of Moskovitz, Litwin-Kumar & Abbott (2018) on other networks, in the set-ups of BioTorch."
 CAPTION = f"""{SET_UP}{TEXT} Hollow, right of a column: BioTorch's; in c also Li & Benna's (2024) DFA, on

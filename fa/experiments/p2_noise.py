@@ -103,9 +103,9 @@ EXPERIMENT = Experiment(
 
 TEXT = """ a, d: test accuracy after the last epoch against the variance v of the noise: after every step each noisy
 entry moves by the learning rate times a normal number of variance v. Noisy are the feedback of SA, AA, KP and WM, the
-weights of BP, or BP's reading of W, drawn anew at every step; leftmost: no noise; thin crosses: levels at which
-seeds diverged, which count as chance. b, e: angle between W and the feedback after training, mean of the layers; where
-learning fails W outgrows the noise, and the angle falls. c, f: root mean square of B - W under SA in each layer, side
+weights of BP, or BP's reading of W, drawn anew at every step; leftmost: no noise; hollow: levels at which seeds
+diverged, which count as chance. b, e: angle between W and the feedback after training, mean of the layers; at the
+largest v of b W outgrows the noise, and the angle falls. c, f: root mean square of B - W under SA in each layer, side
 by side; line: the stationary value of the formula, the same for every layer; dotted: without noise. Levels at which a
 seed diverged are left out of b, c, e and f. Bars: +/- 1 sd over seeds."""
 SET_UP = "Noise in the updates, as in the code of Kunin et al. (2020); the paper's levels and networks are not known."
@@ -159,7 +159,8 @@ def by_level(ax: Axes, rows: pd.DataFrame) -> None:
         at = of.groupby("x").value.agg(["mean", "std"])
         line = {"color": own.color, "lw": 0.9, "marker": own.marker, "ms": 3.4, "elinewidth": 0.8}
         ax.errorbar(at.index, at["mean"], at["std"], **line)
-        ax.plot(of[of.diverged].x, of[of.diverged].value, "x", color=own.color, ms=5, mew=1, ls="")
+        bad = at["mean"][at.index.isin(of[of.diverged].x)]
+        ax.plot(bad.index, bad, own.marker, color=own.color, mfc="white", ms=3.4, zorder=6)
     ticks = sorted(set(rows.x))
     ax.set(xscale="log", xlabel="Variance v of the noise")
     ax.set_xticks(ticks, ["0", *(f"$10^{{{round(np.log10(x))}}}$" for x in ticks[1:])] if ticks else [])

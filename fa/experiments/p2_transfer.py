@@ -118,10 +118,11 @@ EXPERIMENT = Experiment(
 # ------------------------------------------------------------------------------------------------------------- figure
 
 TEXT = """a: score minus backprop's, paired by seed, against depth; dotted: the tuned network. b: the same in other
-networks, a dot a seed, a line their mean. Crosses: a seed diverged, which counts as chance (10 %). c: angle between W
-and the feedback after training, mean of the layers. d: product of the norm ratios of feedback and W over all layers but
-the first; in a plain network whose feedback is parallel to W, the factor by which the error has the wrong size at the
-first layer. A rule is left out of c and d on a network where one of its seeds diverged. Bars: +/- 1 sd over seeds."""
+networks, a dot a seed, a line their mean. Hollow in a, crosses in b: a seed diverged, which counts as chance (10 %). c:
+angle between W and the feedback after training, mean of the layers. d: product of the norm ratios of feedback and W
+over all layers but the first, a dot a seed, lines: medians; in a plain network whose feedback is parallel to W, the
+factor by which the error has the wrong size at the first layer. A rule is left out of c and d on a network where one of
+its seeds diverged. Rules are shifted sideways in a, c and d. Bars: +/- 1 sd over seeds."""
 CAPTION = f"""Transfer (Kunin et al. 2020): metaparameters from the best points of page 23's grids, tuned on ResNet-8
 and CIFAR-10 at 16x16 pixels, unchanged on deeper ResNets and on other networks, ten epochs; score: accuracy on the
 validation images (%). {TEXT}"""
@@ -143,10 +144,11 @@ def draw(page: Page) -> Figure:
     angles = of_layers[of_layers.metric == "angle_deg"]
     by_depth(ax["c"], angles.groupby(["rule", "place", "seed"], as_index=False).value.mean())
     ax["c"].set(ylabel="Weight angle, mean (°)", ylim=(0, 92), yticks=(0, 30, 60, 90))
-    by_depth(ax["d"], sizes(of_layers))
+    by_depth(ax["d"], sizes(of_layers), dots=True)
     ax["d"].set(yscale="log", ylabel="Product of norm ratios")
-    for axis in (ax["d"].yaxis.set_major_formatter, ax["d"].yaxis.set_minor_formatter):
-        axis("{x:g}")
+    low, high = ax["d"].get_ylim()
+    ax["d"].yaxis.set_major_formatter("{x:g}")
+    ax["d"].yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
     for panel in "acd":
         ax[panel].axvline(TUNED_ON[scale(page.trained)], color="0.75", lw=0.7, ls=":", zorder=0)
         ax[panel].set_xlabel("Layers of the ResNet" if page.trained == "paper" else "Hidden layers")
@@ -183,16 +185,24 @@ def sizes(table: pd.DataFrame) -> pd.DataFrame:
     return rows.groupby(["rule", "place", "seed"], as_index=False).value.prod()
 
 
-def by_depth(ax: Axes, rows: pd.DataFrame) -> None:
-    """A line a rule, broken where it has no rows; crosses where a seed diverged."""
-    places = sorted(set(rows.place))
-    for rule in plot.in_order(rows.rule):
-        of = rows[rows.rule == rule]
+def by_depth(ax: Axes, rows: pd.DataFrame, dots: bool = False) -> None:
+    """A line a rule, broken where it has no rows, means or, with ``dots``, seeds and medians; hollow where a seed
+    diverged."""
+    places, rules = sorted(set(rows.place)), plot.in_order(rows.rule)
+    step = 0.012 * (max(places) - min(places)) if places else 0.0
+    for i, rule in enumerate(rules):
+        of, own, shift = rows[rows.rule == rule], plot.look(rule), step * (i - (len(rules) - 1) / 2)
         none = pd.DataFrame({"place": [p for p in places if p not in set(of.place)], "seed": 0, "value": float("nan")})
-        plot.means(ax, pd.concat([of, none]) if len(none) else of, "place", rule, ms=3.2)
+        every = pd.concat([of, none]) if len(none) else of
+        if dots:
+            ax.plot(of.place + shift, of.value, own.marker, color=own.color, ms=3, mew=0, alpha=0.8)
+            medians = every.groupby("place").value.median()
+            ax.plot(medians.index + shift, medians, color=own.color, lw=0.9)
+        else:
+            plot.means(ax, every, "place", rule, at=lambda x, shift=shift: x + shift, ms=3.2)
         if "diverged" in of and of.diverged.any():
             bad = of[of.place.isin(of[of.diverged].place)].groupby("place").value.mean()
-            ax.plot(bad.index, bad, "x", color=plot.look(rule).color, ms=6, mew=1, zorder=6)
+            ax.plot(bad.index + shift, bad, own.marker, color=own.color, mfc="white", ms=3.2, zorder=6)
     ax.set_xticks(places)
 
 

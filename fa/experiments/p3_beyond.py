@@ -69,9 +69,10 @@ backprop's, on 512 training images. c: after the last epoch, four angles that sh
 to its feedback; between the errors that the two send down (local); between the first layer's error and exact backprop's
 (global); and between its gradient and exact backprop's. KP's lines lie under PFA-o's in a, b, e and f. d: share of the
 first mismatch between R and B^T W (KP: B and W) that is left, for five weight decays of the first epoch; lines:
-recurrence, markers: measured. e: angle between W and its feedback after one epoch, mean of both hidden layers. f: test
-accuracy after one epoch (hollow) and four (filled). g: path angle of PFA after ten epochs by expansion; dotted:
-arccos(1/sqrt(1 + 1/expansion)). h: its gradient angle. i: its test accuracy after ten epochs, beside BP's and FA's."""
+recurrence, markers: measured, shifted sideways. e: angle between W and its feedback after one epoch, mean of both
+hidden layers; dotted: 17.5 degrees, PFA's in theory. f: test accuracy after one epoch (hollow) and four (filled). g:
+path angle of PFA after ten epochs by expansion; dotted: arccos(1/sqrt(1 + 1/expansion)). h: its gradient angle. i: its
+test accuracy after ten epochs, with BP's and FA's."""
 
 UPPER = {"fc1": "fc2", "fc2": "fc"}
 """Layer -> the layer above, whose feedback brings it its error."""

@@ -121,9 +121,9 @@ EXPERIMENT = Experiment(
 # ------------------------------------------------------------------------------------------------------------- figure
 
 TEXT = """ a, b: test accuracy after the last epoch minus backprop's, seed by seed, against the angle between the
-gradient of each layer below the output and exact backprop's, mean of the layers; in words: rules without an
-angle, and rules that diverged, with the number of their seeds. c: CPU time of a training step over the time of a step
-of backprop, median and range of seeds. Bars in a, b: +/- 1 sd over seeds."""
+gradient of each layer below the output and exact backprop's, mean of the layers, after training; in words: rules
+without an angle, and rules that diverged, with the number of their seeds. c: CPU time of a training step over the time
+of a step of backprop, median and range of seeds. Bars in a, b: +/- 1 sd over seeds."""
 CAPTION = f"""Every rule of the three papers with p3's recipes: the network of Figure 2 on MNIST (a), ResNet-20 on
 CIFAR-10 (b).{TEXT}"""
 SMALL_CAPTION = f"""Every rule of the three papers with one recipe for each network: the network of p3's Figure 2 on
@@ -167,13 +167,13 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return summed.assign(n=n, diverged=seeds - n)
 
 
-PLACES = ((3, 3), (3, -9), (3, 11), (3, -17), (-3, 3), (-3, -9), (-3, 11), (-3, -17))
+PLACES = tuple((x, y) for x in (3, -3, 12) for y in (3, -9, 10, -16))
 """Where a name may stand beside its point, in points; the first that is free is taken."""
 
 
 def points(ax: Axes, found: pd.DataFrame) -> None:
     """A point a rule, named; BP is the corner."""
-    ax.set_xlim(-9, 98)
+    ax.set_xlim(-17, 98)
     ax.set_xticks((0, 30, 60, 90))
     ax.axhline(0, color="0.75", lw=0.6, ls=":", zorder=0)
     for rule, row in found.iterrows():
@@ -194,6 +194,7 @@ def points(ax: Axes, found: pd.DataFrame) -> None:
 
 def names(ax: Axes, found: pd.DataFrame) -> None:
     """The rules' names beside their points, none over another name or point; of a figure whose layout is final."""
+    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     at = found["angle"].fillna(0.0).where(found["angle"].notna() | (found.index == "bp"))  # nan: no point
@@ -202,13 +203,17 @@ def names(ax: Axes, found: pd.DataFrame) -> None:
     for rule in spots:
         spot, place = (at[rule], found["gap"][rule]), {"textcoords": "offset points", "fontsize": "x-small"}
         place["color"] = plot.look(rule).color
-        text = ax.annotate(plot.look(rule).label, spot, PLACES[0], **place)
+        leader = {"arrowstyle": "-", "lw": 0.4, "color": place["color"], "shrinkA": 0, "shrinkB": 2}
+        text = ax.annotate(plot.look(rule).label, spot, PLACES[0], arrowprops=leader, **place)
         text.set_in_layout(False)
-        for text.xyann in PLACES:
+        for x, y in PLACES:
+            text.xyann = (-x if at[rule] < 1 else x, y)  # left of the points at 0 degrees is room
             text.set_ha("left" if text.xyann[0] > 0 else "right")
-            if not any(text.get_window_extent().overlaps(other) for other in taken):
+            text.get_window_extent()  # puts the text where it now belongs
+            box = Text.get_window_extent(text)  # without its leader
+            if not any(box.overlaps(other) for other in taken):
                 break
-        taken.append(text.get_window_extent())
+        taken.append(box)
 
 
 def costs(ax: Axes, rows: pd.DataFrame, networks: list[str]) -> None:
