@@ -327,8 +327,8 @@ def test_a_partial_record_shows_what_it_has(ticks):
 
 def test_a_record_is_held_against_its_own_plan(plan):
     """Both kinds of runs are in the plan, so that a whole record is not refused for a setting."""
-    table, _, made, planned = claims._sources("p3_table1", "record")
-    assert set(made["configs"]) == set(planned.run) == set(table.run) and len(planned) == len(plan)
+    record, planned = claims._sources("p3_table1", "record")
+    assert set(record.sidecar["configs"]) == set(planned.run) == set(record.table.run) and len(planned) == len(plan)
 
 
 def test_texts(ticks):

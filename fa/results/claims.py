@@ -85,8 +85,9 @@ def compiled(table: str, row: dict[str, str]) -> Claim:
     return claim
 
 
-def load(folder: Path = ROOT / "data" / "claims") -> list[Claim]:
-    """The claims of every table in a folder, checked; figures in the order of ``EXPERIMENTS``.
+def load(folder: Path = ROOT / "data" / "claims", name: str | None = None) -> list[Claim]:
+    """The claims of every table in a folder, or of the one of this name, checked; figures in the order of
+    ``EXPERIMENTS``.
 
     Raises:
         UserError: a missing column or value, a repeated id, or an expression outside the grammar, naming the claim.
@@ -97,7 +98,7 @@ def load(folder: Path = ROOT / "data" / "claims") -> list[Claim]:
         figure = path.stem.removesuffix("_small")
         return order.index(figure) if figure in order else len(order), path.stem
 
-    for path in sorted(folder.glob("*.csv"), key=place):
+    for path in sorted(folder.glob(f"{name or '*'}.csv"), key=place):
         rows = read_csv(path, dtype=str, keep_default_na=False)
         if tuple(rows.columns) != COLUMNS:
             raise UserError(f"{path.name} has the columns {', '.join(rows.columns)}; give {', '.join(COLUMNS)}")
@@ -127,14 +128,18 @@ def judge(
     Raises:
         UserError: a selection that is ambiguous in this table, naming the claim.
     """
-    record = Record(table, reference, sidecar or {})
-    scope = Scope(record, claim.n_min, claim.names)
+    return _judged(claim, Record(table, reference, sidecar or {}), planned)
+
+
+def _judged(claim: Claim, record: Record, planned: pd.DataFrame | None) -> dict[str, object]:
+    """``judge``, by a record that other claims are judged by, too."""
+    table, scope = record.table, Scope(record, claim.n_min, claim.names)
     row = {c: getattr(claim, c) for c in ("id", "claim", "target", "tolerance", "criterion")}
     row |= {"target": _target(claim, scope), "measured": "", "sd": "", "n": "", "verdict": "not tested", "why": ""}
     if table is None:
         return row | {"why": "no record"}
     if planned is not None:
-        if others := sorted({*table.run} - {*planned.run}):
+        if others := sorted({*table.run.unique()} - {*planned.run}):
             return row | {"why": f"not the paper's table: {len(others)} of its runs not planned, {others[0]} first"}
         there = planned.run.isin(list(record.sidecar["configs"]))
         due = None if there.all() else planned.assign(there=there)
@@ -190,12 +195,11 @@ def verdicts(name: str | None = None, mode: str = "record") -> pd.DataFrame:
     Raises:
         UserError: a malformed criterion, naming the claim; an experiment that has no claim.
     """
-    known = load()
-    claims = [c for c in known if name in (None, c.name)]
+    claims = load(name=name)
     if not claims:
-        raise UserError(f"no claim is about {name!r}; known: {', '.join(dict.fromkeys(c.name for c in known))}")
+        raise UserError(f"no claim is about {name!r}; known: {', '.join(dict.fromkeys(c.name for c in load()))}")
     sources = {table: _sources(table, mode) for table in dict.fromkeys(c.name for c in claims)}
-    return pd.DataFrame([judge(c, *sources[c.name]) for c in claims])
+    return pd.DataFrame([_judged(c, *sources[c.name]) for c in claims])
 
 
 def counted(verdicts: pd.Series) -> str:
@@ -203,9 +207,8 @@ def counted(verdicts: pd.Series) -> str:
     return ", ".join(f"{v} {(verdicts == v).sum()}" for v in VERDICTS if (verdicts == v).any())
 
 
-def _sources(name: str, mode: str) -> tuple[pd.DataFrame | None, pd.DataFrame, dict, pd.DataFrame]:
-    """Table (None if there is none), published values, what made the table, and the figure's plan with the axes of
-    its runs."""
+def _sources(name: str, mode: str) -> tuple[Record, pd.DataFrame]:
+    """The record (its table None if there is none) and the figure's plan with the axes of its runs."""
     experiment, scale = records.figure_of(name)
     swept, runs = experiments.find(experiment).swept, experiments.plan(experiment, scale)
     plan = [{"run": c.run, "rule": c.rule, "seed": getattr(c, "seed", None), **swept(c)} for c in runs]
@@ -216,4 +219,4 @@ def _sources(name: str, mode: str) -> tuple[pd.DataFrame | None, pd.DataFrame, d
             table, made = records.union(experiment, scale, runs)
     except UserError:
         table, made = None, {}
-    return table, records.reference(name), made, pd.DataFrame(plan)
+    return Record(table, records.reference(name), made), pd.DataFrame(plan)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -101,8 +102,8 @@ def _where(column: pd.Series, wanted: list) -> np.ndarray:
 
 
 def _select(frame: pd.DataFrame, metric: str, chosen: dict, last: Callable, what: str) -> pd.DataFrame:
-    """Rows of one metric at the chosen axes. Raises where one with several values is not chosen."""
-    frame = _tidy(frame[frame.metric == metric])
+    """Of the tidy rows of one metric those at the chosen axes. Raises where an axis with several values is not
+    chosen."""
     if frame.empty:
         raise Untested(f"{what} has no {metric}")
     for axis, wanted in sorted(chosen.items(), key=lambda item: item[0] == "epoch"):  # ``last`` depends on the runs
@@ -142,12 +143,20 @@ class Record:
         reference: the published values; None only checks the form of an expression: every statistic is then 1.
         sidecar: configs and statuses of the record's runs; by default all are finished.
         planned: of a partial record every planned run: its axes, and in ``there`` whether the record has it.
+        kept: what was read from the table before, for all claims that are judged by this record.
     """
 
     table: pd.DataFrame | None = None
     reference: pd.DataFrame | None = None
     sidecar: dict = field(default_factory=dict)
     planned: pd.DataFrame | None = None
+    kept: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, what: str, of: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, made the first time."""
+        if (what, of) not in self.kept:
+            self.kept[what, of] = make()
+        return self.kept[what, of]
 
     def statistic(self, name: str, metric: str, axes: dict[str, list], minus: dict[str, list]) -> Value:
         """A statistic of one metric at some axes; of ``paired`` ``minus`` has the axes that differ on the other
@@ -197,8 +206,7 @@ class Record:
             return max(planned, default=frame.epoch.max())
 
         try:
-            table = _mismatch(self.table) if metric == "mismatch" else self.table
-            rows = _select(table, metric, axes, last, "the record")
+            rows = _select(self.once("rows", metric, lambda: self.rows(metric)), metric, axes, last, "the record")
         except Untested:
             self.survived(axes, pd.Index([]))
             raise
@@ -209,13 +217,18 @@ class Record:
         self.survived(axes, seeds.index)
         return seeds
 
+    def rows(self, metric: str) -> pd.DataFrame:
+        """The tidy rows of one metric."""
+        table = _mismatch(self.table) if metric == "mismatch" else self.table
+        return _tidy(table[table.metric == metric])
+
     def survived(self, axes: dict[str, list], have: pd.Index) -> None:
         """Raises where a run at these axes diverged and its seed is not among those at hand."""
         for run in (r for r, status in self.sidecar.get("status", {}).items() if status["state"] == "diverged"):
             config = self.sidecar.get("configs", {}).get(run, {})
             if config.get("seed") in have:
                 continue
-            config = config | self.place(run)
+            config = config | self.once("place", run, lambda run=run: self.place(run))
             shared = {a: v for a, v in axes.items() if a in config and a != "epoch" and v != ["all"]}
             asked = all(_where(pd.Series([config[a]]), v)[0] for a, v in shared.items())
             if asked:
@@ -241,7 +254,8 @@ class Record:
 
     def published(self, metric: str, axes: dict[str, list]) -> Value:
         """The published value; of per-seed rows the mean, unless the mean itself was published."""
-        rows = _select(self.reference, metric, axes, lambda frame: frame.epoch.max(), "the reference table")
+        rows = _tidy(self.reference[self.reference.metric == metric])
+        rows = _select(rows, metric, axes, lambda frame: frame.epoch.max(), "the reference table")
         rows = rows[rows.seed.isna()] if rows.seed.isna().any() else rows
         if rows.seed.isna().any() and len(rows) > 1 or rows.seed.duplicated().any():
             raise Malformed(f"{metric} is published more than once at these axes")
