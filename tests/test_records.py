@@ -44,12 +44,14 @@ def test_a_run_is_named_by_its_settings(experiment: str) -> None:
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["kinds", "all"])
 @pytest.mark.parametrize("experiment", RECORDS)
 def test_no_record_is_outgrown(experiment: str, whole: bool) -> None:
-    """One recipe of each kind: rule and names of its options, network, optimizer; the others are slow."""
+    """The first three losses of one recipe of each kind: rule and names of its options, network, optimizer. The slow
+    form compares all losses of all recipes."""
     about, moved = records.sidecar(experiment), []
     recipes = {run: Config(**about["configs"][run]) for run in about["fingerprints"]}
     kinds = {(c.rule, c.model, c.optimizer, *sorted(c.rule_options)): run for run, c in reversed(recipes.items())}
-    for run in recipes.keys() - kinds.values() if whole else kinds.values():
-        if fingerprint(recipes[run]) != about["fingerprints"][run]:
+    for run in recipes if whole else kinds.values():
+        told = about["fingerprints"][run][: 20 if whole else 3]
+        if fingerprint(recipes[run], 20 if whole else 6)[: len(told)] != told:
             moved.append(recipes[run].rule)
     assert not moved, (
         f"{experiment}: the recipe of {', '.join(moved)} changed since it was trained; raise its revision and train again"
