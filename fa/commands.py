@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -32,6 +33,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}{'' if message.endswith('?') else ';'} see {self.prog} --help")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        file = file or sys.stderr
+        file.write(message)  # argparse's own drops the error of an output that is full
+        file.flush()
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

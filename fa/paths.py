@@ -39,10 +39,14 @@ def user_folder(variable: str, default: str) -> Path:
     A tilde is the home folder, ``$NAME`` another variable, a relative path is taken from :func:`home`.
 
     Raises:
-        UserError: a tilde before the name of a user who is not known, or a variable that is not set.
+        UserError: a URL, quotes or blanks around a path (as files of settings have them, which no shell reads), a tilde
+            before the name of a user who is not known, or a variable that is not set.
     """
+    given = os.environ.get(variable) or default
+    if "://" in given or given != given.strip("'\" \t\r\n"):
+        raise UserError(f"{variable}={given!r} is no folder's path; give the path alone, no URL, no quotes, no blanks")
     try:
-        folder = Path(os.path.expandvars(os.environ.get(variable) or default)).expanduser()
+        folder = Path(os.path.expandvars(given)).expanduser()
     except RuntimeError:
         raise UserError(f"{variable}={os.environ[variable]} names the home of a user who is not known here") from None
     if "$" in "".join(folder.parts[:1]):

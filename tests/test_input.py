@@ -354,6 +354,24 @@ def test_A09_a_run_that_another_process_trains_is_said_to_be(number: int, monkey
     assert "0 of 1 runs are finished, 0 of them now, 1 is being trained by another process" in capsys.readouterr().out
 
 
+def test_A09_a_lock_that_is_refused_to_one_who_waits_is_a_sentence(monkeypatch, tmp_path: Path) -> None:
+    """A notebook that waits for another one's runs would ask again for ever."""
+    monkeypatch.setattr(store.fcntl, "flock", raises(errno.EAGAIN))
+    with pytest.raises(fa.UserError, match="cannot be locked"), store.locked(tmp_path / "lock", tmp_path):
+        pass
+    with store.locked(tmp_path / "lock", tmp_path, wait=False) as mine:
+        assert not mine
+
+
+@pytest.mark.parametrize("value", ["file:///runs", "s3://bucket/runs", "'/runs'", '"/runs"', " /runs", "/runs\n"])
+def test_A25_a_url_or_a_quoted_path_is_a_sentence(value: str, monkeypatch, capsys, folders: Path) -> None:
+    for variable in ("FA_RUNS", "FA_DATA", "FA_BUILD"):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(fa.UserError, match=f"{variable}=.* is no folder's path; give the path alone"):
+            user_folder(variable, "x")
+    assert "FA_RUNS=" in refused(ONE, capsys, folders)
+
+
 def test_A25_a_tilde_or_a_variable_is_the_home_folder_in_every_variable(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for variable, place in (
@@ -389,6 +407,7 @@ def test_A26_outside_a_clone_it_says_so(arguments: str, tmp_path: Path, monkeypa
 def test_what_reads_a_clone_says_so_outside_of_one(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(fa.paths, "ROOT", tmp_path)
     for call in (
+        report.write,
         lambda: fa.cite("p3_fig2"),
         lambda: cite.draw("p3_fig2"),
         lambda: records.read("p3_fig2"),
@@ -444,6 +463,16 @@ def test_A28_a_notebook_that_ipython_runs_in_a_session_with_variables() -> None:
     assert parameters.given(good | session, list(parameters.STANDARD)) == good
 
 
+@pytest.mark.parametrize("change", [lambda cell: f"%matplotlib inline\n{cell}", lambda cell: f"%%time\n{cell}",
+                                    lambda cell: f"!ls\n{cell}", lambda cell: f"{cell}\nfa.notebook?",
+                                    lambda cell: cell.replace("mode = 'record'\nseeds = 0", "mode, seeds = 'record', 0")])  # fmt: skip
+def test_A28_a_misspelled_name_is_seen_beside_lines_for_ipython(change) -> None:
+    good = {"mode": "record", "seeds": 0, "epochs": 0, "rules": "", "dataset": "", "device": "auto"}
+    cell = "\n".join(f"{name} = {value!r}" for name, value in good.items()) + "\nepoch = 3"
+    found = parameters.given({**good, "epoch": 3, "other": 1, "In": ["", change(cell)]}, list(parameters.STANDARD))
+    assert found == {**good, "epoch": 3}
+
+
 def test_A31_a_notebook_becomes_a_script_of_python() -> None:
     for path in (fa.ROOT / "notebooks").glob("*.ipynb"):
         told = json.loads(path.read_text(encoding="utf-8"))["metadata"]["language_info"]
@@ -484,6 +513,39 @@ def test_A34_the_cells_of_a_notebook_stay_in_one_process() -> None:
     assert scheduler.LoadScopeScheduling
 
 
+@pytest.mark.parametrize("choice", [["-k", "Cell and 2"], ["-p", "backwards"], ["--lf"]])
+def test_A34_a_notebook_runs_whole_whatever_is_chosen_of_it(choice: list[str], tmp_path: Path) -> None:
+    shutil.copy(fa.ROOT / "conftest.py", tmp_path)
+    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "outputs": [], "execution_count": None, "source": line}
+             for i, line in enumerate(("a = 1", "b = a + 1", "assert a + b == 3"))]  # fmt: skip
+    book = {"cells": cells, "metadata": {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}},
+            "nbformat": 4, "nbformat_minor": 5}  # fmt: skip
+    (tmp_path / "book.ipynb").write_text(json.dumps(book))
+    (tmp_path / "backwards.py").write_text(
+        "import pytest\n@pytest.hookimpl(trylast=True)\ndef pytest_collection_modifyitems(items): items.reverse()\n"
+    )
+    failed = tmp_path / ".pytest_cache" / "v" / "cache" / "lastfailed"
+    failed.parent.mkdir(parents=True)
+    failed.write_text('{"book.ipynb::Cell 2": true}')
+    run = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", "--collect-only", *choice]
+    done = subprocess.run(run, cwd=tmp_path, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
+    assert done.stdout.split()[:6] == [part for i in range(3) for part in ("book.ipynb::Cell", str(i))], done.stdout
+
+
+@pytest.mark.parametrize("name", ["data/records/p3_fig2.csv", "data/records/p3_fig2.json", "figures/p3_fig2.png",
+                                  "figures/p3_fig2.pdf", "REPORT.md", "notebooks/00_index.ipynb"])  # fmt: skip
+def test_A35_no_filter_of_the_reader_changes_bytes(name: str, tmp_path: Path) -> None:
+    """As Git LFS or jq, set for all repositories: records and figures have checksums."""
+    if subprocess.run(["git", "-C", fa.ROOT, "rev-parse"], capture_output=True).returncode:
+        pytest.skip("not a clone")
+    wide = tmp_path / "attributes"
+    wide.write_text("* filter=lfs ident working-tree-encoding=UTF-16 eol=crlf\n")
+    ask = ["git", "-C", fa.ROOT, "-c", f"core.attributesFile={wide}", "check-attr"]
+    ask += ["filter", "ident", "working-tree-encoding", "--", name]
+    told = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.rpartition(": ")[2] for line in told] == ["unset"] * 3
+
+
 def test_A35_no_filter_of_the_reader_strips_notebooks(tmp_path: Path) -> None:
     """With nbstripout set for all repositories, a notebook that is committed and checked out keeps its outputs."""
     done = subprocess.run(["git", "-C", fa.ROOT, "rev-parse"], capture_output=True)
@@ -508,11 +570,10 @@ def shell(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_an_output_that_is_full_is_a_sentence() -> None:
-    done = shell("fa cite p3_fig2 > /dev/full")
-    assert done.returncode == 2
-    assert done.stderr == (
-        "fa: the output cannot be used (No space left on device); make room or give access, and call again\n"
-    )
+    said = "fa: the output cannot be used (No space left on device); make room or give access, and call again\n"
+    for line, unbuffered in (("cite p3_fig2", ""), ("report --help", ""), ("--version", ""), ("--help", "1")):
+        done = shell(f"fa {line} > /dev/full", PYTHONUNBUFFERED=unbuffered)
+        assert (done.returncode, done.stderr) == (2, said), line
 
 
 def test_streams_that_are_closed_are_silence() -> None:

@@ -377,6 +377,22 @@ def test_other_weights_for_one_call_are_watched_and_the_layers_own_still_is(rule
         net(X).square().sum().backward()
 
 
+@pytest.mark.parametrize("rule", ["fa", "kp", "dfa"])
+@pytest.mark.parametrize("make", ["linear", "convolution"])
+def test_A20_tensors_that_take_the_place_of_all_parameters_train_under_the_rule(rule, make):
+    """Biases that are no ``nn.Parameter`` are added, and are no activity that their layer's weight is multiplied by."""
+    body = (
+        nn.Linear(6, 6)
+        if make == "linear"
+        else nn.Sequential(nn.Unflatten(1, (1, 1, 6)), nn.Conv2d(1, 1, 1), nn.Flatten())
+    )
+    net = fa.convert(nn.Sequential(body, nn.ReLU(), nn.Linear(6, 3)).double(), rule)
+    put = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    F.cross_entropy(torch.func.functional_call(net, put, (X,)), Y).backward()
+    F.cross_entropy(net(X), Y).backward()
+    assert all(torch.equal(put[name].grad, p.grad) for name, p in net.named_parameters())
+
+
 def test_A20_the_watch_does_not_touch_frozen_weights_or_gradients():
     net = fa.convert(mlp().requires_grad_(False), "fa")
     assert not any(p.requires_grad for p in net.parameters())

@@ -4,6 +4,7 @@ Ids in names are those of reported cases.
 """
 
 import copy
+import inspect
 import re
 import types
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -424,6 +426,65 @@ def test_A22_a_layer_may_be_called_by_keyword(rule):
     fa.convert(net, "dfa", form="dense", sample=x)
 
 
+@every_rule
+@pytest.mark.parametrize("layer, x", [(nn.Linear(6, 3), randn(4, 6)), (nn.Conv2d(1, 2, 3), randn(4, 1, 4, 4))])
+def test_A22_what_is_no_tensor_is_refused_as_by_the_stock_layer(layer, x, rule):
+    net = fa.convert(nn.Sequential(copy.deepcopy(layer)), rule)
+    for other in (x.numpy(), x.tolist(), None):
+        with pytest.raises(TypeError, match="must be Tensor, not|invalid combination of arguments"):
+            net(other)
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp"])
+def test_A22_a_convolution_with_another_weight_may_be_called_by_keyword(rule):
+    layer, x = fa.convert(nn.Conv2d(1, 2, 3), rule), torch.randn(4, 1, 4, 4)
+    assert torch.equal(layer._conv_forward(input=x, weight=layer.weight, bias=layer.bias), layer(x))
+
+
+def test_A22_direct_feedback_leaves_the_networks_signature():
+    """Hugging Face's Trainer drops the columns of a data set that ``forward`` does not name."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, pixel_values, *, labels=None):
+            return self.fc(pixel_values)
+
+    net = Net()
+    want = inspect.signature(net.forward)
+    for other in (fa.convert(net, "dfa"), copy.deepcopy(net), fa.convert(net, "bp")):
+        assert inspect.signature(other.forward) == want
+
+
+def test_A22_a_block_is_cut_at_its_first_tensor_whatever_stands_before_it():
+    class BasicBlock(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, scale, x):
+            return x + scale * torch.tanh(self.fc(x))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.block, self.out, self.key = nn.Linear(6, 8), BasicBlock(), nn.Linear(8, 3), True
+
+        def forward(self, x):
+            h = torch.tanh(self.one(x))
+            return self.out(self.block(scale=2.0, x=h) if self.key else self.block(2.0, h))
+
+    net, x, e = fa.convert(oracles.fixed_weights(Net().double()), "dfa", tap="block"), randn(4, 6, seed=1), randn(4, 3)
+    for net.key in (True, False):
+        net.zero_grad()
+        net(x).backward(e)
+        with torch.no_grad():
+            delta = (1 - torch.tanh(net.one(x)) ** 2) * (e @ net.block.fc.feedback.B)
+        assert apart(net.one.weight.grad, delta.T @ x) < 1e-13
+
+
 def ragged(net, rows, lengths):
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     return net(torch.nested.nested_tensor_from_jagged(rows, offsets)).values()
@@ -668,6 +729,20 @@ def test_A29_torch_func_is_refused_in_a_sentence(rule):
         assert apart(torch.vmap(net)(x), net(x)) < 1e-14
 
 
+@pytest.mark.parametrize("rule", ["fa", "kp", "pfa", "wm"])
+def test_A29_forward_mode_is_refused_in_a_sentence(rule):
+    net, x, _ = oracles.mlp(6, 9, 3)
+    fa.convert(net, rule)
+    for run in (
+        lambda: torch.func.linearize(net, x),
+        lambda: torch.autograd.functional.jacobian(net, x, vectorize=True, strategy="forward-mode"),
+    ):
+        with pytest.raises(RuntimeError, match="torch.func .*does not pass through a learning rule"):
+            run()
+        with fa.exact_backprop(net):
+            run()
+
+
 @every_rule
 def test_A29_an_ensemble_is_refused_in_a_sentence_and_evaluated(rule):
     nets, x = [fa.convert(oracles.mlp(6, 9, 3, seed=seed)[0], rule) for seed in (1, 2)], randn(4, 6)
@@ -747,6 +822,40 @@ def test_A33_feedback_is_where_the_weights_are_whatever_the_default_device(rule,
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("rule, options", [("brsf", {}), ("frozen", {"every": 1}), ("wm", {}), ("fa", {"clamp_forward": True}),
+                                           ("pfa", {"implicit": True})])  # fmt: skip
+def test_A33_a_step_on_the_meta_device_is_one(rule, options):
+    net = fa.convert(oracles.mlp(6, 8, 3)[0], rule, **options).to("meta")
+    opt = torch.optim.SGD(fa.param_groups(net, lr=0.1))
+    for _ in range(3):
+        opt.zero_grad()
+        net(torch.empty(4, 6, dtype=torch.float64, device="meta")).sum().backward()
+        opt.step()
+    fa.after_step(net)
+
+
+def test_A33_fake_weights_are_to_be_loaded_first():
+    with FakeTensorMode(), pytest.raises(fa.UserError, match="weight of 0 is on the meta device; load the weights"):
+        fa.convert(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), "fa")
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("rule", ["fa", "usf", "brsf", "kp", "pfa_o", "wm", "ia", "sa", "aa", "frozen", "dfa"])
+def test_a_layer_of_width_zero_is_one(rule):
+    for a, b, c in ((0, 3, 3), (3, 0, 3)):
+        net = fa.convert(nn.Sequential(nn.Linear(a, b), nn.Linear(b, c)), rule)
+        net(torch.randn(4, a)).sum().backward()
+        assert torch.equal(net[1].bias.grad, torch.full((c,), 4.0))
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "wm", "ia", "aa", "dfa"])
+@pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_sparse_csc])
+def test_a_sparse_input_gets_the_gradient_of_a_dense_one(rule, sparse):
+    net, x, y = oracles.mlp(6, 9, 3)
+    want = grads(fa.convert(net, rule), x, y)
+    assert all(apart(got, want[n]) < 1e-13 for n, got in grads(net, sparse(x), y).items())
+
+
 def test_A33_weights_on_the_meta_device_are_to_be_loaded_first():
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
@@ -821,6 +930,19 @@ def test_A11_classes_before_tokens_are_refused_also_where_there_are_as_many(toke
     net = fa.convert(Turned(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), "dfa")
     with pytest.raises(RuntimeError, match=r"no error for each row.*no axes exchanged"):
         net(torch.randn(2, tokens, 6))
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_A11_classes_before_samples_are_refused_also_where_there_are_as_many(n):
+    class Turned(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).t()  # (classes, n)
+
+    net = fa.convert(Turned(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), "dfa")
+    with pytest.raises((RuntimeError, fa.UserError), match="the network's output has shape"):
+        net(torch.randn(n, 6))
+    net.__class__ = nn.Sequential
+    fa.convert(net, "dfa")(torch.randn(n, 6)).sum().backward()
 
 
 @pytest.mark.parametrize("first", ["samples", "tokens"])

@@ -150,9 +150,7 @@ def revert(net: nn.Module) -> nn.Module:
     """
     layers = converted(net).values()
     if late := [m.feedback.layer_name for m in layers if nn.utils.parametrize.is_parametrized(m.place[0])]:
-        raise UserError(
-            f"layers {', '.join(late)} were parametrized after fa.convert; remove the parametrizations first"
-        )
+        raise UserError(f"layers {', '.join(late)} were parametrized after fa.convert; remove that first")
     tapes = _tapes([layer.feedback for layer in layers])
     for module in net.modules():
         unwatch(module)

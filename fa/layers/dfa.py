@@ -153,7 +153,7 @@ class DirectFeedback(nn.Module):
         return self._tap(x, layer)
 
     def _tap(self, x: Tensor, layer: nn.Module | None) -> Tensor:
-        if self.bypassed():
+        if self.bypassed(x):
             self.exact |= torch.is_grad_enabled()
             return x
         if x.is_nested:
@@ -176,9 +176,9 @@ class DirectFeedback(nn.Module):
             self.tape.add(x, self.spread(layer, x) if kernel else (self.B, None, None), self)
         return x.detach()
 
-    def bypassed(self) -> bool:
+    def bypassed(self, x: Any) -> bool:
         """Whether the forward pass at hand is the stock layer's."""
-        return self.use_backprop or not torch.is_grad_enabled()
+        return self.use_backprop or not (torch.is_grad_enabled() and isinstance(x, Tensor))
 
     def own_gradient(self, grad: Tensor) -> bool:
         """As :meth:`fa.layers.feedback.Feedback.own_gradient`; the stock operations of this layer leave no mark."""

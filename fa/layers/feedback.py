@@ -137,7 +137,7 @@ class Feedback(nn.Module):
 
     def few(self, dy: Tensor, W: Tensor) -> bool:
         """Whether a product of weights costs more than the error through its factors: samples, positions < outputs."""
-        return self.op.groups == 1 and dy.numel() // W.shape[0] < W.shape[0]
+        return self.op.groups == 1 and dy.numel() < W.shape[0] ** 2
 
     def send(self, known: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
         """(dx, W), or (None, K) where the error is to go through the kernel K."""
@@ -188,10 +188,10 @@ class Feedback(nn.Module):
         if all(prefix + name in state_dict for name in self.names):
             self.seen = None  # weight and feedback were loaded together
 
-    def bypassed(self) -> bool:
-        """Whether the forward pass at hand is the stock layer's: none to differentiate, or exact backprop asked for; a
-        reentrant gradient checkpoint that began under exact backprop runs again under it, wherever that is."""
-        if not torch.is_grad_enabled():
+    def bypassed(self, x: Any) -> bool:
+        """Whether the forward pass at hand is the stock layer's: an ``x`` that is no tensor, no graph to make, or exact
+        backprop; a reentrant gradient checkpoint that began under that runs again under it, wherever that is."""
+        if not (torch.is_grad_enabled() and isinstance(x, Tensor)):
             if self.use_backprop and (node := passes.running()):
                 node.exact = True
             return True

@@ -125,7 +125,7 @@ class FeedbackLinear(Converted, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Shapes: input (..., in) -> (..., out), as ``nn.Linear``."""
-        if self.feedback.bypassed():
+        if self.feedback.bypassed(input):
             return super().forward(input)
         W = self.weight
         if not (torch.compiler.is_compiling() or W._backward_hooks):  # computed, or put here past register_parameter
@@ -136,20 +136,20 @@ class FeedbackLinear(Converted, nn.Linear):
 class FeedbackConv2d(Converted, nn.Conv2d):
     """``nn.Conv2d`` whose error goes down through ``self.feedback``; made by :func:`fa.convert`, never constructed."""
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Shapes: x (n, in, h, w) or (in, h, w) -> (n, out, h', w') or (out, h', w'), as ``nn.Conv2d``."""
-        if self.feedback.bypassed():
-            return super()._conv_forward(x, weight, bias)
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Shapes: input (n, in, h, w) or (in, h, w) -> (n, out, h', w') or (out, h', w'), as ``nn.Conv2d``."""
+        if self.feedback.bypassed(input):
+            return super()._conv_forward(input, weight, bias)
         if not (torch.compiler.is_compiling() or weight._backward_hooks):
             self.rewatch()
         op = self.feedback.op
         if op.told != (self.stride, self.padding, self.dilation):  # set since, as networks for dense predictions do
             op.__init__(**geometry(self), sizes=op.sizes, gen=op.gen)
         if op.pad:  # an ordinary operation before the linear map; autograd carries the error through it exactly
-            x = F.pad(x, op.pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-        if x.dim() == 3:
-            return self.feedback.forward(x.unsqueeze(0), weight, bias).squeeze(0)
-        return self.feedback.forward(x, weight, bias)
+            input = F.pad(input, op.pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        if input.dim() == 3:
+            return self.feedback.forward(input.unsqueeze(0), weight, bias).squeeze(0)
+        return self.feedback.forward(input, weight, bias)
 
 
 Feedback.classes = {nn.Linear: FeedbackLinear, nn.Conv2d: FeedbackConv2d}

@@ -54,7 +54,7 @@ def traced_effect(call: Callable[..., Any], *args: Any) -> Any:
 
 NO_FUNCTORCH = (
     "torch.func (grad, vmap, jvp) does not pass through a learning rule: call loss.backward() or torch.autograd.grad, "
-    "or differentiate plain backprop, fa.convert(net, 'bp')"
+    "or differentiate plain backprop, within fa.exact_backprop(net)"
 )
 
 NO_SECOND = b"a rule's gradient has no derivative (penalty, Hessian): run both its passes within fa.exact_backprop(net)"
@@ -152,6 +152,10 @@ class LocalBackward(torch.autograd.Function):
         grads = fb.gradient_from(known) if learns else {}
         mine = (grads[name] if learns and need else None for name, need in zip(fb.names, need_state))
         return dx if sent is None else sent, dW, db, None, *mine
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        raise RuntimeError(NO_FUNCTORCH)
 
 
 class ExactBackward(LocalBackward):

@@ -19,6 +19,7 @@ _PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution",
 _PRODUCTS += ("Trilinear", "MkldnnRnn", "CudnnRnn", "ScaledDotProduct")  # names begin so
 _PASSES = ("LocalBackward", "ExactBackward")  # of a converted layer
 _SUMS = ("Add", "Sub", "Rsub", "Cat", "Stack")  # a sum of a weight and activity is no product
+_ADDEND = {"Addmm": 0, "Baddbmm": 0, "Addbmm": 0, "Addmv": 0, "Convolution": 2, "Linear": 2}  # nor with this input
 _last: tuple[int, dict[int, str]] = (-1, {})  # the backward pass last looked at: its number, and what was found
 
 
@@ -110,8 +111,9 @@ class Graph:
                     if fb and not fb.traced:
                         return "compiled"
                     continue
-                beside = [child for i, (child, _) in enumerate(node.next_functions) if i != slot]
-                joining = name.partition("Backward")[0] not in _SUMS if fb else name.startswith(_PRODUCTS)
+                kind = name.partition("Backward")[0]
+                beside = [n for i, (n, _) in enumerate(node.next_functions) if i not in (slot, _ADDEND.get(kind))]
+                joining = kind not in _SUMS if fb else name.startswith(_PRODUCTS)
                 if joining and any(map(joins, beside)):
                     return "another module reads it directly"
                 if with_constant(node) and name[:9] != "Embedding" if direct else not fb and node in self.active:

@@ -180,7 +180,7 @@ def _changed(layer: nn.Module) -> bool:
     """Whether the weight has other values than when it was noted; on a GPU only where its version says so, because the
     host would wait. In-place operations raise it, but not those on ``weight.data``, and not fused optimizers."""
     version, kept = layer.feedback.seen
-    if layer.weight.is_cuda and layer.weight._version == version:
+    if layer.weight.is_meta or (layer.weight.is_cuda and layer.weight._version == version):
         return False
     note_weight(layer)
     now = layer.feedback.seen[1]
@@ -217,7 +217,7 @@ def act(layer: nn.Module) -> None:
                     f"clamp_forward cannot hold the norm of layer {fb.layer_name!r}, whose weight is computed from "
                     f"other parameters; remove the parametrization, or convert without clamp_forward"
                 )
-    if fb.after_args is not None:
+    if fb.after_args is not None and not W.is_meta:  # which has no values, nor has the count of steps
         fb.after_step(W)
     fb.stepped(W)
 

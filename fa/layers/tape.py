@@ -8,6 +8,7 @@ comes to it there, and one sent error lives at a time.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -127,6 +128,7 @@ class Tape:
         self.own = vars(self.net).get("forward")  # one that somebody set on this network alone
         # no bound method, whose function others, as Accelerate, take and bind to the network
         self.net.forward = self.wrapper = partial(Tape.forward, self)
+        vars(self.wrapper)["__signature__"] = inspect.signature(self.own or partial(type(self.net).forward, self.net))
         for block in self.blocks:
             first = next(m for m in block.modules() if isinstance(m, Converted))
             self.handles.append(block.register_forward_pre_hook(partial(_cut, first), with_kwargs=True))
@@ -190,8 +192,8 @@ class Tape:
         if kind in ("LogSoftmax", "Softmax", "LogSigmoid", "Sigmoid"):
             raise UserError(f"dfa sends the error of logits: let the network return them, and leave {kind} to the loss")
         strides, chosen = [stride for stride, n in zip(out.stride(), out.shape) if n != 1], []
-        # axes that lie in memory in another order than a layer makes them have been exchanged
-        exchanged = len(strides) > 2 and strides != sorted(strides, reverse=True)
+        # axes that lie in memory in another order than a layer makes them have been exchanged; two unlike sizes tell
+        exchanged = len(strides) > len({*out.shape[-2:]}) and strides != sorted(strides, reverse=True)
         for name, taps in self.taps:
             fitting = [tap for tap in taps if tap.shape == out.shape]
             fitting = fitting or [tap.view(out.shape) for tap in taps if tap.squeeze().shape == out.squeeze().shape]
@@ -212,23 +214,16 @@ def _misfit(out: Tensor, layer: str, taps: list[Tensor]) -> Exception:
             return UserError(f"{got}, one error a sample, and its feedback {classes} classes; convert(..., classes=1)")
     takes = "dfa takes (n, classes), (n,) or, with as many tokens in every layer, (n, tokens, classes)"
     if out.dim() > 2 and len(leading) < 2:
-        return UserError(
-            f"{got}, and layer {layer!r} one error for each of {leading} samples: {takes}; a dense prediction needs "
-            "another rule, such as 'fa'"
-        )
-    return RuntimeError(
-        f"{got}, which has no error for each row of the input of layer {layer!r}, with leading axes {tuple(leading)}: "
-        f"{takes}, samples first, no axes exchanged"
-    )
+        why = f"one error for each of {leading} samples: {takes}; a dense prediction needs another rule, such as 'fa'"
+        return UserError(f"{got}, and layer {layer!r} {why}")
+    where = f"each row of the input of layer {layer!r}, with leading axes {tuple(leading)}"
+    return RuntimeError(f"{got}, which has no error for {where}: {takes}, samples first, no axes exchanged")
 
 
 def _cut(layer: nn.Module, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A forward pre-hook of a block: cut the graph at its first input with the B_l of ``layer``."""
-    feedback = getattr(layer, "feedback", None)
-    if hasattr(feedback, "tape"):  # or another rule by now
-        if args:
-            args = feedback.tap(args[0], layer), *args[1:]
-        else:
-            first = next(iter(kwargs))
-            kwargs = kwargs | {first: feedback.tap(kwargs[first], layer)}
-    return args, kwargs
+    """A forward pre-hook of a block: cut the graph at the first input that has one, with the B_l of ``layer``."""
+    feedback, given = getattr(layer, "feedback", None), dict(enumerate(args)) | kwargs
+    first = next((key for key, x in given.items() if isinstance(x, Tensor) and x.requires_grad), None)
+    if hasattr(feedback, "tape") and first is not None:  # or another rule by now
+        given[first] = feedback.tap(given[first], layer)
+    return tuple(given.pop(i) for i in range(len(args))), given

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from fa.errors import UserError
@@ -19,9 +20,7 @@ _REFUSED_NAMES = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2", "DeformC
 # Names of tensors that are added to activity; and, if their shape repeats them over samples, of tokens and of scales.
 _ADDED = re.compile(r"(^|_)(pos(_|$|emb|ition)|bias)")
 _TOKEN, _SCALE = re.compile("token|emb"), re.compile("norm|scale|gamma|alpha|beta|temperature")
-_COMPUTED = (
-    "its weight is computed from others: take parametrization, pruning off, and put it on again after fa.convert"
-)
+_COMPUTED = "its weight is computed from others: take parametrization, pruning off, and put it on after fa.convert"
 _INTERNAL = vars(nn.Module()).keys()  # attributes that every module has
 Found = tuple[dict[str, nn.Module], list[tuple[nn.Module, str, Tensor]], set[str]]
 
@@ -126,9 +125,9 @@ def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[
         if why or isinstance(m, nn.MultiheadAttention):
             continue
         if layer:
-            if m.weight.is_meta or m.weight.is_inference():
-                why = "on the meta device; load the weights"
-                why = why if m.weight.is_meta else "of inference mode; make it outside"
+            empty = m.weight.is_meta or isinstance(m.weight, FakeTensor)  # which is on the meta device underneath
+            if empty or m.weight.is_inference():
+                why = "on the meta device; load the weights" if empty else "of inference mode; make it outside"
                 raise UserError(f"the weight of {name or 'the root'} is {why}, then convert")
             found[name] = m
         for key, t in own[name].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,11 +60,12 @@ def given(namespace: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
 
 
 def _assigned(source: str) -> list[str]:
-    """Names that a cell assigns at its top level; none if it is not plain Python."""
+    """Names that a cell assigns at its top level; none if it is not Python, lines for IPython or a shell aside."""
     try:
-        body = ast.parse(source).body
+        body = ast.parse(re.sub(r"(?m)^[%!?].*$|^.*\?$", "", source)).body
     except SyntaxError:
         return []
     targets = [t for s in body if isinstance(s, ast.Assign) for t in s.targets]
     targets += [s.target for s in body if isinstance(s, ast.AnnAssign)]
-    return [t.id for t in targets if isinstance(t, ast.Name)]
+    flat = [t for target in targets for t in (target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target])]
+    return [t.id for t in flat if isinstance(t, ast.Name)]

@@ -19,7 +19,7 @@ import pandas as pd
 
 from fa import citations, experiments
 from fa.errors import UserError
-from fa.paths import ROOT, read_json, write_bytes
+from fa.paths import ROOT, need_repository, read_json, write_bytes
 from fa.plot import RULE_STYLE
 from fa.results import claims, plan, records
 from fa.results.markdown import claims_table, common_start, labelled, markdown
@@ -50,7 +50,8 @@ def render() -> dict[Path, str]:
 
 
 def write() -> list[Path]:
-    """Write what ``render`` returns; returns the paths."""
+    """Write what ``render`` returns; returns the paths. Outside a clone of the repository it raises UserError."""
+    need_repository()
     rendered = render()
     for path, text in rendered.items():
         write_bytes(path, text.encode())

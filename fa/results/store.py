@@ -272,10 +272,10 @@ def locked(path: Path, guarded: Path, wait: bool = True) -> Iterator[bool]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
         except OSError as error:
+            if isinstance(error, BlockingIOError) and not wait:
+                yield False
+                return
             raise UserError(
                 f"{path.parent} cannot be locked (flock: {error.strerror}), so that two processes could train one run; "
                 "set FA_RUNS and FA_BUILD to folders on a file system with locks, e.g. a local disk"

@@ -69,7 +69,7 @@ def _fits(value: Any, kind: str) -> bool:
 
 def fans(W: Tensor) -> tuple[int, int]:
     """(fan_in, fan_out) of a weight ``(out, in / groups, *kernel)``, as ``torch.nn.init`` counts them."""
-    receptive = W[0, 0].numel()
+    receptive = math.prod(W.shape[2:])
     return W.shape[1] * receptive, W.shape[0] * receptive
 
 
@@ -83,8 +83,8 @@ def float64(x: Tensor) -> Tensor:
 
 
 def rms(W: Tensor) -> float:
-    """Root mean square of the entries of ``W``."""
-    return float64(W).square().mean().sqrt().item()
+    """Root mean square of the entries of ``W``; 1 of none."""
+    return float64(W).square().mean().sqrt().item() if W.numel() else 1.0
 
 
 def uniform(shape: tuple[int, ...], std: float, like: Tensor, gen: torch.Generator) -> Tensor:
@@ -118,8 +118,8 @@ def channel_product(A: Tensor, M: Tensor) -> Tensor:
 
     With one group ``A`` is an ordinary (out, mid) matrix and this is ``A @ M`` over the first axis of ``M``.
     """
-    flat = M.reshape(*A.shape[:-2], A.shape[-1], -1)  # (mid, in, *kernel) -> (..., mid/g, in * kernel)
-    return (A @ flat).reshape(-1, *M.shape[1:])  # (..., out/g, in * kernel) -> (out, in, *kernel)
+    flat = M.reshape(*A.shape[:-2], A.shape[-1], math.prod(M.shape[1:]))  # -> (..., mid/g, in * kernel)
+    return (A @ flat).reshape(math.prod(A.shape[:-1]), *M.shape[1:])  # (..., out/g, in * kernel) -> (out, in, *kernel)
 
 
 def terms_of(kernel: Tensor | Terms, mask: Tensor | None) -> Terms:
@@ -198,7 +198,7 @@ class Rule:
         if self.init == "match":
             return size if (size := rms(W)) < math.inf and self.learned else self.nonzero(size, "init")
         fan_in, fan_out = fans(W)
-        variance: dict[Any, float] = {"xavier": 2 / (fan_in + fan_out), "kaiming": 1 / (3 * fan_in)}
+        variance: dict[Any, float] = {"xavier": 2 / max(fan_in + fan_out, 1), "kaiming": 1 / max(3 * fan_in, 1)}
         return math.sqrt(variance[self.init]) if self.init in variance else float(self.init)
 
     def nonzero(self, size: float, option: str, layer: str = "") -> float:

@@ -99,7 +99,7 @@ class Primitives(Estimate):
             y = up(W) if y is None else y
             y = torch.relu(y) if self.activation else y
             if n:
-                back = op.grad_input(y, (n * B).to(x.dtype), x).sub_(x, alpha=a)  # (n, out) (out, in) -> (n, in)
+                back = op.grad_input(y, (n * B).to(x.dtype), x).sub_(x.to_dense(), alpha=a)  # -> (n, in)
                 data = op.grad_weight(back, y, W)
                 data = data + op.grad_weight(x, up(p * B), W) if p else data
             elif p:
@@ -110,7 +110,9 @@ class Primitives(Estimate):
                 data = op.grad_weight(x, y, W).mul_(-a)
         # samples (every token is one), or samples times output positions
         every = self.positions == "mean" or W.dim() == 2
-        data = data.to(B.dtype).div_(max(dy.numel() // W.shape[0] if every else dy.shape[0], 1))  # 1: an empty batch
+        data = data.to(B.dtype).div_(
+            max(dy.numel() // max(W.shape[0], 1) if every else dy.shape[0], 1)
+        )  # 1: an empty batch
         if self.decay:
             data.add_(B, alpha=2 * self.decay)
         return {"B": data.sub_(W, alpha=self.self_) if self.self_ else data}  # (out, in)
