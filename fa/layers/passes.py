@@ -153,10 +153,6 @@ class LocalBackward(torch.autograd.Function):
         mine = (grads[name] if learns and need else None for name, need in zip(fb.names, need_state))
         return dx if sent is None else sent, dW, db, None, *mine
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        raise RuntimeError(NO_FUNCTORCH)
-
 
 class ExactBackward(LocalBackward):
     """Plain backprop with the saved tensors of :class:`LocalBackward`, so that a gradient checkpoint that began under

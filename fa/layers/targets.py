@@ -20,7 +20,7 @@ _REFUSED_NAMES = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2", "DeformC
 # Names of tensors that are added to activity; and, if their shape repeats them over samples, of tokens and of scales.
 _ADDED = re.compile(r"(^|_)(pos(_|$|emb|ition)|bias)")
 _TOKEN, _SCALE = re.compile("token|emb"), re.compile("norm|scale|gamma|alpha|beta|temperature")
-_COMPUTED = "its weight is computed from others: take parametrization, pruning off, and put it on after fa.convert"
+_COMPUTED = "its weight is computed from others: take parametrization, pruning off, and put on again after fa.convert"
 _INTERNAL = vars(nn.Module()).keys()  # attributes that every module has
 Found = tuple[dict[str, nn.Module], list[tuple[nn.Module, str, Tensor]], set[str]]
 
