@@ -153,7 +153,9 @@ def parser() -> argparse.ArgumentParser:
 
     figure = command("figure", "draw a figure again from its record, in another width or format")
     figure.add_argument("figure", metavar="FIGURE", help="a name in figures/, e.g. p3_fig2")
-    figure.add_argument("--width", type=float, default=0, help="inches, e.g. 3.5 or 7.2 (default: the figure's own)")
+    figure.add_argument(
+        "--width", type=float, default=0, help="inches; 3.5 is a column, 7.2 a page (default: the figure's own)"
+    )
     figure.add_argument("--format", default="pdf,svg,png", help="of pdf, svg, png (default: all three)")
     return whole
 

@@ -8,10 +8,13 @@ import shutil
 import subprocess
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 import fa
+from fa import plot
 from fa.__main__ import main
-from fa.results import cite
+from fa.results import cite, layout
 
 FIGURES = sorted(p.stem for p in (fa.ROOT / "figures").glob("*.json"))
 
@@ -70,9 +73,9 @@ def test_unknown_figures_and_formats_are_refused(capsys: pytest.CaptureFixture[s
     assert "unknown format 'gif'; known: pdf, svg, png" in capsys.readouterr().err
     assert main(["figure", "p3_fig2", "--width", "-1"]) == 2
     assert "width=-1 must be 1 to 40 inches" in capsys.readouterr().err
-    assert main(["figure", "p1_signs", "--width", "3.5"]) == 2
+    assert main(["figure", "p3_table1", "--width", "3.5"]) == 2  # a table of one panel
     told = re.search(
-        r"does not fit into 3.5 inches: '.*' (meets|is cut).*least width is about ([\d.]+)", capsys.readouterr().err
+        r"does not fit into 3.5 inches: .* (meets|is cut).*least width is about ([\d.]+)", capsys.readouterr().err
     )
     assert told and 3.5 < float(told[2]) < 7.2
 
@@ -90,6 +93,66 @@ def test_a_figure_in_another_width_and_as_svg(monkeypatch: pytest.MonkeyPatch, t
     (again,) = cite.draw("p1_signs", 5.2, ["svg"], tmp_path / "again")
     assert again.read_bytes() == svg
     assert (fa.ROOT / "figures" / "p1_signs.pdf").read_bytes() == before
+
+
+def rows_of(fig: Figure) -> list[tuple[float, float, str]]:
+    """Top (from the top of the figure, inches), left and letter of each panel, as one reads them."""
+    places = [(ax.get_subplotspec().get_position(fig), ax.get_title("left")) for ax in fig.axes]
+    return sorted((round(-box.y1 * fig.get_figheight(), 1), round(box.x0, 2), letter) for box, letter in places)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "p1_signs",
+        "p3_sparse",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("p1_concordance", "p1_representations_small", "p2_lag_rates", "x_precision_cifar")
+        ),
+    ],
+)
+def test_a_figure_fits_into_one_column(name: str) -> None:
+    own = cite._drawn(name)
+    with plot.style():
+        fig, _ = layout.fit(own, 3.5)
+        assert fig and fig.get_figwidth() == 3.5 and fig.get_figheight() <= layout.HIGHEST
+        assert layout.flaws(fig).keys() <= layout.flaws(own).keys(), "no text meets another"
+    assert own.get_figwidth() == 7.2, "the own one stays"
+    panels = rows_of(fig)
+    assert len(panels) == len(own.axes) and len({place[0] for place in panels}) > 1
+    letters = [letter for *_, letter in panels if letter]
+    assert letters == sorted(letters) == sorted(ax.get_title("left") for ax in own.axes if ax.get_title("left"))
+    shown = [[t.get_text() for t in legend.texts] for legend in fig.findobj(Legend)]
+    assert shown == [[t.get_text() for t in legend.texts] for legend in own.findobj(Legend)]
+    for ax in fig.axes:
+        assert ax.get_ylabel() or rows_of(fig)[0][1] < ax.get_subplotspec().get_position(fig).x0, "labels at the edge"
+
+
+def test_what_panels_shared_is_shown_again_and_a_legend_hides_nothing() -> None:
+    """Two rows of four panels, the columns named above and the axes labelled outside alone."""
+    names = ["one", "two", "three", "four"]
+    with plot.style():
+        own, ax = plot.figure([["first", *[f"{m} {n}" for n in names]] for m in "ab"], height=3)
+        ax.pop("first").set(ylabel="Another value", title="")
+        for (m, n), a in {tuple(k.split()): a for k, a in ax.items()}.items():
+            a.plot([16, 40], [0.93, 0.93], label="a line")
+            a.set(xlim=(0, 40), xticks=range(0, 41, 10), xlabel="Epoch" * (m == "b"), ylim=(0, 1))
+            a.set(title=n if m == "a" else "", ylabel=f"The value that row {m} has" if n == "one" else "")
+            a.tick_params(labelbottom=m == "b", labelleft=n == "one")
+        ax["b four"].legend(loc="upper left", handlelength=0.1)
+        plot.letters([own.axes[0], ax["a one"], ax["b one"]])
+        fig, worse = layout.fit(own, 2.6)
+        assert fig and worse, "it does not fit as it is"
+    panels = {a.get_label(): a for a in fig.axes}
+    assert [letter for *_, letter in rows_of(fig)] == ["a", "b", "", "", "", "c", "", "", ""]
+    assert [panels[f"b {n}"].get_title() for n in names] == names, "the column is far"
+    assert {panels[f"a {n}"].get_xlabel() for n in names} == {"Epoch"}
+    for n in ("one", "three"):
+        assert " ".join(panels[f"a {n}"].get_ylabel().split()) == "The value that row a has"
+        assert panels[f"a {n}"].yaxis.get_tick_params()["labelleft"]
+    four = panels["b four"]
+    assert not layout._covered(four) and four.get_legend().get_window_extent().y1 < four.get_window_extent().y0
 
 
 def test_the_template_is_a_report_of_every_form(tmp_path) -> None:

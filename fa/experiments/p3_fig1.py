@@ -276,8 +276,8 @@ def draw(page: Page) -> Figure:
     cell, tall, columns = plot.WIDTH["double"] / 4, 2.5, 4
     rows = -(-(len(circuits) + 1) // columns)
     fig = plt.figure(figsize=(plot.WIDTH["double"], rows * tall))
-    spots = [divmod(i, columns) for i in range(len(circuits) + 1)]
-    places = [fig.add_axes((j / columns, 1 - (i + 1) / rows, 1 / columns, 1 / rows)) for i, j in spots]
+    grid = fig.add_gridspec(rows, columns, left=0, bottom=0, right=1, top=1, wspace=0, hspace=0)
+    places = [fig.add_subplot(grid[i]) for i in range(len(circuits) + 1)]
     for ax in places:
         ax.set(xlim=(0, cell), ylim=(-0.2, tall - 0.2))
         ax.axis("off")

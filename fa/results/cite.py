@@ -4,22 +4,19 @@ and the same figure in another width or format, redrawn from its record."""
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from io import BytesIO
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa import citations, plot, provenance
 from fa.errors import UserError, unknown
 from fa.paths import ROOT, need_repository, read_json, write_bytes
-from fa.results import records
+from fa.results import layout, records
 from fa.results.page import Page
 
 if TYPE_CHECKING:
-    from matplotlib.axis import Tick
     from matplotlib.figure import Figure
 
 FORMATS = ("text", "markdown", "latex", "bibtex")
@@ -68,8 +65,8 @@ def draw(name: str, width: float = 0, formats: Sequence[str] = tuple(FILES), fol
 
     Args:
         name: of a file in figures/, such as "p3_fig2".
-        width: inches (default 0: the figure's own). The height changes with its square root, so that panels stay
-            readable; fonts keep their size.
+        width: inches (default 0: the figure's own). Fonts keep their size. Where texts would meet, panels stand in
+            fewer columns, in the order of their letters, and the figure is higher, at most a page.
         formats: of "pdf", "svg" and "png", each counted once (default: all). Text stays text in pdf and svg.
         folder: where to (default: build/figures; the files in figures/ stay as they are).
 
@@ -78,7 +75,7 @@ def draw(name: str, width: float = 0, formats: Sequence[str] = tuple(FILES), fol
 
     Raises:
         UserError: an unknown figure or format, a width that is not between 1 and :data:`WIDEST` inches or at which
-            texts of the figure meet or are cut off, or the folder cannot be written.
+            texts of the figure meet or are cut off in any columns, or the folder cannot be written.
     """
     _sidecar(name)
     for format in formats:
@@ -86,10 +83,9 @@ def draw(name: str, width: float = 0, formats: Sequence[str] = tuple(FILES), fol
             raise unknown("format", format, FILES)
     if width and not 1 <= width <= WIDEST:
         raise UserError(f"width={width:g} must be 1 to {WIDEST} inches; a column has about 3.5, a page about 7.2")
-    experiment, mode = records.figure_of(name)
-    fig = import_module(f"fa.experiments.{experiment}").draw(Page(experiment, scale=mode if mode == "small" else ""))
+    fig = _drawn(name)
     if width:
-        _resize(fig, name, width)
+        fig = _resized(fig, name, width)
     folder = folder or records.build("figures")
     paths = []
     with plot.style():
@@ -99,46 +95,26 @@ def draw(name: str, width: float = 0, formats: Sequence[str] = tuple(FILES), fol
     return paths
 
 
-def _resize(fig: Figure, name: str, width: float) -> None:
-    """Another width, or a UserError with the least width at which no text is worse off than in the figure's own."""
-    own, height = fig.get_size_inches()
+def _drawn(name: str) -> Figure:
+    experiment, mode = records.figure_of(name)
+    return import_module(f"fa.experiments.{experiment}").draw(Page(experiment, scale=mode if mode == "small" else ""))
+
+
+def _resized(fig: Figure, name: str, width: float) -> Figure:
+    """The figure in another width, or a UserError with the least one in which no text is worse off than in its own."""
+    own = float(fig.get_figwidth())
     with plot.style():
-        before = _clashes(fig)
-
-        def worse(inches: float) -> set[str]:
-            fig.set_size_inches(inches, height * (inches / own) ** 0.5)
-            return _clashes(fig) - before
-
-        if not (found := worse(width)):
-            return
+        fitted, found = layout.fit(fig, width)
+        if fitted:
+            return fitted
         low, high = round(10 * width), round(10 * own)  # tenths of an inch: too narrow, wide enough
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if worse(middle / 10) else (low, middle)
+            low, high = (low, middle) if layout.fit(fig, middle / 10)[0] else (middle, high)
     raise UserError(
         f"{name} does not fit into {width:g} inches: {min(found)}" + (f", and {len(found) - 1} more" * (len(found) > 1))
         + f"; its least width is about {high / 10:g} inches, its own {own:g} (a page can show the file smaller)"
     )  # fmt: skip
-
-
-def _clashes(fig: Figure) -> set[str]:
-    """Which texts of a figure, as it is drawn, meet each other or are cut off, in words."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the layout: panels without room are seen by their texts
-        fig.draw_without_rendering()
-    from matplotlib.text import Text
-
-    axes = [axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]
-    unseen = {t.label1 for axis in axes for t in axis.get_major_ticks() if not _within(t, *axis.get_view_interval())}
-    texts = [t for t in fig.findobj(Text) if t.get_visible() and t.get_text().strip() and t not in unseen]
-    boxes = [(t.get_text().replace("\n", " "), t.get_window_extent().shrunk(0.9, 0.8)) for t in texts]
-    page = fig.bbox.padded(2)  # pixels
-    cut = {f"{text!r} is cut off" for text, b in boxes if not (page.contains(b.x0, b.y0) and page.contains(b.x1, b.y1))}
-    return cut | {f"{a!r} meets {b!r}" for (a, p), (b, q) in combinations(boxes, 2) if p.overlaps(q)}
-
-
-def _within(tick: Tick, low: float, high: float) -> bool:
-    return min(low, high) <= tick.get_loc() <= max(low, high)
 
 
 def tex(text: str) -> str:

@@ -99,7 +99,8 @@ class Primitives(Estimate):
             y = up(W) if y is None else y
             y = torch.relu(y) if self.activation else y
             if n:
-                back = op.grad_input(y, (n * B).to(x.dtype), x).sub_(x.to_dense(), alpha=a)  # -> (n, in)
+                dense = x if x.layout is torch.strided else x.to_dense()
+                back = op.grad_input(y, (n * B).to(x.dtype), x).sub_(dense, alpha=a)  # (n, out) (out, in) -> (n, in)
                 data = op.grad_weight(back, y, W)
                 data = data + op.grad_weight(x, up(p * B), W) if p else data
             elif p:
