@@ -1,6 +1,5 @@
 """Tests of notebooks: the cells of one belong together, in the order in which they stand."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,16 +14,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return LoadScopeScheduling(config, log)
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Run all cells of a notebook, in order, where ``-k``, ``--lf``, ``--ff`` or a plugin chose some of them."""
-    before = [item for item in items if item.path.suffix == ".ipynb"]
-    yield
-    chosen, whole = dict.fromkeys(item.path for item in items if item.path.suffix == ".ipynb"), []
-    for item in items:
-        if item.path not in chosen:
+    seen, whole = set(), []
+    for item in session.items:
+        if item.path.suffix != ".ipynb":
             whole.append(item)
-        elif chosen[item.path] is None:  # the first of a notebook's cells stands for all
-            chosen[item.path] = True
-            whole += [cell for cell in before if cell.path == item.path]
-    items[:] = whole
+        elif item.path not in seen:  # the first of a notebook's cells stands for all
+            seen.add(item.path)
+            whole += item.parent.collect()
+    session.items[:] = whole

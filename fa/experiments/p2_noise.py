@@ -105,8 +105,8 @@ TEXT = """ a, d: test accuracy after the last epoch against the variance v of th
 entry moves by the learning rate times a normal number of variance v. Noisy are the feedback of SA, AA, KP and WM, the
 weights of BP, or BP's reading of W, drawn anew at every step; leftmost: no noise; hollow: levels at which seeds
 diverged, which count as chance. b, e: angle between W and the feedback after training, mean of the layers; at the
-largest v of b W outgrows the noise, and the angle falls. c, f: root mean square of B - W under SA in each layer, side
-by side; line: the stationary value of the formula, the same for every layer; dotted: without noise. Levels at which a
+largest v of b W outgrows the noise of SA, AA and WM. c, f: root mean square of B - W under SA in each layer, side by
+side; line: the stationary value of the formula, the same for every layer; dotted: without noise. Levels at which a
 seed diverged are left out of b, c, e and f. Bars: +/- 1 sd over seeds."""
 SET_UP = "Noise in the updates, as in the code of Kunin et al. (2020); the paper's levels and networks are not known."
 CAPTION = f"""{SET_UP} A network of two hidden layers of 256 units learns MNIST, ResNet-8 CIFAR-10 at 16x16

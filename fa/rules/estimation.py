@@ -99,7 +99,7 @@ class Primitives(Estimate):
             y = up(W) if y is None else y
             y = torch.relu(y) if self.activation else y
             if n:
-                dense = x if x.layout is torch.strided else x.to_dense()
+                dense = x.to_dense() if x.is_sparse or x.is_sparse_csr else x
                 back = op.grad_input(y, (n * B).to(x.dtype), x).sub_(dense, alpha=a)  # (n, out) (out, in) -> (n, in)
                 data = op.grad_weight(back, y, W)
                 data = data + op.grad_weight(x, up(p * B), W) if p else data
