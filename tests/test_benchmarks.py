@@ -85,16 +85,19 @@ def peaks():
     }
 
 
+@pytest.mark.slow
 def test_peak_memory_is_exact(peaks):
     assert peaks["bp"] == peaks["bp_again"]
 
 
 @pytest.mark.parametrize("rule", ["fa", "usf", "frsf", "brsf", "dfa", "dfa:tap=block"])
+@pytest.mark.slow
 def test_fixed_feedback_needs_at_most_5_percent_more_memory_than_backprop(peaks, rule):
     assert peaks[rule] / peaks["bp"] < 1.05
 
 
 @pytest.mark.parametrize("rule", ["kp", "pfa_o"])
+@pytest.mark.slow
 def test_learned_feedback_needs_its_tensors_their_gradients_and_momenta_and_little_more(peaks, rule):
     """B, its gradient and its momentum, each of the weights' size (270896 in ResNet-20's layers), and for pfa_o the
     fixed matrices."""

@@ -33,6 +33,7 @@ def test_nothing_generated_is_stale(rendered: dict[Path, str]) -> None:
     assert len(by_hand) <= 113
 
 
+@pytest.mark.slow
 def test_rendering_depends_on_nothing_but_the_files(rendered: dict[Path, str], monkeypatch) -> None:
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     assert report.render() == rendered
