@@ -42,7 +42,7 @@ def __getattr__(name: str) -> object:
     apart = {"notebook": "fa.results.page", "cite": "fa.results.cite"}
     if name in __all__:
         return globals().setdefault(name, getattr(import_module(apart.get(name, "fa.library")), name))
-    if not name.startswith("_") and find_spec(f"fa.{name}"):  # a chapter, such as fa.rules
+    if name.isidentifier() and name[0] != "_" and find_spec(f"fa.{name}"):  # a chapter, such as fa.rules
         return import_module(f"fa.{name}")
     known = "" if name.startswith("_") else did_you_mean(name, [*__all__, "__version__"])  # tools ask for private names
     raise AttributeError(f"module 'fa' has no attribute {name!r}{known}")

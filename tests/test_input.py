@@ -135,6 +135,7 @@ def test_the_help_and_the_package_say_their_own_words(capsys) -> None:
     assert "number of epochs (default: the mode's own)" in capsys.readouterr().out
     with pytest.raises(AttributeError, match="'fa' has no attribute 'vesion'; did you mean '__version__'"):
         fa.vesion
+    assert not hasattr(fa, "Rule.kernel"), "as Sphinx asks"
 
 
 def test_a_budget_of_hours_and_minutes(capsys) -> None:
