@@ -466,6 +466,7 @@ def test_A28_a_notebook_that_ipython_runs_in_a_session_with_variables() -> None:
 
 @pytest.mark.parametrize("change", [lambda cell: f"%matplotlib inline\n{cell}", lambda cell: f"%%time\n{cell}",
                                     lambda cell: f"!ls\n{cell}", lambda cell: f"{cell}\nfa.notebook?",
+                                    lambda cell: f"{cell}  # enough?",
                                     lambda cell: cell.replace("mode = 'record'\nseeds = 0", "mode, seeds = 'record', 0")])  # fmt: skip
 def test_A28_a_misspelled_name_is_seen_beside_lines_for_ipython(change) -> None:
     good = {"mode": "record", "seeds": 0, "epochs": 0, "rules": "", "dataset": "", "device": "auto"}

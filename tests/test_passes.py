@@ -456,6 +456,8 @@ def test_A22_direct_feedback_leaves_the_networks_signature():
     want = inspect.signature(net.forward)
     for other in (fa.convert(net, "dfa"), copy.deepcopy(net), fa.convert(net, "bp")):
         assert inspect.signature(other.forward) == want
+    net.forward = torch.relu  # of which Python knows no signature
+    fa.convert(net, "dfa")
 
 
 def test_A22_a_block_is_cut_at_its_first_tensor_whatever_stands_before_it():
@@ -738,7 +740,7 @@ def test_A29_forward_mode_is_refused(rule):
         lambda: torch.func.linearize(net, x),
         lambda: torch.autograd.functional.jacobian(net, x, vectorize=True, strategy="forward-mode"),
     ):
-        with pytest.raises(RuntimeError, match="(?i)jvp|forward"):
+        with pytest.raises(RuntimeError, match="must implement the jvp function"):
             run()
 
 

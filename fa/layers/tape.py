@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -128,7 +129,9 @@ class Tape:
         self.own = vars(self.net).get("forward")  # one that somebody set on this network alone
         # no bound method, whose function others, as Accelerate, take and bind to the network
         self.net.forward = self.wrapper = partial(Tape.forward, self)
-        vars(self.wrapper)["__signature__"] = inspect.signature(self.own or partial(type(self.net).forward, self.net))
+        stock = self.own or partial(type(self.net).forward, self.net)
+        with suppress(ValueError):  # a function of C has none
+            vars(self.wrapper)["__signature__"] = inspect.signature(stock)
         for block in self.blocks:
             first = next(m for m in block.modules() if isinstance(m, Converted))
             self.handles.append(block.register_forward_pre_hook(partial(_cut, first), with_kwargs=True))

@@ -98,7 +98,7 @@ def load(folder: Path = ROOT / "data" / "claims", name: str | None = None) -> li
         figure = path.stem.removesuffix("_small")
         return order.index(figure) if figure in order else len(order), path.stem
 
-    for path in sorted(folder.glob(f"{name or '*'}.csv"), key=place):
+    for path in sorted((p for p in folder.glob("*.csv") if name in (None, p.stem)), key=place):
         rows = read_csv(path, dtype=str, keep_default_na=False)
         if tuple(rows.columns) != COLUMNS:
             raise UserError(f"{path.name} has the columns {', '.join(rows.columns)}; give {', '.join(COLUMNS)}")

@@ -62,7 +62,7 @@ def given(namespace: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
 def _assigned(source: str) -> list[str]:
     """Names that a cell assigns at its top level; none if it is not Python, lines for IPython or a shell aside."""
     try:
-        body = ast.parse(re.sub(r"(?m)^[%!?].*$|^.*\?$", "", source)).body
+        body = ast.parse(re.sub(r"(?m)^[%!?].*$|^[\w.]+\?+$", "", source)).body
     except SyntaxError:
         return []
     targets = [t for s in body if isinstance(s, ast.Assign) for t in s.targets]
