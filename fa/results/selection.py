@@ -92,35 +92,65 @@ def _matches(word: object, patterns: list) -> bool:
     return any(fnmatchcase(str(word), str(p)) for p in patterns)
 
 
-def _where(column: pd.Series, wanted: list) -> np.ndarray:
-    """Rows that take a wanted value."""
-    if _words(column):
-        return column.isin([v for v in column.unique() if _matches(v, wanted)]).to_numpy()
-    whole = (column.dropna() % 1 == 0).all()
-    there = column.to_numpy(float)[:, None]
-    return np.isclose(there, np.array(wanted, float)[None, :], rtol=0 if whole else 5e-3).any(axis=1)
+class _Axis:
+    """A column as its distinct values, and for each row the number of its value."""
+
+    def __init__(self, column: pd.Series) -> None:
+        self.words = _words(column)
+        self.codes, values = pd.factorize(column, use_na_sentinel=False)
+        self.values = np.asarray(values, object if self.words else float)
+        self.known = ~pd.isna(self.values)
+
+    def present(self, rows: Any = slice(None)) -> np.ndarray:
+        """Which of the distinct values the rows have."""
+        return np.bincount(self.codes[rows], minlength=len(self.values)) > 0
+
+    def where(self, wanted: list, rows: Any = slice(None)) -> np.ndarray:
+        """Which of the rows take a wanted value."""
+        if self.words:
+            hit = np.array([_matches(v, wanted) for v in self.values], bool)
+        else:
+            whole = (self.values[self.present(rows) & self.known] % 1 == 0).all()
+            near = np.isclose(self.values[:, None], np.array(wanted, float), rtol=0 if whole else 5e-3)
+            hit = near.any(axis=1)
+        return hit[self.codes[rows]]
 
 
-def _select(frame: pd.DataFrame, metric: str, chosen: dict, last: Callable, what: str) -> pd.DataFrame:
-    """Of the tidy rows of one metric those at the chosen axes. Raises where an axis with several values is not
-    chosen."""
-    if frame.empty:
-        raise Untested(f"{what} has no {metric}")
-    for axis, wanted in sorted(chosen.items(), key=lambda item: item[0] == "epoch"):  # ``last`` depends on the runs
-        if wanted == ["all"]:
-            continue
-        if wanted == ["last"] and axis == "epoch":
-            wanted = [last(frame)]
-        if axis in frame and any(isinstance(w, str) != _words(frame[axis]) for w in wanted):
-            kind = "words or all" if _words(frame[axis]) else "numbers, all" + " or last" * (axis == "epoch")
-            raise Malformed(f"{axis} takes {kind}, not {wanted[0]}")
-        if missing := [w for w in wanted if axis not in frame or not _where(frame[axis], [w]).any()]:
-            where = ", ".join(f"{a}={v[0]}" for a, v in chosen.items() if len(v) == 1 and a != axis)
-            raise Untested(f"{what} has no {metric} at {axis}={missing[0]}" + f" ({where})" * bool(where))
-        frame = frame[_where(frame[axis], wanted)]
-    if several := [a for a in frame if a not in {*NOT_AXES, *chosen, "seed"} and frame[a].nunique() > 1]:
-        raise Malformed(f"{metric} has several values of {several[0]}; name one, a list, or all")
-    return frame
+class _Rows:
+    """The tidy rows of one metric, by their axes."""
+
+    def __init__(self, table: pd.DataFrame, metric: str) -> None:
+        self.frame, self.metric = _tidy(table[table.metric == metric]), metric
+        self.axes: dict[str, _Axis] = {}
+
+    def axis(self, name: str) -> _Axis:
+        """A column, looked at once."""
+        if name not in self.axes:
+            self.axes[name] = _Axis(self.frame[name])
+        return self.axes[name]
+
+    def select(self, chosen: dict, last: Callable[[pd.DataFrame], float], what: str) -> np.ndarray:
+        """Numbers of the rows at the chosen axes. Raises where an axis with several values is not chosen."""
+        frame, rows = self.frame, np.arange(len(self.frame))
+        if frame.empty:
+            raise Untested(f"{what} has no {self.metric}")
+        for name, wanted in sorted(chosen.items(), key=lambda item: item[0] == "epoch"):  # ``last`` depends on the runs
+            if wanted == ["all"]:
+                continue
+            if wanted == ["last"] and name == "epoch":
+                wanted = [last(frame.iloc[rows])]
+            if name in frame and any(isinstance(w, str) != self.axis(name).words for w in wanted):
+                kind = "words or all" if self.axis(name).words else "numbers, all" + " or last" * (name == "epoch")
+                raise Malformed(f"{name} takes {kind}, not {wanted[0]}")
+            if missing := [w for w in wanted if name not in frame or not self.axis(name).where([w], rows).any()]:
+                where = ", ".join(f"{a}={v[0]}" for a, v in chosen.items() if len(v) == 1 and a != name)
+                raise Untested(f"{what} has no {self.metric} at {name}={missing[0]}" + f" ({where})" * bool(where))
+            rows = rows[self.axis(name).where(wanted, rows)]
+        for name in frame:
+            axis = None if name in NOT_AXES or name in chosen or name == "seed" else self.axis(name)
+            if axis and (axis.present(rows) & axis.known).sum() > 1:
+                raise Malformed(f"{self.metric} has several values of {name}; name one, a list, or all")
+        return rows
 
 
 def _mismatch(table: pd.DataFrame) -> pd.DataFrame:
@@ -206,21 +236,22 @@ class Record:
             return max(planned, default=frame.epoch.max())
 
         try:
-            rows = _select(self.once("rows", metric, lambda: self.rows(metric)), metric, axes, last, "the record")
+            of = self.once("rows", metric, lambda: self.rows(metric))
+            rows = of.select(axes, last, "the record")
         except Untested:
             self.survived(axes, pd.Index([]))
             raise
-        rows = rows[np.isfinite(rows.value)]
-        counts = rows.groupby("seed").size()
-        rows = rows[rows.seed.isin(counts.index[counts == counts.max()])]
-        seeds = rows.groupby("seed").value.agg(how)
+        value, seed = of.frame.value.to_numpy()[rows], of.frame.seed.to_numpy()[rows]
+        value, seed = value[np.isfinite(value)], seed[np.isfinite(value)]
+        _, which, count = np.unique(seed, return_inverse=True, return_counts=True)
+        full = count[which] == count.max(initial=0)
+        seeds = pd.Series(value[full]).groupby(seed[full]).agg(how)
         self.survived(axes, seeds.index)
         return seeds
 
-    def rows(self, metric: str) -> pd.DataFrame:
-        """The tidy rows of one metric."""
-        table = _mismatch(self.table) if metric == "mismatch" else self.table
-        return _tidy(table[table.metric == metric])
+    def rows(self, metric: str) -> _Rows:
+        """The rows of one metric."""
+        return _Rows(_mismatch(self.table) if metric == "mismatch" else self.table, metric)
 
     def survived(self, axes: dict[str, list], have: pd.Index) -> None:
         """Raises where a run at these axes diverged and its seed is not among those at hand."""
@@ -230,7 +261,7 @@ class Record:
                 continue
             config = config | self.once("place", run, lambda run=run: self.place(run))
             shared = {a: v for a, v in axes.items() if a in config and a != "epoch" and v != ["all"]}
-            asked = all(_where(pd.Series([config[a]]), v)[0] for a, v in shared.items())
+            asked = all(_Axis(pd.Series([config[a]])).where(v)[0] for a, v in shared.items())
             if asked:
                 raise Diverged(f"{config.get('rule', 'run')} diverged with seed {config.get('seed', run)}")
 
@@ -246,7 +277,7 @@ class Record:
         asked = {a: v for a, v in axes.items() if a in self.planned and v != ["all"]}
         due = self.planned
         for axis, wanted in asked.items():
-            due = due[_where(due[axis], wanted)]
+            due = due[_Axis(due[axis]).where(wanted)]
         if not due.there.all():
             whole = f"partial record: {self.planned.there.sum()} of {len(self.planned)} runs"
             where = ", ".join(f"{a}={v[0] if len(v) == 1 else v}" for a, v in asked.items())
@@ -254,8 +285,8 @@ class Record:
 
     def published(self, metric: str, axes: dict[str, list]) -> Value:
         """The published value; of per-seed rows the mean, unless the mean itself was published."""
-        rows = _tidy(self.reference[self.reference.metric == metric])
-        rows = _select(rows, metric, axes, lambda frame: frame.epoch.max(), "the reference table")
+        table = self.once("published", metric, lambda: _Rows(self.reference, metric))
+        rows = table.frame.iloc[table.select(axes, lambda frame: frame.epoch.max(), "the reference table")]
         rows = rows[rows.seed.isna()] if rows.seed.isna().any() else rows
         if rows.seed.isna().any() and len(rows) > 1 or rows.seed.duplicated().any():
             raise Malformed(f"{metric} is published more than once at these axes")

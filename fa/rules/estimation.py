@@ -109,11 +109,10 @@ class Primitives(Estimate):
                 data = op.grad_weight(x, -a * y, W)
             else:
                 data = op.grad_weight(x, y, W).mul_(-a)
-        # samples (every token is one), or samples times output positions
+        # samples (every token is one), or samples times output positions; 1 of an empty batch
         every = self.positions == "mean" or W.dim() == 2
-        data = data.to(B.dtype).div_(
-            max(dy.numel() // max(W.shape[0], 1) if every else dy.shape[0], 1)
-        )  # 1: an empty batch
+        n_sum = dy.numel() // max(W.shape[0], 1) if every else dy.shape[0]
+        data = data.to(B.dtype).div_(max(n_sum, 1))
         if self.decay:
             data.add_(B, alpha=2 * self.decay)
         return {"B": data.sub_(W, alpha=self.self_) if self.self_ else data}  # (out, in)
