@@ -140,11 +140,11 @@ class FigureTable:
         if self.mode != "record":
             return self._train()
         held = records.holders()
-        planned = plan(self.experiment, self.trained)
-        begun = any(c.run in held for c in planned)
+        planned = {c.run for c in plan(self.experiment, self.trained)}
+        begun = any(run in held for run in planned)
+        none = begun and not any(c.run in held for c in self.runs)
         for config in self.runs:  # one that is planned and not there yet makes the table partial; any other is refused
-            none = begun and not any(c.run in held for c in self.runs)
-            if config.run not in held and (config.run not in {c.run for c in planned} or none):
+            if config.run not in held and (config.run not in planned or none):
                 raise UserError(f"{_describe(config)} is not in {relative(self.path)}; {self.about.remedy}")
         if not begun:
             return self._nothing(), {"environments": [], "records": []}
@@ -199,7 +199,7 @@ class FigureTable:
             return ""
         if table.empty:
             return "no run yet"
-        planned, reached = {c.run: c for c in self.runs}, table.groupby("run").epoch.max()
+        planned, reached = {c.run: c for c in self.runs}, table.groupby("run").epoch.max().to_dict()
         ended = {run for run, status in self._made[1].get("status", {}).items() if status["state"] == "diverged"}
         absent = {c.rule for c in self.runs} - set(table.rule)
         there = [c for c in self.runs if c.rule not in absent]
@@ -210,13 +210,10 @@ class FigureTable:
             have = {rule: table[table.rule == rule].seed.nunique() for rule in of}
             worst = min(of, key=lambda rule: have[rule] / of[rule])
             said += [f"{have[worst]} of {plural(of[worst], 'seed')}"] if have[worst] < of[worst] else []
-        if "seed" not in "".join(said) and not {c.run for c in there} <= set(reached.index):  # e.g. points of a sweep
+        if "seed" not in "".join(said) and not {c.run for c in there} <= reached.keys():  # e.g. points of a sweep
             said.append(f"{len(reached)} of {plural(len(planned), 'run')}")
-        if short := {
-            c.run: reached[c.run]
-            for c in there
-            if c.run in set(reached.index) - ended and reached[c.run] < getattr(c, "epochs", 0)
-        }:
+        at = {c.run: reached[c.run] for c in there if c.run in reached and c.run not in ended}
+        if short := {c.run: at[c.run] for c in there if c.run in at and at[c.run] < getattr(c, "epochs", 0)}:
             run = min(short, key=short.__getitem__)
             said.append(f"{short[run]:.0f} of {plural(planned[run].epochs, 'epoch')}")
         return ", ".join(said)

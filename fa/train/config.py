@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from fa.errors import UserError
@@ -179,7 +180,7 @@ class Config:
                     "delay_epochs at 0"
                 )
 
-    @property
+    @cached_property
     def run(self) -> str:
         """Identity, see :func:`identity`."""
         return identity(self)
