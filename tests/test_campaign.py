@@ -272,9 +272,10 @@ if __name__ == "__main__":
     assert err.count("the worker process of fa seed 0") <= 1 and "BrokenProcessPool" not in out + err
 
 
-@pytest.mark.parametrize(
-    "kill, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
-)
+@pytest.mark.parametrize("kill, status", [
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    (signal.SIGKILL, -signal.SIGKILL),
+])  # fmt: skip
 def test_workers_end_with_the_command(kill, status, tmp_path):
     """Stopped, it says in one sentence how to go on; killed, it can say nothing."""
     arguments = "run p3_fig2 --mode quick --rules bp,fa --seeds 1 --workers 2 --device cpu"

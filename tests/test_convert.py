@@ -574,8 +574,10 @@ def test_every_implementation_of_sgd_does_the_same(rule, kind):
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # a generator, in what follows a step
 @pytest.mark.parametrize("rule, options", [
-    ("fa", {"clamp_forward": True}), ("brsf", {}), ("frozen", {"every": 2}), ("kp", {}), ("pfa", {"implicit": True}),
-    ("wm", {}),
+    ("fa", {"clamp_forward": True}), ("kp", {}),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("brsf", {}), ("frozen", {"every": 2}), ("pfa", {"implicit": True}), ("wm", {}),
+    )),
 ])  # fmt: skip
 def test_a_compiled_optimizer_step_does_the_same(rule, options):
     nets = []

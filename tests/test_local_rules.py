@@ -545,7 +545,7 @@ def test_evaluation_draws_no_noise():
     assert not torch.equal(state, layer.feedback.get_extra_state())
 
 
-@pytest.mark.parametrize("kind, half", [("normal", True), ("uniform", False)])
+@pytest.mark.parametrize("kind, half", [("normal", True), pytest.param("uniform", False, marks=pytest.mark.slow)])
 def test_compiled_steps_draw_the_same_noise(kind, half):
     """Layers that draw noise stay out of the compiled graphs; they draw from their own generators, and leave the
     global one alone."""

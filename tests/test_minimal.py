@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fa
 
 ALONE = """
@@ -84,6 +86,7 @@ assert convert is fa.convert is fa.layers.convert.convert and notebook is fa.not
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_any_module_may_be_the_first_that_is_imported() -> None:
     program = """
 import importlib, pathlib, sys

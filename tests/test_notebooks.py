@@ -189,7 +189,9 @@ def test_record_mode_shows_the_papers_scale_where_it_is_complete_and_else_the_sm
 SCALED = [p for p in PAGES if any("scale: str" in cell.source for cell in tagged(read(p), "parameters"))]
 
 
-@pytest.mark.parametrize("path", SCALED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [
+    pytest.param(p, id=p.stem, marks=() if p.stem[:2] in ("13", "26", "34") else pytest.mark.slow) for p in SCALED
+])  # fmt: skip
 def test_a_page_opens_at_its_other_scale_too_with_a_record_or_without(path, monkeypatch, tmp_path):
     monkeypatch.setenv("FA_BUILD", str(tmp_path / "build"))
     monkeypatch.setenv("FA_RUNS", str(tmp_path / "runs"))
@@ -502,7 +504,9 @@ def page_of(path: Path, code: str) -> None:
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
 
 
-@pytest.mark.parametrize("stop, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("stop, status", [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_stopped_batch_begins_no_other_notebook_and_says_how_to_go_on(stop, status, tmp_path):
     """Ctrl-C reaches the whole group; kernels end, too."""
     for name in "abc":

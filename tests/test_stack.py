@@ -81,7 +81,13 @@ def agree(configs, sets, compiled=False):
     assert got == want == [train.accuracies(net, sets.test)[0] for net in nets]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=[" ".join(r) for r in RULES])
+# one rule of each kind of feedback here: without, fixed, of both signs, masked, learned, a product
+FEW = [RULES[i] for i in (0, 1, 4, 7, 8)]
+
+
+@pytest.mark.parametrize("rule", [
+    pytest.param(r, id=" ".join(r), marks=() if r in FEW else pytest.mark.slow) for r in RULES
+])  # fmt: skip
 def test_runs_in_a_stack_are_those_trained_alone(rule):
     agree(runs([rule], (0, 1, 2)), data.load("digits", dtype=torch.float64))
 
@@ -239,6 +245,7 @@ def test_what_fails_as_a_stack_is_tried_apart_and_a_broken_checkpoint_is_its_run
     assert ("out of memory, say" in capsys.readouterr().err) is isinstance(error, RuntimeError)
 
 
+@pytest.mark.slow
 def test_a_stack_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
     """Bit for bit as a stack; its runs alone but for float32's rounding. Their seconds add up."""
     monkeypatch.setenv("FA_RUNS", str(tmp_path))
