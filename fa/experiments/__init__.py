@@ -42,7 +42,7 @@ class Experiment:
         small: whether the figure has a mode ``small``, for two CPU cores.
         swept: run -> the columns of the figure's table that name a run's place in a sweep, alike for every run of the
             figure.
-        labels: value of the column ``variant`` -> its name on axes and in texts, of a figure that has this column.
+        labels: value of the column ``variant`` or ``network`` -> its name in texts, of a figure that has this column.
     """
 
     title: str

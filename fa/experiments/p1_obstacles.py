@@ -204,6 +204,8 @@ def error_angles(ax: Axes, table: pd.DataFrame) -> None:
     ax.axhline(90, color="0.75", lw=0.6, ls=":", zorder=0)
     ax.set(ylabel=plot.LABELS["delta_angle_global_deg"], ylim=(0, 105), yticks=(0, 30, 60, 90))
     ax.set_xticks(range(1, COMPARED + 1), [f"conv{i}" for i in range(1, COMPARED + 1)])
+    ax.legend(handles=plot.key({name(r): plot.look(r).color for r in plot.in_order(rows.rule)}), loc="lower left")
+    plot.note(ax, "filled: shared; open: a kernel for each place")
 
 
 def sharing(table: pd.DataFrame, metric: str) -> pd.DataFrame:

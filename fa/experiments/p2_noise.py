@@ -154,8 +154,10 @@ def by_level(ax: Axes, rows: pd.DataFrame) -> None:
     """A line a rule against the variance of the noise; no noise stands left of the smallest."""
     least = min([v for v in rows.level if v > 0], default=1.0)
     rows = rows.assign(x=rows.level.where(rows.level > 0, least / 10))
-    for rule in plot.in_order(rows.rule):
+    rules = plot.in_order(rows.rule)
+    for i, rule in enumerate(rules):
         of, own = rows[rows.rule == rule], plot.look(rule)
+        of = of.assign(x=of.x * 1.12 ** (i - (len(rules) - 1) / 2))  # side by side
         at = of.groupby("x").value.agg(["mean", "std"])
         line = {"color": own.color, "lw": 0.9, "marker": own.marker, "ms": 3.4, "elinewidth": 0.8}
         ax.errorbar(at.index, at["mean"], at["std"], **line)

@@ -67,6 +67,8 @@ NETWORKS = {
     },
 }
 """Scale -> value of the column ``network`` -> network."""
+LABELS = {name: n.label.replace("\n", " ") for networks in NETWORKS.values() for name, n in networks.items()}
+"""Value of the column ``network`` -> its name in texts."""
 SHOWN = ("mlp_1x64", "mlp_2x64", "mlp_4x64", "plain4_bn")  # in quick mode
 TUNED_ON = {"small": 4, "paper": 8}
 """Scale -> place of the tuned network in the sweep over depth."""
@@ -111,8 +113,9 @@ def swept(config: Trial) -> dict[str, Any]:
 
 
 EXPERIMENT = Experiment(
-    "Transfer of metaparameters to other networks", "p2", "24_estimation_transfer", RULES, grid, small=True, swept=swept
-)
+    "Transfer of metaparameters to other networks", "p2", "24_estimation_transfer", RULES, grid, small=True,
+    swept=swept, labels=LABELS,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- figure
@@ -238,7 +241,7 @@ def listing(page: Page) -> str:
     known = [name for name in NETWORKS[scale(page.trained)] if name in bp.index]
     cells.insert(0, "BP", bp.reindex(cells.index))
     order = [*known, *(name for name in cells.index if name not in known)]
-    return tables.shown(cells.loc[order].rename_axis(index=None, columns=None), na_rep="-")
+    return tables.shown(cells.loc[order].rename(index=LABELS).rename_axis(index=None, columns=None), na_rep="-")
 
 
 def point(page: Page) -> str:

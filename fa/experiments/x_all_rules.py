@@ -200,7 +200,7 @@ def names(ax: Axes, found: pd.DataFrame) -> None:
     at = found["angle"].fillna(0.0).where(found["angle"].notna() | (found.index == "bp"))  # nan: no point
     spots = {str(r): ax.transData.transform((at[r], found["gap"][r])) for r in found.index if at[r] == at[r]}
     taken = [Bbox.from_extents(*(spot - 5), *(spot + 5)) for spot in spots.values()]
-    for rule in spots:
+    for rule in sorted(spots, key=lambda rule: -spots[rule][1]):  # the upper point of two gets the upper place
         spot, place = (at[rule], found["gap"][rule]), {"textcoords": "offset points", "fontsize": "x-small"}
         place["color"] = plot.look(rule).color
         leader = {"arrowstyle": "-", "lw": 0.4, "color": place["color"], "shrinkA": 0, "shrinkB": 2}

@@ -57,9 +57,9 @@ def claims_table(rows: pd.DataFrame, start: str = "") -> str:
 
 
 def labelled(text: str, about: Experiment) -> str:
-    """A measurement with the figure's own labels in place of the names that rules and variants have in the code."""
+    """A measurement with the figure's own labels in place of the names that its rules and variants have in the code."""
     names = {rule: about.named(rule) for rule in LABELS} | about.labels
-    return re.sub(r"(?<![\w=])[a-z]+(?:_[a-z]+)*(?= )", lambda m: names.get(m[0], m[0]), text)
+    return re.sub(r"(?<![\w=])[a-z]\w*(?= )", lambda m: names.get(m[0], m[0]), text)
 
 
 def common_start(texts: list[str]) -> tuple[str, list[str]]:
