@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def user_folder(variable: str, default: str) -> Path:
         folder = Path(os.path.expandvars(given)).expanduser()
     except RuntimeError:
         raise UserError(f"{variable}={os.environ[variable]} names the home of a user who is not known here") from None
-    if "$" in "".join(folder.parts[:1]):
+    if re.search(r"\$[{\w]", given) and "$" in str(folder):
         raise UserError(f"{variable}={os.environ[variable]} names a variable that is not set")
     return home() / folder
 

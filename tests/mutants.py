@@ -47,7 +47,7 @@ MUTANTS = [
            "return W.shape[0] * receptive, W.shape[1] * receptive", "test_rules.py::test_feedback_scales"),
     Mutant("scale of Xavier", "rules/base.py", '"xavier": 2 / max(', '"xavier": 1 / max(',
            "test_rules.py::test_feedback_scales"),
-    Mutant("feedback that starts as W is W", "rules/base.py", "W.detach().clone() if", "W if",
+    Mutant("feedback that starts as W is W", "rules/base.py", "W.detach().clone(memory_format=torch.contiguous_format)", "W.detach()",
            "test_rules.py::test_feedback_that_starts_as_a_copy_of_the_weight[mlp]"),
     Mutant("zeros and ones of a mask swapped", "rules/base.py", "< density).to(like)", ">= density).to(like)",
            "test_rules.py::test_sparse_feedback_has_its_density_and_is_not_rescaled"),

@@ -564,6 +564,14 @@ def test_a_digest_is_of_the_names_of_classes_and_files(album, tmp_path):
         data.digest("mnist", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_A32_a_data_folder_that_cannot_be_made_is_named(tmp_path, name):
+    pytest.importorskip("torchvision")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/x cannot be written .*; set FA_DATA to another folder"):
+        data.download(name, root=tmp_path / "file" / "x")
+
+
 @pytest.mark.parametrize("name", ["imagenet", "tiny-imagenet-20"])
 def test_photographs_are_not_downloaded(tmp_path, name):
     with pytest.raises(

@@ -391,6 +391,12 @@ def test_A25_a_tilde_or_a_variable_is_the_home_folder_in_every_variable(monkeypa
         monkeypatch.setenv(variable, "~nobody-of-that-name/x")
         with pytest.raises(fa.UserError, match=f"{variable}=~nobody-of-that-name/x names the home"):
             place()
+        for path in ("$NOT_SET/x", "/scratch/$NOT_SET/x", "data/${NOT_SET}"):
+            monkeypatch.setenv(variable, path)
+            with pytest.raises(fa.UserError, match=re.escape(f"{variable}={path} names a variable that is not set")):
+                place()
+        monkeypatch.setenv(variable, "/scratch/a$/x")
+        assert place() == Path("/scratch/a$/x"), variable
     assert user_folder("FA_NOT_SET", "x") == fa.ROOT / "x"
     (tmp_path / "clone").symlink_to(fa.ROOT)
     for root in ("~/clone", ""):
@@ -460,12 +466,13 @@ def test_what_is_written_is_named_as_the_working_folder_needs_it(inside, monkeyp
 def test_A28_a_notebook_that_ipython_runs_in_a_session_with_variables() -> None:
     """``%run`` leaves no cells of the notebook in the session's history: the session's own names do not count."""
     good = {"mode": "record", "seeds": 0, "epochs": 0, "rules": "", "dataset": "", "device": "auto"}
-    session = {"my_lr": 0.1, "In": ["", "my_lr = 0.1", "%run notebooks/32_pfa_fig2_mnist.ipynb"]}
-    assert parameters.given(good | session, list(parameters.STANDARD)) == good
+    for own in ("my_lr = 0.1", "mode = 'quick'; seeds = 3; my_lr = 0.1"):
+        session = {"my_lr": 0.1, "In": ["", own, "%run notebooks/32_pfa_fig2_mnist.ipynb"]}
+        assert parameters.given(good | session, list(parameters.STANDARD)) == good
 
 
 @pytest.mark.parametrize("change", [lambda cell: f"%matplotlib inline\n{cell}", lambda cell: f"%%time\n{cell}",
-                                    lambda cell: f"!ls\n{cell}", lambda cell: f"{cell}\nfa.notebook?",
+                                    lambda cell: f"!ls\n{cell}", lambda cell: f"here = %pwd\nfiles = !ls\n{cell}", lambda cell: f"{cell}\nfa.notebook?",
                                     lambda cell: f"{cell}  # enough?",
                                     lambda cell: cell.replace("mode = 'record'\nseeds = 0", "mode, seeds = 'record', 0")])  # fmt: skip
 def test_A28_a_misspelled_name_is_seen_beside_lines_for_ipython(change) -> None:

@@ -184,6 +184,8 @@ READS = {
     "elementwise": lambda h, W: (h[:, :, None] * W).sum(1),
     "convolution": lambda h, W: F.conv1d(h[:, :, None], W.t()[:, :, None])[:, :, 0],
     "rows that are looked up": lambda h, W: F.embedding(Y, W) * h.sum(1, keepdim=True),
+    "distances": lambda h, W: (h[:, :, None] - W).abs().sum(1),
+    "distances, the other way round": lambda h, W: (W - h[:, :, None]).square().sum(1),
 }
 
 
@@ -218,6 +220,16 @@ def test_A03_a_weight_read_before_its_layer_runs_is_refused(rule, read, attack):
         torch.autograd.grad(net(x).square().sum(), x)
     with pytest.raises(RuntimeError, match="'enc'.*another module reads it.*skip"):
         net(x).square().sum().backward()
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp"])
+def test_A03_norms_of_a_weight_may_be_taken_off_the_output_of_its_layer(rule):
+    """No error passes the weight there."""
+    net, lost = fa.convert(mlp(), rule), []
+    for read in (lambda W: W.detach(), lambda W: W):
+        norms = read(net[4].weight).square().sum(1)  # (classes,)
+        lost.append(torch.autograd.grad(F.cross_entropy(net(X) - norms, Y), net[0].weight)[0])
+    assert apart(*lost) < 1e-6
 
 
 def test_A03_in_any_place_and_after_weight_norm():
@@ -783,6 +795,20 @@ def test_A08_added_feedback_has_the_rate_and_decay_of_its_weight_or_no_decay(rul
         step(net, opt)
 
 
+@pytest.mark.parametrize("rule", ["kp", "pfa_o", "sa"])
+@pytest.mark.parametrize("make", [torch.optim.Adagrad, torch.optim.LBFGS])
+def test_A08_an_optimizer_that_takes_no_parameters_later_is_refused_before_anything_changes(rule, make):
+    net = mlp()
+    opt = make(net.parameters(), lr=0.1)
+    fa.convert(net, rule)
+    before = [len(g["params"]) for g in opt.param_groups]
+    with pytest.raises(fa.UserError, match=f"{make.__name__} takes no parameters later; make the optimizer after"):
+        fa.add_feedback(opt, net)
+    assert [len(g["params"]) for g in opt.param_groups] == before
+    opt = fa.add_feedback(make(net.parameters(), lr=0.1), net)  # it holds the feedback already
+    opt.step(lambda: F.cross_entropy(net(X), Y))
+
+
 @pytest.mark.parametrize("rule", ["wm", "sa", "kp", "pfa"])
 @pytest.mark.parametrize("made", ["param_groups", "added"])
 def test_A08_feedback_moves_alike_where_a_loss_is_minimized_and_where_its_negative_is_maximized(rule, made):
@@ -878,7 +904,7 @@ def test_A08_a_foreign_scheduler_and_a_foreign_optimizer_are_refused():
 # ------------------------------------------------------------------------------------ A19, A21: sizes, and implicit feedback
 
 
-@pytest.mark.parametrize("rule", ["kp", "pfa", "sa", "frozen"])
+@pytest.mark.parametrize("rule", ["kp", "pfa", "sa", "ia"])
 def test_A19_a_weight_of_zeros_cannot_be_held_at_its_norm(rule):
     net = mlp()
     nn.init.zeros_(net[4].weight)
@@ -886,6 +912,15 @@ def test_A19_a_weight_of_zeros_cannot_be_held_at_its_norm(rule):
         fa.convert(net, rule, clamp_forward=True)
     assert not converted(net)
     fa.convert(net, rule, clamp_forward=True, skip=["4"])
+
+
+@pytest.mark.parametrize("every", [0, 100])
+def test_A19_a_copy_of_zeros_would_send_no_error(every):
+    net = mlp()
+    nn.init.zeros_(net[4].weight)
+    with pytest.raises(fa.UserError, match="layer '4'.*frozen.*all zeros.*initialise it before converting$"):
+        fa.convert(net, "frozen", every=every)
+    assert not converted(net)
 
 
 def test_A19_a_weight_that_is_emptied_later_stays_finite():
@@ -968,6 +1003,13 @@ def test_A21_what_leaves_the_weight_alone_is_fine():
 def test_A24_feedback_is_contiguous(rule):
     net = fa.convert(oracles.resnet()[0], rule)
     assert all(t.is_contiguous() for n, t in net.state_dict().items() if "feedback" in n)
+
+
+@pytest.mark.parametrize("rule, options", [("frozen", {}), ("kp", {"init": "copy"}), ("sa", {"init": "copy"})])
+def test_A24_a_copy_of_a_channels_last_weight_is_contiguous(rule, options):
+    net = fa.convert(oracles.resnet()[0].to(memory_format=torch.channels_last), rule, **options)
+    assert all(t.is_contiguous() for n, t in net.state_dict().items() if "feedback" in n)
+    assert all(torch.equal(m.feedback.B, m.weight) for m in converted(net).values())
 
 
 @pytest.mark.parametrize("rule, options", [("pfa_o", {}), ("pfa", {}), ("fa", {"form": "dense"})])

@@ -221,8 +221,8 @@ def add_feedback(optimizer: torch.optim.Optimizer, net: nn.Module) -> torch.opti
         The optimizer.
 
     Raises:
-        UserError: the optimizer holds no weight of the network's learned feedback; a scheduler of another kind was made
-            for the optimizer before, and would leave the new group out. Nothing is changed then.
+        UserError: the optimizer holds no weight of the network's learned feedback, or is Adagrad or LBFGS; a scheduler
+            of another kind was made for it before, and would leave the new group out. Nothing is changed then.
 
     Example:
         >>> net = torch.nn.Linear(4, 2)
@@ -239,6 +239,8 @@ def add_feedback(optimizer: torch.optim.Optimizer, net: nn.Module) -> torch.opti
         key = held[id(leader(layer))], layer.feedback.rule.own_decay
         new.setdefault(key, []).extend(p for p in learned(layer) if id(p) not in held)
     new = {key: list({id(p): p for p in feedback}.values()) for key, feedback in new.items() if feedback}
+    if new and isinstance(optimizer, (torch.optim.Adagrad, torch.optim.LBFGS)):  # which count their parameters at once
+        raise UserError(f"{type(optimizer).__name__} takes no parameters later; make the optimizer after fa.convert")
     schedulers = _schedulers(optimizer) if any(own for _, own in new) else []
     for (i, own), feedback in new.items():
         group = optimizer.param_groups[i]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 _PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution", "Mv", "Addmv", "Embedding")
 _PRODUCTS += ("Trilinear", "MkldnnRnn", "CudnnRnn", "ScaledDotProduct")  # names begin so
 _PASSES = ("LocalBackward", "ExactBackward")  # of a converted layer
-_SUMS = ("Add", "Sub", "Rsub", "Cat", "Stack")  # a sum of a weight and activity is no product
+_SUMS = ("Add", "Sub", "Rsub", "Cat", "Stack")  # no product, unless a sum repeats a matrix for each sample: distances
 _ADDEND = {"Addmm": 0, "Baddbmm": 0, "Addbmm": 0, "Addmv": 0, "Convolution": 2, "Linear": 2}  # nor with this input
 _last: tuple[int, dict[int, str]] = (-1, {})  # the backward pass last looked at: its number, and what was found
 
@@ -101,7 +101,8 @@ class Graph:
 
         todo, seen = [leaf], {leaf}
         while todo:
-            for node, slot in self.parents.get(todo.pop(), ()):
+            child = todo.pop()
+            for node, slot in self.parents.get(child, ()):
                 name = node.name()
                 if name.startswith((*_PASSES, "TapBackward")):
                     if slot == 0 and fb:
@@ -113,12 +114,14 @@ class Graph:
                     continue
                 kind = name.partition("Backward")[0]
                 beside = [n for i, (n, _) in enumerate(node.next_functions) if i not in (slot, _ADDEND.get(kind))]
-                joining = kind not in _SUMS if fb else name.startswith(_PRODUCTS)
+                inner, outer = child._input_metadata[0].shape, node._input_metadata[0].shape
+                repeats = kind in _SUMS[:3] and sum(n > 1 for n in inner) > 1 and math.prod(outer) > math.prod(inner)
+                joining = repeats or kind not in _SUMS if fb else name.startswith(_PRODUCTS)
                 if joining and any(map(joins, beside)):
                     return "another module reads it directly"
                 if with_constant(node) and name[:9] != "Embedding" if direct else not fb and node in self.active:
                     continue
-                small = math.prod(node._input_metadata[0].shape) == 1 and leaf.variable.numel() > 1
+                small = math.prod(outer) == 1 and leaf.variable.numel() > 1
                 if node not in seen and not small:  # a single number made of the weight is a penalty
                     seen.add(node)
                     todo.append(node)

@@ -34,12 +34,8 @@ _hooks: list[Any] = []
 def join(layer: nn.Module) -> None:
     """Add a converted layer to the checks and calls at optimizer steps that its rule needs."""
     fb, rule = layer.feedback, layer.feedback.rule
-    for layers, needed in (
-        (_unheld, rule.learned),
-        (_local, rule.learned and not fb.follows_error),
-        (_implicit, rule.needs_sgd),
-        (_stepping, fb.acts),
-    ):
+    needs = rule.learned, rule.learned and not fb.follows_error, rule.needs_sgd, fb.acts
+    for layers, needed in zip((_unheld, _local, _implicit, _stepping), needs):
         if needed:
             layers.add(layer)
             if not _hooks:  # once, for the first layer that needs them; never at import

@@ -138,10 +138,8 @@ def targets(net: nn.Module, skip: str | Iterable[str], as_base: type | Iterable[
                 loose.setdefault(type(m).__name__, []).append(key)
             else:
                 others.append((m, key, t))
-    problems += [
-        f"{', '.join(keys)} ({cls}: trained, of two or more axes, and in no nn.Linear or nn.Conv2d)"
-        for cls, keys in loose.items()
-    ]
+    for cls, keys in loose.items():
+        problems.append(f"{', '.join(keys)} ({cls}: trained, of two or more axes, and in no nn.Linear or nn.Conv2d)")
     if problems:
         raise UserError(f"cannot convert {'; '.join(problems)}; leave them to backprop with skip=[...]")
     if not found:

@@ -47,6 +47,7 @@ def given(namespace: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
     scalar does.
     """
     cells = [c for c in namespace.get("In", []) if isinstance(c, str)]
+    cells = cells[max([i for i, c in enumerate(cells) if re.search(r"(?m)^%run\b.*\.ipynb\b", c)], default=0) :]
     injected = [c.startswith("# Parameters") for c in cells]
     own = [i for i, c in enumerate(cells) if not injected[i] and {"mode", "seeds"} <= set(_assigned(c))]
     if own:
@@ -61,6 +62,7 @@ def given(namespace: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
 
 def _assigned(source: str) -> list[str]:
     """Names that a cell assigns at its top level; none if it is not Python, lines for IPython or a shell aside."""
+    source = re.sub(r"(?m)^(\w+ *=) *[%!].*$", r"\1 0", source)  # files = !ls
     try:
         body = ast.parse(re.sub(r"(?m)^[%!?].*$|^[\w.]+\?+$", "", source)).body
     except SyntaxError:

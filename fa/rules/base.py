@@ -201,14 +201,14 @@ class Rule:
         variance: dict[Any, float] = {"xavier": 2 / max(fan_in + fan_out, 1), "kaiming": 1 / max(3 * fan_in, 1)}
         return math.sqrt(variance[self.init]) if self.init in variance else float(self.init)
 
-    def nonzero(self, size: float, option: str, layer: str = "") -> float:
+    def nonzero(self, size: float, option: str = "", layer: str = "") -> float:
         """``size``, the RMS of a weight, for feedback that will keep it; 0, NaN or infinity raises UserError, which
-        names the rule's ``option`` that can ask for another size, and the ``layer`` where it is given."""
+        names the rule's ``option`` that can ask for another size, and the ``layer``, where they are given."""
         if not 0 < size < math.inf:
-            state = "is not finite" if size else "is all zeros"
+            state, remedy = "is not finite" if size else "is all zeros", option and f", or set {option}='xavier'"
             raise UserError(
                 f"{self.name}: the weight{layer and f' of layer {layer!r}'} {state}, and feedback of its size "
-                f"would never send an error; initialise it before converting, or set {option}='xavier'"
+                f"would never send an error; initialise it before converting{remedy}"
             )
         return size
 
@@ -246,7 +246,9 @@ class Estimate(Rule):
     inits = (*Rule.inits, "copy")
 
     def init_state(self, op: Any, W: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
-        return {"B": W.detach().clone() if self.init == "copy" else uniform(W.shape, self.std(W), W, gen)}  # (out, in)
+        if self.init == "copy":
+            return {"B": W.detach().clone(memory_format=torch.contiguous_format)}  # (out, in)
+        return {"B": uniform(W.shape, self.std(W), W, gen)}  # (out, in)
 
     def kernel(self, B: Tensor) -> Tensor:
         return B

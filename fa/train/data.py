@@ -197,7 +197,8 @@ def download(name: str, root: str | Path | None = None) -> Path:
         The folder that its files lie below.
 
     Raises:
-        UserError: an unknown name, no torchvision, no network (it says which files go where), or a damaged file.
+        UserError: an unknown name, a folder that cannot be written, no torchvision, no network (it says which files go
+            where), or a damaged file.
     """
     source, folder = _source(name), _folder(root, name)
     if isinstance(source, ImageFolderSource):
@@ -208,6 +209,8 @@ def download(name: str, root: str | Path | None = None) -> Path:
             from torchvision import datasets
 
             (datasets.MNIST if name == "mnist" else datasets.CIFAR10)(folder, download=True)
+        except (NotADirectoryError, FileNotFoundError, FileExistsError, PermissionError) as error:
+            raise UserError(f"{folder} cannot be written ({_line(error)}); set FA_DATA to another folder") from error
         except (ImportError, OSError, RuntimeError) as error:
             raise UserError(f"{name} could not be downloaded ({_line(error)}); {_by_hand(name, folder)}") from error
     _verified(name, root)
