@@ -111,9 +111,9 @@ CAPTION = """The framework of Kunin et al. (2020), asked of the rules' code. a: 
 synapse from neuron i to neuron j reads: its own value, the two activities, the activity sent back by B, the error;
 and, not local, the activity sent up through B and the value of the forward synapse. Filled: the update changes when
 that quantity alone is changed (means of 5 draws; relative change). b: angle between feedback and W after descent with
-W at rest and coloured input, and the ratio of their norms; marker: mean +/- 1 sd of 5 draws, bar: theory. c:
-relaxation rate of the slowest and of the fastest mode, in units of learning rate and step, against theory, in the
-colours of a (WM's lies under SA's; FA has none)."""
+coloured input and W at rest (under KP random errors move it), and the ratio of their norms; marker: mean +/- 1 sd of
+5 draws, bar: theory. c: relaxation rate of the slowest and of the fastest mode, in units of learning rate and step,
+against theory, in the colours of a (WM's lies under SA's). FA has no theory in b and c."""
 
 READ = 1e-9  # relative change above which an update counts as reading a quantity: far above rounding
 
@@ -190,7 +190,7 @@ def draw(page: Page) -> Figure:
     span = (4e-4, 0.2)
     c.plot(span, span, color="0.7", lw=0.7, zorder=0)
     c.set(xscale="log", yscale="log", xlim=span, ylim=span, xlabel="Rate, theory", ylabel="Rate, measured")
-    plot.note(c, "hollow: slowest mode, filled: fastest")
+    plot.note(c, "hollow: slowest mode; filled: fastest, or both")
     plot.letters(axes.values())
     axes["a"].set_title("a", loc="left", fontweight="bold", fontsize=8.5, x=0.01)
     return fig
