@@ -192,6 +192,7 @@ def benchmark(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_trainings_of_two_rules_from_end_to_end(benchmark, tmp_path, capsys):
     path = tmp_path / "r.json"
     where = "--experiment p3_fig4 --mode quick --device cpu"

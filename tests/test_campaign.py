@@ -246,6 +246,7 @@ def script(text, tmp_path, **popen):
     return subprocess.Popen([sys.executable, path], env=env, preexec_fn=hear, **pipes, **popen)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_its_run_goes_on(tmp_path):
     """One run kills its first worker, another one every worker that it gets."""
     done = script(
@@ -272,10 +273,10 @@ if __name__ == "__main__":
     assert err.count("the worker process of fa seed 0") <= 1 and "BrokenProcessPool" not in out + err
 
 
-@pytest.mark.parametrize("kill, status", [
-    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
-    (signal.SIGKILL, -signal.SIGKILL),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kill, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_workers_end_with_the_command(kill, status, tmp_path):
     """Stopped, it says in one sentence how to go on; killed, it can say nothing."""
     arguments = "run p3_fig2 --mode quick --rules bp,fa --seeds 1 --workers 2 --device cpu"

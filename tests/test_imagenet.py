@@ -267,7 +267,9 @@ def test_bp_and_fa_of_page_18_are_page_27s(mode):
     assert networks == {"paper": {"resnet18": 0.1, "alexnet": 0.01}}.get(mode, {shared[0].model: shared[0].lr})
 
 
-@pytest.mark.parametrize("rule", p1_imagenet.RULES)
+@pytest.mark.parametrize("rule", [
+    pytest.param(r, marks=() if r in ("fa", "dfa") else pytest.mark.slow) for r in p1_imagenet.RULES
+])  # fmt: skip
 def test_alexnet_is_torchvision_s_and_takes_a_step_under_every_rule(rule):
     pytest.importorskip("torchvision")
     net = models.build("alexnet", (3, 64, 64), 1000)

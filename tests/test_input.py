@@ -249,7 +249,7 @@ def test_a_table_of_other_settings_has_the_name_that_a_notebook_gives_it(mode: s
 
 
 EVERY = [
-    (name, mode)
+    pytest.param(name, mode, marks=() if mode == "paper" else pytest.mark.slow)
     for name, about in experiments.EXPERIMENTS.items()
     for mode in experiments.MODES
     if about.grid and (mode != "small" or about.small)
@@ -522,7 +522,9 @@ def test_A34_the_cells_of_a_notebook_stay_in_one_process() -> None:
     assert scheduler.LoadScopeScheduling
 
 
-@pytest.mark.parametrize("choice", [["-k", "Cell and 2"], ["-p", "backwards"], ["--lf"]])
+@pytest.mark.parametrize("choice", [
+    ["-k", "Cell and 2"], *(pytest.param(c, marks=pytest.mark.slow) for c in (["-p", "backwards"], ["--lf"])),
+])  # fmt: skip
 def test_A34_a_notebook_runs_whole_whatever_is_chosen_of_it(choice: list[str], tmp_path: Path) -> None:
     shutil.copy(fa.ROOT / "conftest.py", tmp_path)
     cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "outputs": [], "execution_count": None, "source": line}

@@ -30,11 +30,13 @@ def test_killed_at_a_write(lives: harness.Harness) -> None:
     assert not wrong and lives.operations > 35
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment_alone_and_in_pairs(lives: harness.Harness) -> None:
     a, b, c, d = lives.moments(4)
     assert not lives.killed_after(a) and not lives.killed_after(b) and not lives.killed_after(c, d)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_from_a_write_on(lives: harness.Harness) -> None:
     """One sentence, status 2, and the last good state: with room again, the campaign goes on."""
     assert not {k: said for k in range(3, lives.operations + 1, 9) if (said := lives.full_at(k))}

@@ -504,9 +504,8 @@ def page_of(path: Path, code: str) -> None:
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
 
 
-@pytest.mark.parametrize("stop, status", [
-    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("stop, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_batch_begins_no_other_notebook_and_says_how_to_go_on(stop, status, tmp_path):
     """Ctrl-C reaches the whole group; kernels end, too."""
     for name in "abc":

@@ -107,7 +107,9 @@ def test_a_figure_without_a_text_of_its_own_has_its_title(site: Path) -> None:
     assert "| The finding. |" in rendered[site / "README.md"]
 
 
-@pytest.mark.parametrize("text", ["{{ ours.p3_fig2_no_such_claim }}", "{{ nobody }}", "{% if %}"])
+@pytest.mark.parametrize("text", [
+    "{{ ours.p3_fig2_no_such_claim }}", *(pytest.param(t, marks=pytest.mark.slow) for t in ("{{ nobody }}", "{% if %}")),
+])  # fmt: skip
 def test_a_text_that_asks_for_what_is_not_there_is_refused(site: Path, text: str) -> None:
     (site / "report" / "p3_fig2.md").write_text(text)
     with pytest.raises(UserError, match="report/p3_fig2.md"):
@@ -205,9 +207,9 @@ def test_a_partial_record_is_shown_and_not_judged(site: Path, monkeypatch) -> No
     "readme",
     [
         None,
-        "no markers",
         "<!-- figures:end --><!-- figures:begin -->",
-        "<!-- figures:begin --><!-- figures:end -->" * 2,
+        pytest.param("no markers", marks=pytest.mark.slow),
+        pytest.param("<!-- figures:begin --><!-- figures:end -->" * 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_readme_without_its_markers_is_refused(site: Path, readme: str | None) -> None:

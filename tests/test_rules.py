@@ -425,7 +425,9 @@ SGD = {
 }
 
 
-@pytest.mark.parametrize("sgd", SGD)
+@pytest.mark.parametrize("sgd", [
+    pytest.param(how, marks=pytest.mark.slow if how in ("plain", "momentum", "foreach") else ()) for how in SGD
+])  # fmt: skip
 @pytest.mark.parametrize("density, kind", [(1, True), (0.5, True), (0.5, "first")])
 @pytest.mark.parametrize("name", ["pfa", "pfa_o"])
 def test_implicit_training_equals_explicit_training(name, density, kind, sgd):

@@ -92,6 +92,7 @@ def test_runs_in_a_stack_are_those_trained_alone(rule):
     agree(runs([rule], (0, 1, 2)), data.load("digits", dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_rules_side_by_side():
     mixed = runs([RULES[i] for i in (0, 3, 6)], (0, 3)) + runs([RULES[11]], (1,))
     agree(mixed, data.load("digits", dtype=torch.float64))
