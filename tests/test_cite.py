@@ -129,6 +129,7 @@ def test_a_figure_fits_into_one_column(name: str) -> None:
         assert ax.get_ylabel() or rows_of(fig)[0][1] < ax.get_subplotspec().get_position(fig).x0, "labels at the edge"
 
 
+@pytest.mark.slow
 def test_what_panels_shared_is_shown_again_and_a_legend_hides_nothing() -> None:
     """Two rows of four panels, the columns named above and the axes labelled outside alone."""
     names = ["one", "two", "three", "four"]

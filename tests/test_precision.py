@@ -271,6 +271,7 @@ def deep(run: str = "", metric: str = "", shift: float = 0.0) -> dict[str, dict]
     return {row["id"].removeprefix("x_precision_cifar_"): row for row in judged}
 
 
+@pytest.mark.slow
 def test_a_pair_of_resnets_is_held_against_the_papers_seeds() -> None:
     paper = records.reference("p3_fig4").query("metric == 'val_accuracy' and epoch == 250").set_index("rule")
     rows = deep()

@@ -93,6 +93,7 @@ def test_without_records_every_claim_is_not_tested(site: Path) -> None:
     assert all(path.read_text(encoding="utf-8") == again for path, again in report.render().items())
 
 
+@pytest.mark.slow
 def test_a_figure_without_a_text_of_its_own_has_its_title(site: Path) -> None:
     """A new figure needs no text and no Python."""
     (site / "report" / "p3_fig3.md").unlink()

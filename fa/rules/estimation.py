@@ -110,8 +110,7 @@ class Primitives(Estimate):
             else:
                 data = op.grad_weight(x, y, W).mul_(-a)
         # samples (every token is one), or samples times output positions; 1 of an empty batch
-        every = self.positions == "mean" or W.dim() == 2
-        n_sum = dy.numel() // max(W.shape[0], 1) if every else dy.shape[0]
+        n_sum = dy.numel() // max(W.shape[0], 1) if self.positions == "mean" or W.dim() == 2 else dy.shape[0]
         data = data.to(B.dtype).div_(max(n_sum, 1))
         if self.decay:
             data.add_(B, alpha=2 * self.decay)

@@ -189,7 +189,8 @@ class Frozen(Rule):
             raise UserError(f"frozen: every={self.every} must not be negative, part={self.part} must lie in (0, 1]")
 
     def init_state(self, op, W, gen):
-        self.nonzero(rms(W))
+        if self.every == 0:
+            self.nonzero(rms(W))
         return {"B": W.detach().clone(memory_format=torch.contiguous_format)}  # (out, in)
 
     def kernel(self, B):
