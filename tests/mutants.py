@@ -291,6 +291,10 @@ MUTANTS = [
     # -------------------------------------------------------------------------------------------------- claims, records
     Mutant("sd with ddof 0", "results/selection.py", "seeds.std(ddof=1)", "seeds.std(ddof=0)",
            "test_claims.py::test_sd_has_ddof_one_and_none_of_its_own"),
+    Mutant("a seed with fewer rows counts", "results/selection.py", "count[which] == count.max(initial=0)",
+           "count[which] > 0", "test_claims.py::test_a_seed_with_fewer_rows_than_the_fullest_is_left_out"),
+    Mutant("numbers of whole ones rounded", "results/selection.py", "rtol=0 if whole else 5e-3", "rtol=5e-3",
+           "test_claims.py::test_whole_numbers_agree_exactly_and_others_to_half_a_percent"),
     Mutant("sds added", "results/selection.py", "math.hypot(self.sd, other.sd)", "self.sd + other.sd",
            "test_claims.py::test_statistics_by_hand"),
     Mutant("paired difference with the other sign", "results/selection.py",

@@ -129,6 +129,24 @@ def test_sd_has_ddof_one_and_none_of_its_own() -> None:
     assert measured("mean(test_accuracy, rule=fa, epoch=last)").sd == pytest.approx(0.3)
 
 
+def test_a_seed_with_fewer_rows_than_the_fullest_is_left_out() -> None:
+    whole = table()
+    gone = (whole.run == "fa2") & (whole.layer == "fc") & (whole.epoch == 2)
+    angle = "mean(angle_deg, rule=fa, layer=all, epoch=last) < 90"
+    assert judge(angle, data=whole)["measured"] == "24"
+    row = judge(angle, n_min="2", data=whole[~gone])
+    assert (row["measured"], row["n"], row["verdict"]) == ("23.5", 2, "holds")  # with all rows 23.67
+    assert judge(angle, data=whole[~gone])["why"] == "2 of 3 seeds"
+
+
+def test_whole_numbers_agree_exactly_and_others_to_half_a_percent() -> None:
+    whole, row = table(), "mean(test_accuracy, rule=bp, epoch=last, lag={}) < 99"
+    assert judge(row.format(250), data=whole.assign(lag=250))["verdict"] == "holds"
+    assert "no test_accuracy at lag=250" in judge(row.format(250), data=whole.assign(lag=251))["why"]
+    assert judge(row.format(0.316), data=whole.assign(lag=10**-0.5))["verdict"] == "holds"
+    assert judge(row.format(0.32), data=whole.assign(lag=10**-0.5))["verdict"] == "not tested"
+
+
 def test_mismatch_is_the_norm_of_the_difference() -> None:
     value = measured("mean(mismatch, rule=bp, layer=fc1, epoch=0, seed=0)")  # |W| = 2, |B| = 1, 20 degrees between them
     assert value.mean == pytest.approx(math.hypot(2 - math.cos(math.radians(20)), math.sin(math.radians(20))))
