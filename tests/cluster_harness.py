@@ -182,6 +182,8 @@ class Harness:
         wanted = f"{N_RUNS} of {N_RUNS} runs are finished, {N_RUNS} of them now"
         if status or not out.startswith(wanted) or "Traceback" in err:
             return f"status {status}: {out}{err}"
+        if late and moment > 1:  # this campaign was over sooner than the undisturbed one
+            return self.killed(shares, place, moment / 2, whole)
         if ends[0] != -signal.SIGKILL or late:
             return f"a worker was not killed before the end: {ends}"
         found = self.record(folder)
