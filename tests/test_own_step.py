@@ -904,7 +904,7 @@ def test_A08_a_foreign_scheduler_and_a_foreign_optimizer_are_refused():
 # ------------------------------------------------------------------------------------ A19, A21: sizes, and implicit feedback
 
 
-@pytest.mark.parametrize("rule", ["kp", "pfa", "sa", "ia"])
+@pytest.mark.parametrize("rule", ["kp", "pfa", "sa", "frozen"])
 def test_A19_a_weight_of_zeros_cannot_be_held_at_its_norm(rule):
     net = mlp()
     nn.init.zeros_(net[4].weight)

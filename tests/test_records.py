@@ -44,14 +44,15 @@ def test_a_run_is_named_by_its_settings(experiment: str) -> None:
 def kind(c: Config) -> tuple[str, ...]:
     """Recipes of one kind run the same code in their fingerprints, for which most networks are ResNet-8."""
     itself = c.model.startswith(("mlp", "lenet", "arch1", "plain"))
-    return c.rule, c.model if itself else "resnet8", c.optimizer, *sorted(c.rule_options)
+    more = c.weights, c.noisy, c.update_noise > 0, c.alternate > 0, c.delay_epochs > 0
+    return c.rule, c.model if itself else "resnet8", c.optimizer, *map(str, more), *sorted(c.rule_options)
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["kinds", "all"])
 @pytest.mark.parametrize("experiment", RECORDS)
 def test_no_record_is_outgrown(experiment: str, whole: bool) -> None:
     """The first three losses of one recipe of each kind that no record before this one has: rule and names of its
-    options, network, optimizer. The slow form compares all losses of all recipes."""
+    options, network, optimizer, noise and phases. The slow form compares all losses of all recipes."""
     about, moved, seen = records.sidecar(experiment), [], set()
     recipes = {run: Config(**about["configs"][run]) for run in about["fingerprints"]}
     for name in RECORDS[: RECORDS.index(experiment)]:
