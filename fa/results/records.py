@@ -85,7 +85,7 @@ def read(name: str, mode: str = "paper") -> pd.DataFrame:
 
 
 def sidecar(name: str, mode: str = "paper") -> dict[str, Any]:
-    """What made a record's own runs: configs, statuses, environments, wall seconds, fingerprints; the table's sha256.
+    """What made a table's own runs: configs, statuses, environments, wall seconds, a record's fingerprints; its sha256.
 
     Raises:
         UserError: there is none.
@@ -287,7 +287,8 @@ def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[A
         sys.stderr.write(f"fa: {stay} of these runs have records from another training, which stay: {why}\n")
     kept = [] if replaced else held
     new = [f for run, f in own.items() if run not in where or (replaced and where[run] == name)]
-    for f in new if mode != "quick" else ():
+    evidence = new if mode != "quick" else []  # for quick tables, which no test holds, nothing is trained twice
+    for f in evidence:
         f.check()
     finished = sum(c.run in where or c.run in own for c in whole)
     if not new and (not kept or before.get("partial") == (finished < len(whole))):
@@ -299,8 +300,7 @@ def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[A
         tables.append(table[table.run.isin([c.run for c in kept])])
     status = {c.run: before["status"][c.run] for c in kept} | {f.config.run: f.status for f in new}
     environments = {json.dumps(e, sort_keys=True) for e in before.get("environments", []) if kept}
-    for f in new:
-        s = status[f.config.run]
+    for s in (status[f.config.run] for f in new):
         s.pop("sha256", "")
         environments |= {json.dumps(e, sort_keys=True) for e in (s.pop("environment"), *s.pop("earlier", []))}
     about = {
@@ -310,7 +310,7 @@ def _merge(experiment: str, mode: str, configs: Sequence[Any], whole: Sequence[A
         "configs": {c.run: asdict(c) for c in (*kept, *(f.config for f in new))},
         "status": status,
         "environments": [json.loads(e) for e in sorted(environments)],
-        "fingerprints": registered.fingerprints(kept, [f.config for f in new], before.get("fingerprints", {})),
+        "fingerprints": registered.fingerprints(kept, [f.config for f in evidence], before.get("fingerprints", {})),
         "planned": len(whole),
         "finished": finished,
         "partial": finished < len(whole),
