@@ -613,6 +613,23 @@ def test_a_reentrant_checkpoint_is_refused(between):
         loss.backward()
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "compiled checkpoint", "save_on_cpu"])
+def test_A13_layers_called_one_by_one_are_refused_where_saved_tensors_have_hooks(kind):
+    """Such hooks also mark the forward pass that a checkpoint runs again; that one alone may go without a tape."""
+    net, x, y = oracles.mlp(6, 9, 3)
+    fa.convert(net, "dfa")
+
+    def layers(x):
+        for layer in net:
+            x = layer(x) if kind == "save_on_cpu" else torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+        return x
+
+    torch.compiler.reset()
+    run = torch.compile(layers, backend="aot_eager") if kind == "compiled checkpoint" else layers
+    with pytest.raises(RuntimeError, match="call the whole network"), torch.autograd.graph.save_on_cpu():
+        F.cross_entropy(run(x), y).backward()
+
+
 def test_a_pass_that_failed_leaves_nothing_behind():
     net, x, y = oracles.mlp(6, 9, 3)
     fa.convert(net, "dfa")

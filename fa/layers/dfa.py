@@ -159,7 +159,7 @@ class DirectFeedback(nn.Module):
         if x.is_nested:
             return nested(self._tap(flat(x), layer), x)
         if self.tape.taps is None:
-            if saved_elsewhere():
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1 and saved_elsewhere():
                 return x if self.exact else x.detach()  # the first pass has tapped x; another guess fails loudly
             raise RuntimeError(
                 f"layer {self.layer_name!r} is under dfa: call the whole network that was converted, not a part of it; "
