@@ -284,7 +284,7 @@ def test_a_diverged_run_fails_the_claims_that_need_it(data: pd.DataFrame) -> Non
     beside = sidecar()
     beside["status"]["bp1"] = {"state": "diverged"}
     row = judge(f"{BP_END} > 0", data=data, beside=beside)
-    assert (row["verdict"], row["why"]) == ("fails", "bp diverged with seed 1")
+    assert (row["verdict"], row["why"], row["measured"]) == ("fails", "bp diverged with seed 1", "diverged")
     other = judge("mean(angle_deg, rule=fa, layer=fc, epoch=last) > 0", beside=beside)
     assert other["verdict"] == "holds"
 

@@ -260,6 +260,7 @@ def test_long_measurements_are_shortened() -> None:
     assert markdown._short("; ".join(parts[:5])) == "5 values, -3.5 to 5"
     assert markdown._short("; ".join(parts)) == "8 values, -3.5 to 8"
     assert markdown._short("; ".join(["fc 1 ± 0"] * 8)) == "8 values, all 1"
+    assert markdown._short("; ".join(["kp diverged", *parts[:4]])) == "5 values, -3.5 to diverged"
 
 
 def test_measurements_have_the_rules_labels() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from fa.plot import RULE_STYLE
+from fa.results.selection import DIVERGED
 
 if TYPE_CHECKING:
     from fa.experiments import Experiment
@@ -116,5 +118,5 @@ def _short(measured: str) -> str:
     means = [part.partition(" ± ")[0] for part in parts]
     if len(parts) <= LISTED:
         return measured if len(parts) <= WITH_SD else "; ".join(means)
-    values = sorted((mean.split()[-1] for mean in means), key=float)
+    values = sorted((mean.split()[-1] for mean in means), key=lambda v: math.inf if v == DIVERGED else float(v))
     return f"{len(parts)} values, {f'{values[0]} to {values[-1]}' if values[0] != values[-1] else f'all {values[0]}'}"

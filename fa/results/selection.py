@@ -67,10 +67,16 @@ class Value:
 
     def shown(self) -> str:
         """The mean as the tables print it: to the second digit of its sd, but with at most four digits."""
+        if not self.n:  # no seed is behind it: one diverged
+            return DIVERGED
         if not (0 < self.sd < math.inf and self.mean):
             return show(self.mean)
         size, spread = (math.floor(math.log10(abs(x))) for x in (self.mean, self.sd))
         return show(self.mean, min(max(size - spread + 2, size + 1, 1), 4))
+
+
+DIVERGED = "diverged"
+"""What the tables print in place of a mean."""
 
 
 def show(x: float, digits: int = 4) -> str:
