@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,10 @@ def index() -> str:
 
 
 def rules() -> str:
-    """Markdown table of `fa.RULES`: name, equation, source."""
-    lines = ["| name | rule | from |", "|---|---|---|"]
+    """Markdown table of `fa.RULES`: name, the name in full (what the docstring begins with), equation, source."""
+    lines = ["| name | in full | rule | from |", "|---|---|---|---|"]
     for name in in_order(RULES):
         equation = RULES[name].equation.replace("|", r"\|")  # a bar ends a cell, in code too
-        lines.append(f"| `{name}` | `{equation}` | {RULES[name].source} |")
+        full = re.split(r"[:.(]", RULES[name].__doc__ or "", maxsplit=1)[0]
+        lines.append(f"| `{name}` | {full} | `{equation}` | {RULES[name].source} |")
     return "\n".join(lines)
