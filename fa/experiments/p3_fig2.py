@@ -91,7 +91,8 @@ def zoom(ax: Axes, table: pd.DataFrame, reference: pd.DataFrame, metric: str = "
         by_rule = end.groupby(["rule", "epoch"]).value.mean()
         low, high = by_rule.min(), by_rule.max()
         room = high - low
-        inset.set(xlim=(end.epoch.min() - 0.5, 1.025 * end.epoch.max()), ylim=(low - 0.15 * room, high + 0.25 * room))
+        left = end.epoch.min() - (0.5 if reference.empty else 1.2)  # its markers are shifted sideways
+        inset.set(xlim=(left, 1.025 * end.epoch.max()), ylim=(low - 0.15 * room, high + 0.25 * room))
     inset.set(xlabel="", ylabel="")
     inset.xaxis.get_major_locator().set_params(integer=True)
     inset.tick_params(labelsize=5.5)
